@@ -1,1 +1,30 @@
-//! x
+//! Ternary matrix kernels, compiled to machine code at load time.
+//!
+//! A kernel is data: a [`KernelSpec`] says what it computes, a [`Schedule`] how, and [`compile`] turns the two into
+//! machine code for a [`Cpu`], checked against `kernels-ref` before anyone gets to call it. Weights lie in memory in a
+//! [`Layout`], activations in an [`ActivationFormat`]; both follow from the schedule.
+//!
+//! Emitters ([`emit`]) are written over the few operations of [`machine::Machine`] and know no instruction set.
+
+pub mod activations;
+pub mod check;
+pub mod compile;
+mod emit;
+pub mod kernel;
+pub mod layout;
+pub mod machine;
+pub mod schedule;
+pub mod spec;
+pub mod target;
+
+pub use activations::ActivationFormat;
+pub use compile::{CompileError, compile, compile_each};
+pub use kernel::{Activations, Kernel, OutRows};
+pub use layout::Layout;
+pub use schedule::{Family, MachineKind, Multiply, Schedule, ScheduleError};
+pub use spec::{Columns, KernelSpec};
+pub use target::{Arch, Cpu, Feature};
+
+/// Version and source hash of this compiler. It changes whenever the same schedule may compile to other code, so that
+/// measured choices are not trusted across such a change.
+pub const FINGERPRINT: &str = concat!(env!("CARGO_PKG_VERSION"), "-", env!("TERNION_COMPILER_FINGERPRINT"));

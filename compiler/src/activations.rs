@@ -1,0 +1,114 @@
+//! How the int8 activations of one token are laid out for a kernel.
+//!
+//! Preparing costs O(k) once per token and is shared by all rows of all matrices that read the same activations.
+
+/// The form in which a kernel family reads a column of `k` activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ActivationFormat {
+    /// Four planes, plane j holding the activations of the j-th weight of every byte: `a[j], a[4+j], a[8+j] …`. A
+    /// vector of any width then meets its weights without a shuffle. Planes are padded with zeros to 64 bytes.
+    Planes,
+    /// For each pair of activations `(x, y)` a table over the 4-bit index `c₀ + 4·c₁` of two codes: entry
+    /// `b = (c₀−1)·x + (c₁−1)·y + 254` in 0..=508, as 16 bytes `b mod 64` and then 16 bytes `b / 64`. Indices with a
+    /// code 3 give 0. Two pairs (four activations, one weight byte) take 64 bytes.
+    PairTables,
+}
+
+/// What [`ActivationFormat::PairTables`] adds to every sum so that entries are unsigned.
+pub const PAIR_BIAS: i32 = 254;
+
+impl ActivationFormat {
+    /// Bytes of one prepared column of `k` activations, a multiple of 64.
+    #[must_use]
+    pub const fn bytes(self, k: usize) -> usize {
+        match self {
+            Self::Planes => 4 * plane_bytes(k),
+            Self::PairTables => k.div_ceil(4) * 64,
+        }
+    }
+
+    /// Prepares one column.
+    ///
+    /// # Panics
+    /// If `target` does not have `bytes(values.len())` bytes.
+    pub fn prepare(self, values: &[i8], target: &mut [u8]) {
+        assert_eq!(target.len(), self.bytes(values.len()), "prepare: bytes of a column");
+        match self {
+            Self::Planes => planes(values, target),
+            Self::PairTables => pair_tables(values, target),
+        }
+    }
+}
+
+/// Bytes of one plane of `k` activations.
+pub(crate) const fn plane_bytes(k: usize) -> usize {
+    k.div_ceil(4).next_multiple_of(64)
+}
+
+fn planes(values: &[i8], target: &mut [u8]) {
+    let plane_bytes = plane_bytes(values.len());
+    let (p0, rest) = target.split_at_mut(plane_bytes);
+    let (p1, rest) = rest.split_at_mut(plane_bytes);
+    let (p2, p3) = rest.split_at_mut(plane_bytes);
+    let whole = values.len() / 4;
+    let quads = values.as_chunks::<4>().0;
+    for ((((quad, p0), p1), p2), p3) in
+        quads.iter().zip(&mut p0[..whole]).zip(&mut p1[..whole]).zip(&mut p2[..whole]).zip(&mut p3[..whole])
+    {
+        [*p0, *p1, *p2, *p3] = quad.map(i8::cast_unsigned);
+    }
+    let tail = &values[4 * whole..];
+    for (j, plane) in [p0, p1, p2, p3].into_iter().enumerate() {
+        plane[whole..].fill(0);
+        if let Some(value) = tail.get(j) {
+            plane[whole] = value.cast_unsigned();
+        }
+    }
+}
+
+fn pair_tables(values: &[i8], target: &mut [u8]) {
+    for (i, table) in target.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let [x, y] = [2 * i, 2 * i + 1].map(|at| values.get(at).map_or(0, |v| i16::from(*v)));
+        *table = [0; 32];
+        for (c1, row) in [-y, 0, y].into_iter().enumerate() {
+            for (c0, sum) in [row - x, row, row + x].into_iter().enumerate() {
+                let biased = sum + PAIR_BIAS as i16;
+                table[4 * c1 + c0] = (biased & 63) as u8;
+                table[16 + 4 * c1 + c0] = (biased >> 6) as u8;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn planes_hold_every_fourth_activation_and_zeros() {
+        let values: Vec<i8> = (1..=10).collect();
+        let mut target = vec![0xff; ActivationFormat::Planes.bytes(10)];
+        ActivationFormat::Planes.prepare(&values, &mut target);
+        let plane = |j: usize| &target[64 * j..][..64];
+        assert_eq!((&plane(0)[..3], &plane(1)[..3]), (&[1, 5, 9][..], &[2, 6, 10][..]));
+        assert_eq!((&plane(2)[..3], &plane(3)[..3]), (&[3, 7, 0][..], &[4, 8, 0][..]));
+        assert!((0..4).all(|j| plane(j)[3..].iter().all(|b| *b == 0)));
+    }
+
+    #[test]
+    fn tables_hold_every_sum_of_two_trits() {
+        let values = [127, -127, 5];
+        let mut target = vec![0xff; ActivationFormat::PairTables.bytes(3)];
+        ActivationFormat::PairTables.prepare(&values, &mut target);
+        for (pair, table) in target.as_chunks::<32>().0.iter().enumerate() {
+            let [x, y] = [2 * pair, 2 * pair + 1].map(|at| values.get(at).map_or(0, |v| i32::from(*v)));
+            for c0 in 0..3 {
+                for c1 in 0..3 {
+                    let index = (c0 + 4 * c1) as usize;
+                    let entry = i32::from(table[index]) + 64 * i32::from(table[16 + index]);
+                    assert_eq!(entry - PAIR_BIAS, (c0 - 1) * x + (c1 - 1) * y);
+                }
+            }
+        }
+    }
+}

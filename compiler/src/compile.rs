@@ -1,0 +1,161 @@
+//! From `(spec, schedule)` to checked machine code.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use cranelift_jit::{JITBuilder, JITModule};
+use cranelift_module::{Linkage, Module};
+
+use crate::check::{Mismatch, check};
+use crate::kernel::{Kernel, place};
+use crate::machine::clif;
+use crate::{Cpu, KernelSpec, MachineKind, Schedule, ScheduleError, emit};
+
+/// Why a kernel was not handed out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CompileError {
+    /// The schedule is not legal.
+    #[error("{schedule} for {spec}: {error}")]
+    Schedule {
+        /// What was to be compiled.
+        spec: KernelSpec,
+        /// How.
+        schedule: Schedule,
+        /// Why not.
+        error: ScheduleError,
+    },
+    /// The code generator or the operating system refused.
+    #[error("{schedule} for {spec}: {reason}")]
+    Code {
+        /// What was to be compiled.
+        spec: KernelSpec,
+        /// How.
+        schedule: Schedule,
+        /// What it said.
+        reason: String,
+    },
+    /// The kernel's results differ from the reference.
+    #[error("{schedule} for {spec}: {mismatch}; please report this as a bug")]
+    Mismatch {
+        /// What was compiled.
+        spec: KernelSpec,
+        /// How.
+        schedule: Schedule,
+        /// The first difference.
+        mismatch: Mismatch,
+    },
+}
+
+/// Compiles the kernel of every job, in parallel, and checks each against `kernels-ref` before handing it out. Equal
+/// jobs share one kernel; all of them share one region of executable memory, never writable and executable at once.
+///
+/// # Errors
+/// The error of the first job that has one.
+pub fn compile(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Result<Vec<Kernel>, CompileError> {
+    compile_each(jobs, cpu).into_iter().collect()
+}
+
+/// As [`compile`], but with a result for every job: one that fails does not spoil the others.
+#[must_use]
+pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Kernel, CompileError>> {
+    let mut unique: Vec<_> = jobs.to_vec();
+    unique.sort_unstable();
+    unique.dedup();
+
+    let codes = in_parallel(&unique, |(spec, schedule)| {
+        schedule.check(spec, cpu).map_err(|error| CompileError::Schedule {
+            spec: *spec,
+            schedule: *schedule,
+            error,
+        })?;
+        let code = match schedule.machine {
+            MachineKind::Clif128 => clif::compile(cpu, |m| emit::emit(m, spec, schedule)),
+        };
+        code.map_err(|error| CompileError::Code { spec: *spec, schedule: *schedule, reason: error.to_string() })
+    });
+    let mut results = BTreeMap::new();
+    let mut placed = Vec::new();
+    for (job, code) in unique.into_iter().zip(codes) {
+        match code {
+            Ok(code) => placed.push((job, code)),
+            Err(error) => drop(results.insert(job, Err(error))),
+        }
+    }
+    match load(&placed, cpu) {
+        Ok(kernels) => {
+            let checked = in_parallel(&kernels, check);
+            for (kernel, outcome) in kernels.into_iter().zip(checked) {
+                let (spec, schedule) = (kernel.spec(), kernel.schedule());
+                let result = match outcome {
+                    Ok(()) => Ok(kernel),
+                    Err(mismatch) => Err(CompileError::Mismatch { spec, schedule, mismatch }),
+                };
+                results.insert((spec, schedule), result);
+            }
+        }
+        Err(reason) => {
+            for ((spec, schedule), _) in placed {
+                results.insert((spec, schedule), Err(CompileError::Code { spec, schedule, reason: reason.clone() }));
+            }
+        }
+    }
+    jobs.iter().map(|job| results[job].clone()).collect()
+}
+
+/// Copies code into memory that becomes executable once it is no longer writable.
+fn load(codes: &[((KernelSpec, Schedule), clif::Code)], cpu: &Cpu) -> Result<Vec<Kernel>, String> {
+    if codes.is_empty() {
+        return Ok(Vec::new());
+    }
+    if Cpu::host().is_none_or(|host| host.arch() != cpu.arch() || cpu.features().any(|feature| !host.has(feature))) {
+        return Err(format!("code for {cpu} cannot run on this machine"));
+    }
+    let isa = clif::isa(cpu).map_err(|error| error.to_string())?;
+    let mut module = JITModule::new(JITBuilder::with_isa(isa, cranelift_module::default_libcall_names()));
+    let mut functions = Vec::new();
+    for (i, ((spec, schedule), code)) in codes.iter().enumerate() {
+        let signature = module.make_signature();
+        let define = || {
+            let id = module.declare_function(&format!("kernel{i}"), Linkage::Local, &signature)?;
+            module.define_function_bytes(id, code.alignment, &code.bytes, &[])?;
+            Ok::<_, cranelift_module::ModuleError>(id)
+        };
+        let id = { define }().map_err(|error| error.to_string())?;
+        functions.push((*spec, *schedule, id, code.bytes.len()));
+    }
+    module.finalize_definitions().map_err(|error| error.to_string())?;
+    let functions = functions
+        .into_iter()
+        .map(|(spec, schedule, id, bytes)| (spec, schedule, module.get_finalized_function(id), bytes))
+        .collect();
+    Ok(place(module, functions))
+}
+
+/// `work` of every item, on as many threads as there are processors, results in the order of the items.
+fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len());
+    if threads <= 1 {
+        return items.iter().map(work).collect();
+    }
+    let next = AtomicUsize::new(0);
+    let done = Mutex::new(Vec::with_capacity(items.len()));
+    let turn = || {
+        while let Some((i, item)) = {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            items.get(i).map(|item| (i, item))
+        } {
+            let result = work(item);
+            done.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((i, result));
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(turn);
+        }
+        turn();
+    });
+    let mut done = done.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    done.sort_unstable_by_key(|(i, _)| *i);
+    done.into_iter().map(|(_, result)| result).collect()
+}

@@ -1,0 +1,268 @@
+//! How a packed matrix lies in memory, as a value.
+//!
+//! All layouts hold the bytes of the canonical packing (four k-neighbours in a byte), only their order differs. Rows
+//! come in tiles; a tile is one sequential stream, which is what memory and its prefetchers like best. Rows past `m`
+//! and columns past `k` are padding of trit 0.
+
+use std::fmt;
+use std::ops::Range;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use ternion_kernels_ref::matrix::ZERO_BYTE;
+use ternion_kernels_ref::{InvalidCode, PackedMatrix, TernaryMatrix};
+
+/// The order of the bytes of a packed `[m, k]` matrix. Prints to one word and parses back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum Layout {
+    /// `canonical`: row after row, no padding.
+    Canonical,
+    /// `rows4x64`: tiles of `rows` rows; within a tile, `chunk` bytes of each row in turn.
+    Rows {
+        /// Rows of a tile.
+        rows: u8,
+        /// Bytes of one row before the next row's: 16, 32 or 64.
+        chunk: u8,
+    },
+    /// `lanes32`: tiles of `rows` rows, transposed: one byte of each row in turn, so that a vector lane is a row.
+    Lanes {
+        /// Rows of a tile, a multiple of 16.
+        rows: u8,
+    },
+}
+
+impl Layout {
+    /// Rows that are stored together; `m` is padded to a multiple of it.
+    #[must_use]
+    pub const fn tile_rows(self) -> usize {
+        match self {
+            Self::Canonical => 1,
+            Self::Rows { rows, .. } | Self::Lanes { rows } => rows as usize,
+        }
+    }
+
+    /// Number of tiles of a matrix with `m` rows.
+    #[must_use]
+    pub const fn tiles(self, m: usize) -> usize {
+        m.div_ceil(self.tile_rows())
+    }
+
+    /// Bytes that one row of `k` weights takes, padding included.
+    #[must_use]
+    pub const fn row_bytes(self, k: usize) -> usize {
+        let bytes = PackedMatrix::row_bytes(k);
+        match self {
+            Self::Canonical | Self::Lanes { .. } => bytes,
+            Self::Rows { chunk, .. } => bytes.next_multiple_of(chunk as usize),
+        }
+    }
+
+    /// Bytes of one tile.
+    #[must_use]
+    pub const fn tile_bytes(self, k: usize) -> usize {
+        self.tile_rows() * self.row_bytes(k)
+    }
+
+    /// Bytes of a whole `[m, k]` matrix, or `None` if that overflows.
+    #[must_use]
+    pub const fn bytes(self, m: usize, k: usize) -> Option<usize> {
+        if k > usize::MAX / 1024 {
+            return None;
+        }
+        self.tiles(m).checked_mul(self.tile_bytes(k))
+    }
+
+    /// Packs the tiles `tiles` of `source` into `target`, the bytes of exactly these tiles. Disjoint ranges can be
+    /// packed in parallel.
+    ///
+    /// # Panics
+    /// If `target` does not have `tiles.len() · tile_bytes(k)` bytes or a tile lies past the last.
+    pub fn pack_tiles(self, source: PackedMatrix<'_>, tiles: Range<usize>, target: &mut [u8]) {
+        assert!(tiles.end <= self.tiles(source.m()), "pack_tiles: tiles of the matrix");
+        assert_eq!(target.len(), tiles.len() * self.tile_bytes(source.k()), "pack_tiles: bytes of the tiles");
+        let tile_rows = self.tile_rows();
+        for (tile, target) in tiles.zip(target.chunks_exact_mut(self.tile_bytes(source.k()).max(1))) {
+            let rows = tile * tile_rows..source.m().min((tile + 1) * tile_rows);
+            match self {
+                Self::Canonical => target.copy_from_slice(source.row(tile)),
+                Self::Rows { chunk, .. } => {
+                    target.fill(ZERO_BYTE);
+                    for (r, row) in rows.enumerate() {
+                        for (c, bytes) in source.row(row).chunks(chunk.into()).enumerate() {
+                            target[(c * tile_rows + r) * usize::from(chunk)..][..bytes.len()].copy_from_slice(bytes);
+                        }
+                    }
+                }
+                Self::Lanes { .. } => {
+                    if rows.len() < tile_rows {
+                        target.fill(ZERO_BYTE);
+                    }
+                    for (r, row) in rows.enumerate() {
+                        for (byte, target) in source.row(row).iter().zip(target[r..].iter_mut().step_by(tile_rows)) {
+                            *target = *byte;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Packs a whole matrix.
+    #[must_use]
+    pub fn pack(self, source: PackedMatrix<'_>) -> Vec<u8> {
+        let tiles = self.tiles(source.m());
+        let mut bytes = vec![0; tiles * self.tile_bytes(source.k())];
+        self.pack_tiles(source, 0..tiles, &mut bytes);
+        bytes
+    }
+
+    /// Reads rows `rows` of an `[m, k]` matrix back into the canonical order; `target` has
+    /// `rows.len() · ⌈k/4⌉` bytes. Disjoint ranges can be unpacked in parallel.
+    ///
+    /// # Panics
+    /// If a length does not fit.
+    pub fn unpack_rows(self, m: usize, k: usize, bytes: &[u8], rows: Range<usize>, target: &mut [u8]) {
+        assert_eq!(Some(bytes.len()), self.bytes(m, k), "unpack_rows: bytes of the matrix");
+        assert!(rows.end <= m, "unpack_rows: rows of the matrix");
+        let row_bytes = PackedMatrix::row_bytes(k);
+        assert_eq!(target.len(), rows.len() * row_bytes, "unpack_rows: bytes of the rows");
+        let tile_rows = self.tile_rows();
+        for (row, target) in rows.zip(target.chunks_exact_mut(row_bytes.max(1))) {
+            let tile = &bytes[row / tile_rows * self.tile_bytes(k)..][..self.tile_bytes(k)];
+            let r = row % tile_rows;
+            match self {
+                Self::Canonical => target.copy_from_slice(tile),
+                Self::Rows { chunk, .. } => {
+                    for (c, target) in target.chunks_mut(chunk.into()).enumerate() {
+                        target.copy_from_slice(&tile[(c * tile_rows + r) * usize::from(chunk)..][..target.len()]);
+                    }
+                }
+                Self::Lanes { .. } => {
+                    for (target, byte) in target.iter_mut().zip(tile[r..].iter().step_by(tile_rows)) {
+                        *target = *byte;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads a whole `[m, k]` matrix back.
+    ///
+    /// # Errors
+    /// The first weight whose code is 3.
+    ///
+    /// # Panics
+    /// If `bytes` does not have [`bytes(m, k)`](Self::bytes) bytes.
+    pub fn unpack(self, m: usize, k: usize, bytes: &[u8]) -> Result<TernaryMatrix, InvalidCode> {
+        let mut canonical = vec![0; m * PackedMatrix::row_bytes(k)];
+        self.unpack_rows(m, k, bytes, 0..m, &mut canonical);
+        TernaryMatrix::from_bytes(m, k, canonical)
+    }
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Canonical => f.write_str("canonical"),
+            Self::Rows { rows, chunk } => write!(f, "rows{rows}x{chunk}"),
+            Self::Lanes { rows } => write!(f, "lanes{rows}"),
+        }
+    }
+}
+
+/// A word that names no layout.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no layout: expected canonical, rows<R>x<16|32|64> or lanes<R>")]
+pub struct ParseLayoutError(String);
+
+impl FromStr for Layout {
+    type Err = ParseLayoutError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parsed = if text == "canonical" {
+            Some(Self::Canonical)
+        } else if let Some((rows, chunk)) = text.strip_prefix("rows").and_then(|sizes| sizes.split_once('x')) {
+            match (rows.parse(), chunk.parse()) {
+                (Ok(rows @ 1..), Ok(chunk @ (16 | 32 | 64))) => Some(Self::Rows { rows, chunk }),
+                _ => None,
+            }
+        } else {
+            match text.strip_prefix("lanes").map(str::parse) {
+                Some(Ok(rows @ 16..)) if rows % 16 == 0 => Some(Self::Lanes { rows }),
+                _ => None,
+            }
+        };
+        // A layout has one spelling: `rows04x16` is none.
+        parsed.filter(|layout| layout.to_string() == text).ok_or_else(|| ParseLayoutError(text.to_owned()))
+    }
+}
+
+impl From<Layout> for String {
+    fn from(layout: Layout) -> Self {
+        layout.to_string()
+    }
+}
+
+impl TryFrom<String> for Layout {
+    type Error = ParseLayoutError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use ternion_kernels_ref::Trit;
+
+    fn layouts() -> impl Strategy<Value = Layout> {
+        prop_oneof![
+            Just(Layout::Canonical),
+            (1u8..=16, prop::sample::select(vec![16, 32, 64])).prop_map(|(rows, chunk)| Layout::Rows { rows, chunk }),
+            (1u8..=4).prop_map(|groups| Layout::Lanes { rows: 16 * groups }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn packing_is_undone_by_unpacking(layout in layouts(), m in 1usize..70, k in 1usize..600, seed in any::<u64>()) {
+            let mut state = seed;
+            let matrix = TernaryMatrix::from_fn(m, k, |_, _| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                Trit::ALL[(state >> 33) as usize % 3]
+            });
+            let packed = layout.pack(matrix.view());
+            prop_assert_eq!(Some(packed.len()), layout.bytes(m, k));
+            prop_assert_eq!(layout.unpack(m, k, &packed), Ok(matrix.clone()));
+
+            // The same in two parts.
+            let (cut, mut parts) = (layout.tiles(m) / 2, vec![0; packed.len()]);
+            let (low, high) = parts.split_at_mut(cut * layout.tile_bytes(k));
+            layout.pack_tiles(matrix.view(), 0..cut, low);
+            layout.pack_tiles(matrix.view(), cut..layout.tiles(m), high);
+            prop_assert_eq!(parts, packed);
+        }
+
+        #[test]
+        fn a_layout_prints_and_parses_back(layout in layouts()) {
+            prop_assert_eq!(layout.to_string().parse(), Ok(layout));
+        }
+    }
+
+    #[test]
+    fn words_that_name_no_layout_are_refused() {
+        for text in ["", "rows", "rows0x16", "rows4x15", "rows04x16", "rows4x", "lanes", "lanes8", "lanes272", "tiles"]
+        {
+            assert!(text.parse::<Layout>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_that_overflow_are_none() {
+        assert_eq!(Layout::Canonical.bytes(usize::MAX, 8), None);
+        assert_eq!(Layout::Lanes { rows: 16 }.bytes(16, usize::MAX), None);
+    }
+}

@@ -1,0 +1,388 @@
+//! The portable machine: Cranelift's IR with 128-bit vectors, on x86-64 and aarch64.
+//!
+//! Cranelift types its vectors and ours are untyped, so each operation bit-casts its operands to the lanes it reads;
+//! casts between vectors cost nothing. Where an architecture has one instruction for an operation, Cranelift finds it
+//! by pattern; the patterns are noted where they matter.
+
+use cranelift_codegen::control::ControlPlane;
+use cranelift_codegen::ir::condcodes::IntCC;
+use cranelift_codegen::ir::immediates::V128Imm;
+use cranelift_codegen::ir::{
+    AbiParam, Block, ConstantData, Endianness, Function, InstBuilder, MemFlagsData, Signature, Type, UserFuncName,
+    Value, types,
+};
+use cranelift_codegen::isa::{self, CallConv, OwnedTargetIsa};
+use cranelift_codegen::settings::{self, Configurable};
+use cranelift_codegen::{CodegenError, Context};
+use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext, Variable};
+
+use super::{Argument, Int, IntVariable, Loop, Machine, Vector, VectorVariable};
+use crate::{Arch, Cpu, Feature};
+
+/// The target that Cranelift compiles for: `cpu` with exactly its features.
+pub(crate) fn isa(cpu: &Cpu) -> Result<OwnedTargetIsa, CodegenError> {
+    let unsupported = |error: &dyn std::fmt::Display| CodegenError::Unsupported(error.to_string());
+    let mut flags = settings::builder();
+    for (name, value) in [
+        ("opt_level", "speed"),
+        ("is_pic", "false"),
+        ("use_colocated_libcalls", "false"),
+        ("unwind_info", "false"),
+        ("enable_probestack", "false"),
+    ] {
+        flags.set(name, value).map_err(|error| unsupported(&error))?;
+    }
+    let name = match cpu.arch() {
+        Arch::X86_64 => "x86_64-unknown-linux-gnu",
+        Arch::Aarch64 => "aarch64-unknown-linux-gnu",
+    };
+    let mut builder = isa::lookup_by_name(name).map_err(|error| unsupported(&error))?;
+    for setting in cpu.features().filter_map(Feature::cranelift_setting) {
+        builder.enable(setting).map_err(|error| unsupported(&error))?;
+    }
+    builder.finish(settings::Flags::new(flags))
+}
+
+/// Machine code of one function, free of relocations, and what it needs to run.
+pub(crate) struct Code {
+    /// The instructions.
+    pub(crate) bytes: Vec<u8>,
+    /// Required alignment of the first one, in bytes.
+    pub(crate) alignment: u64,
+}
+
+/// Compiles the function that `emit` describes.
+pub(crate) fn compile(cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<Code, CodegenError> {
+    let isa = isa(cpu)?;
+    let mut context = Context::for_function(function(&isa, cpu, emit));
+    let compiled = context.compile(&*isa, &mut ControlPlane::default()).map_err(|error| error.inner)?;
+    if !compiled.buffer.relocs().is_empty() {
+        return Err(CodegenError::Unsupported("a kernel that calls other code".to_owned()));
+    }
+    Ok(Code { bytes: compiled.code_buffer().to_vec(), alignment: compiled.buffer.alignment.into() })
+}
+
+/// Builds the IR of the function that `emit` describes.
+fn function(isa: &OwnedTargetIsa, cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Function {
+    let convention = match cpu.arch() {
+        Arch::X86_64 => CallConv::SystemV,
+        Arch::Aarch64 => isa.default_call_conv(),
+    };
+    let mut signature = Signature::new(convention);
+    signature.params.push(AbiParam::new(types::I64));
+    let mut function = Function::with_name_signature(UserFuncName::default(), signature);
+    let mut context = FunctionBuilderContext::new();
+    let mut builder = FunctionBuilder::new(&mut function, &mut context);
+    let entry = builder.create_block();
+    builder.append_block_params_for_function_params(entry);
+    builder.switch_to_block(entry);
+    let record = builder.block_params(entry)[0];
+    let mut machine = Clif { builder, cpu: *cpu, record, loops: Vec::new() };
+    emit(&mut machine);
+    let Clif { mut builder, loops, .. } = machine;
+    debug_assert!(loops.is_empty(), "every loop is closed");
+    builder.ins().return_(&[]);
+    builder.seal_all_blocks();
+    builder.finalize(isa.frontend_config());
+    function
+}
+
+/// An open loop: where it turns, where it goes on, and its counter.
+struct OpenLoop {
+    head: Block,
+    exit: Block,
+    counter: Option<Variable>,
+}
+
+struct Clif<'a> {
+    builder: FunctionBuilder<'a>,
+    cpu: Cpu,
+    record: Value,
+    loops: Vec<OpenLoop>,
+}
+
+/// Vectors are only ever reinterpreted, in memory order.
+fn cast_flags() -> MemFlagsData {
+    MemFlagsData::new().with_endianness(Endianness::Little)
+}
+
+/// Kernels read and write only what [`Kernel::run`](crate::Kernel::run) has checked; nothing is assumed aligned.
+fn memory_flags() -> MemFlagsData {
+    MemFlagsData::new().with_notrap().with_endianness(Endianness::Little)
+}
+
+impl Clif<'_> {
+    fn typed(&mut self, vector: Vector, lanes: Type) -> Value {
+        let value = Value::from_u32(vector.0);
+        if self.builder.func.dfg.value_type(value) == lanes {
+            value
+        } else {
+            self.builder.ins().bitcast(lanes, cast_flags(), value)
+        }
+    }
+
+    fn binary(
+        &mut self,
+        lanes: Type,
+        a: Vector,
+        b: Vector,
+        operation: impl FnOnce(&mut FunctionBuilder<'_>, Value, Value) -> Value,
+    ) -> Vector {
+        let (a, b) = (self.typed(a, lanes), self.typed(b, lanes));
+        vector(operation(&mut self.builder, a, b))
+    }
+
+    fn constant(&mut self, bytes: [u8; 16]) -> Vector {
+        let constant = self.builder.func.dfg.constants.insert(ConstantData::from(V128Imm(bytes).0.as_slice()));
+        vector(self.builder.ins().vconst(types::I8X16, constant))
+    }
+
+    fn load_typed(&mut self, lanes: Type, address: Int, offset: i32) -> Value {
+        self.builder.ins().load(lanes, memory_flags(), Value::from_u32(address.0), offset)
+    }
+
+    fn open(&mut self, head: Block, exit: Block, counter: Option<Variable>) -> Loop {
+        self.loops.push(OpenLoop { head, exit, counter });
+        Loop(self.loops.len())
+    }
+}
+
+fn vector(value: Value) -> Vector {
+    Vector(value.as_u32())
+}
+
+fn int(value: Value) -> Int {
+    Int(value.as_u32())
+}
+
+impl Machine for Clif<'_> {
+    fn vector_bytes(&self) -> usize {
+        16
+    }
+
+    fn argument(&mut self, argument: Argument) -> Int {
+        let offset = 8 * argument as i32;
+        int(self.builder.ins().load(types::I64, memory_flags(), self.record, offset))
+    }
+
+    fn add(&mut self, a: Int, b: Int) -> Int {
+        int(self.builder.ins().iadd(Value::from_u32(a.0), Value::from_u32(b.0)))
+    }
+
+    fn add_constant(&mut self, a: Int, constant: i64) -> Int {
+        int(self.builder.ins().iadd_imm_s(Value::from_u32(a.0), constant))
+    }
+
+    fn int_variable(&mut self, initial: Int) -> IntVariable {
+        let variable = self.builder.declare_var(types::I64);
+        self.builder.def_var(variable, Value::from_u32(initial.0));
+        IntVariable(variable.as_u32())
+    }
+
+    fn get_int(&mut self, variable: IntVariable) -> Int {
+        int(self.builder.use_var(Variable::from_u32(variable.0)))
+    }
+
+    fn set_int(&mut self, variable: IntVariable, value: Int) {
+        self.builder.def_var(Variable::from_u32(variable.0), Value::from_u32(value.0));
+    }
+
+    fn vector_variable(&mut self, initial: Vector) -> VectorVariable {
+        let variable = self.builder.declare_var(types::I8X16);
+        let initial = self.typed(initial, types::I8X16);
+        self.builder.def_var(variable, initial);
+        VectorVariable(variable.as_u32())
+    }
+
+    fn get(&mut self, variable: VectorVariable) -> Vector {
+        vector(self.builder.use_var(Variable::from_u32(variable.0)))
+    }
+
+    fn set(&mut self, variable: VectorVariable, value: Vector) {
+        let value = self.typed(value, types::I8X16);
+        self.builder.def_var(Variable::from_u32(variable.0), value);
+    }
+
+    fn begin_repeat(&mut self, count: usize) -> Loop {
+        let counter = self.builder.declare_var(types::I64);
+        let count = self.builder.ins().iconst(types::I64, count as i64);
+        self.builder.def_var(counter, count);
+        let (head, exit) = (self.builder.create_block(), self.builder.create_block());
+        self.builder.ins().jump(head, &[]);
+        self.builder.switch_to_block(head);
+        self.open(head, exit, Some(counter))
+    }
+
+    fn begin_while_at_least(&mut self, variable: IntVariable, bound: i64) -> Loop {
+        let (head, body, exit) =
+            (self.builder.create_block(), self.builder.create_block(), self.builder.create_block());
+        self.builder.ins().jump(head, &[]);
+        self.builder.switch_to_block(head);
+        let value = self.builder.use_var(Variable::from_u32(variable.0));
+        let more = self.builder.ins().icmp_imm_s(IntCC::SignedGreaterThanOrEqual, value, bound);
+        self.builder.ins().brif(more, body, &[], exit, &[]);
+        self.builder.switch_to_block(body);
+        self.open(head, exit, None)
+    }
+
+    fn end_loop(&mut self, open: Loop) {
+        debug_assert_eq!(open.0, self.loops.len(), "the loop that was opened last is closed first");
+        let Some(OpenLoop { head, exit, counter }) = self.loops.pop() else { return };
+        match counter {
+            None => {
+                self.builder.ins().jump(head, &[]);
+            }
+            Some(counter) => {
+                let value = self.builder.use_var(counter);
+                let value = self.builder.ins().iadd_imm_s(value, -1);
+                self.builder.def_var(counter, value);
+                self.builder.ins().brif(value, head, &[], exit, &[]);
+            }
+        }
+        self.builder.switch_to_block(exit);
+    }
+
+    fn zero(&mut self) -> Vector {
+        self.constant([0; 16])
+    }
+
+    fn splat8(&mut self, value: u8) -> Vector {
+        self.constant([value; 16])
+    }
+
+    fn splat32(&mut self, value: i32) -> Vector {
+        let bytes = value.to_le_bytes();
+        self.constant(std::array::from_fn(|i| bytes[i % 4]))
+    }
+
+    fn load(&mut self, address: Int, offset: i32) -> Vector {
+        vector(self.load_typed(types::I8X16, address, offset))
+    }
+
+    fn load_table(&mut self, address: Int, offset: i32) -> Vector {
+        self.load(address, offset)
+    }
+
+    fn load_splat32(&mut self, address: Int, offset: i32) -> Vector {
+        let value = self.load_typed(types::I32, address, offset);
+        vector(self.builder.ins().splat(types::I32X4, value))
+    }
+
+    fn store(&mut self, address: Int, offset: i32, value: Vector) {
+        self.builder.ins().store(memory_flags(), Value::from_u32(value.0), Value::from_u32(address.0), offset);
+    }
+
+    fn store_low128(&mut self, address: Int, offset: i32, value: Vector) {
+        self.store(address, offset, value);
+    }
+
+    fn and(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(types::I8X16, a, b, |builder, a, b| builder.ins().band(a, b))
+    }
+
+    fn add8(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(types::I8X16, a, b, |builder, a, b| builder.ins().iadd(a, b))
+    }
+
+    fn add16(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(types::I16X8, a, b, |builder, a, b| builder.ins().iadd(a, b))
+    }
+
+    fn sub16(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(types::I16X8, a, b, |builder, a, b| builder.ins().isub(a, b))
+    }
+
+    fn add32(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(types::I32X4, a, b, |builder, a, b| builder.ins().iadd(a, b))
+    }
+
+    fn sub32(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(types::I32X4, a, b, |builder, a, b| builder.ins().isub(a, b))
+    }
+
+    fn shift_left16(&mut self, a: Vector, bits: u8) -> Vector {
+        let a = self.typed(a, types::I16X8);
+        vector(self.builder.ins().ishl_imm_u(a, i64::from(bits)))
+    }
+
+    fn shift_right16(&mut self, a: Vector, bits: u8) -> Vector {
+        let a = self.typed(a, types::I16X8);
+        vector(self.builder.ins().ushr_imm_u(a, i64::from(bits)))
+    }
+
+    fn shift_left32(&mut self, a: Vector, bits: u8) -> Vector {
+        let a = self.typed(a, types::I32X4);
+        vector(self.builder.ins().ishl_imm_u(a, i64::from(bits)))
+    }
+
+    fn multiply_add_pairs(&mut self, unsigned: Vector, signed: Vector) -> Vector {
+        let x86 = self.cpu.arch() == Arch::X86_64 && self.cpu.has(Feature::Ssse3);
+        self.binary(types::I8X16, unsigned, signed, |builder, unsigned, signed| {
+            if x86 {
+                return builder.ins().x86_pmaddubsw(signed, unsigned);
+            }
+            let (low, high) = (builder.ins().uwiden_low(unsigned), builder.ins().uwiden_high(unsigned));
+            let (signed_low, signed_high) = (builder.ins().swiden_low(signed), builder.ins().swiden_high(signed));
+            let (low, high) = (builder.ins().imul(low, signed_low), builder.ins().imul(high, signed_high));
+            builder.ins().iadd_pairwise(low, high)
+        })
+    }
+
+    fn sum_pairs16(&mut self, a: Vector) -> Vector {
+        // Matched as one `pmaddwd` with ones, or `saddlp`.
+        let a = self.typed(a, types::I16X8);
+        let (low, high) = (self.builder.ins().swiden_low(a), self.builder.ins().swiden_high(a));
+        vector(self.builder.ins().iadd_pairwise(low, high))
+    }
+
+    fn dot(&mut self, sum: Vector, unsigned: Vector, signed: Vector) -> Vector {
+        // Cranelift has no such operation; it recognises this tree as `vpdpbusd` (signed operand first, the other widened
+        // unsigned) or as `sdot` (both widened signed, which is the same for values up to 127).
+        let x86 = self.cpu.arch() == Arch::X86_64;
+        let sum = self.typed(sum, types::I32X4);
+        let (unsigned, signed) = (self.typed(unsigned, types::I8X16), self.typed(signed, types::I8X16));
+        let builder = &mut self.builder;
+        let (u_low, u_high) = if x86 {
+            (builder.ins().uwiden_low(unsigned), builder.ins().uwiden_high(unsigned))
+        } else {
+            (builder.ins().swiden_low(unsigned), builder.ins().swiden_high(unsigned))
+        };
+        let (s_low, s_high) = (builder.ins().swiden_low(signed), builder.ins().swiden_high(signed));
+        let halves = [builder.ins().imul(s_low, u_low), builder.ins().imul(s_high, u_high)];
+        let [low, high] = halves.map(|products| {
+            let (low, high) = (builder.ins().swiden_low(products), builder.ins().swiden_high(products));
+            builder.ins().iadd_pairwise(low, high)
+        });
+        let dot = builder.ins().iadd_pairwise(low, high);
+        vector(builder.ins().iadd(dot, sum))
+    }
+
+    fn sum_lanes32(&mut self, vectors: [Vector; 4]) -> Vector {
+        let [a, b, c, d] = vectors.map(|v| self.typed(v, types::I32X4));
+        let (low, high) = (self.builder.ins().iadd_pairwise(a, b), self.builder.ins().iadd_pairwise(c, d));
+        vector(self.builder.ins().iadd_pairwise(low, high))
+    }
+
+    fn lookup(&mut self, table: Vector, index: Vector) -> Vector {
+        let x86 = self.cpu.arch() == Arch::X86_64;
+        self.binary(types::I8X16, table, index, |builder, table, index| {
+            // `swizzle` gives 0 for indices over 15, which costs `pshufb` a correction that nobody needs here.
+            if x86 { builder.ins().x86_pshufb(table, index) } else { builder.ins().swizzle(table, index) }
+        })
+    }
+
+    fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2] {
+        let (a, b) = (self.typed(a, types::I8X16), self.typed(b, types::I8X16));
+        [0, 8].map(|first| {
+            // Lane pairs (a₀ b₀ a₁ b₁ …) of two bytes each; bytes of `b` are numbered from 16.
+            let bytes = std::array::from_fn::<u8, 16, _>(|i| (first + i / 4 * 2 + i % 2 + i / 2 % 2 * 16) as u8);
+            let mask = self.builder.func.dfg.immediates.push(ConstantData::from(bytes.as_slice()));
+            vector(self.builder.ins().shuffle(a, b, mask))
+        })
+    }
+
+    fn widen16(&mut self, a: Vector) -> [Vector; 2] {
+        let a = self.typed(a, types::I16X8);
+        [self.builder.ins().uwiden_low(a), self.builder.ins().uwiden_high(a)].map(vector)
+    }
+}

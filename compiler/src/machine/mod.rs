@@ -1,0 +1,164 @@
+//! What an emitter may ask of a machine: a few vector operations, counted loops, pointers.
+//!
+//! Kernel families are written once, over [`Machine`]. Vectors are untyped registers of
+//! [`vector_bytes`](Machine::vector_bytes) bytes; every operation says how it reads its lanes, always in order from the
+//! lowest address. Values are immutable; what changes from one loop iteration to the next is a variable. A machine that
+//! lacks an operation is kept away from it by [`Schedule::check`](crate::Schedule::check).
+
+pub mod clif;
+
+/// An immutable vector value.
+#[derive(Clone, Copy, Debug)]
+pub struct Vector(pub(crate) u32);
+
+/// An immutable 64-bit integer or address.
+#[derive(Clone, Copy, Debug)]
+pub struct Int(pub(crate) u32);
+
+/// A vector that loops may change.
+#[derive(Clone, Copy, Debug)]
+pub struct VectorVariable(pub(crate) u32);
+
+/// An integer that loops may change.
+#[derive(Clone, Copy, Debug)]
+pub struct IntVariable(pub(crate) u32);
+
+/// An open loop; give it back to [`Machine::end_loop`].
+#[derive(Debug)]
+#[must_use]
+pub struct Loop(pub(crate) usize);
+
+/// A field of [`KernelArgs`](crate::kernel::KernelArgs), in its order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Argument {
+    /// Address of the first tile of weights.
+    Weights,
+    /// Number of tiles, at least 1.
+    Tiles,
+    /// Address of the first prepared column.
+    Activations,
+    /// Bytes from one prepared column to the next.
+    ActivationStride,
+    /// Number of columns, at least 1.
+    Columns,
+    /// Address of `Σa` of the first column, `i32` each.
+    Sums,
+    /// Address of the result of the first row in the first column, `i32` each.
+    Out,
+    /// Bytes from one column of results to the next.
+    OutStride,
+}
+
+/// The operations that emitters are written in.
+pub trait Machine {
+    /// Bytes of a vector.
+    fn vector_bytes(&self) -> usize;
+
+    /// Reads a field of the argument record.
+    fn argument(&mut self, argument: Argument) -> Int;
+    /// `a + b`.
+    fn add(&mut self, a: Int, b: Int) -> Int;
+    /// `a + constant`.
+    fn add_constant(&mut self, a: Int, constant: i64) -> Int;
+
+    /// A new integer variable.
+    fn int_variable(&mut self, initial: Int) -> IntVariable;
+    /// Its value now.
+    fn get_int(&mut self, variable: IntVariable) -> Int;
+    /// Changes it.
+    fn set_int(&mut self, variable: IntVariable, value: Int);
+    /// A new vector variable.
+    fn vector_variable(&mut self, initial: Vector) -> VectorVariable;
+    /// Its value now.
+    fn get(&mut self, variable: VectorVariable) -> Vector;
+    /// Changes it.
+    fn set(&mut self, variable: VectorVariable, value: Vector);
+
+    /// Opens a loop that runs `count ≥ 1` times.
+    fn begin_repeat(&mut self, count: usize) -> Loop;
+    /// Opens a loop that runs while `variable ≥ bound`, tested before each turn.
+    fn begin_while_at_least(&mut self, variable: IntVariable, bound: i64) -> Loop;
+    /// Closes the loop that was opened last.
+    fn end_loop(&mut self, open: Loop);
+
+    /// All bits zero.
+    fn zero(&mut self) -> Vector;
+    /// Every byte `value`.
+    fn splat8(&mut self, value: u8) -> Vector;
+    /// Every 32-bit lane `value`.
+    fn splat32(&mut self, value: i32) -> Vector;
+    /// Loads a vector from `address + offset`; no alignment is needed.
+    fn load(&mut self, address: Int, offset: i32) -> Vector;
+    /// Loads 16 bytes into every 128 bits of a vector.
+    fn load_table(&mut self, address: Int, offset: i32) -> Vector;
+    /// Loads 32 bits into every 32-bit lane.
+    fn load_splat32(&mut self, address: Int, offset: i32) -> Vector;
+    /// Stores a vector.
+    fn store(&mut self, address: Int, offset: i32, value: Vector);
+    /// Stores the lowest 16 bytes of a vector.
+    fn store_low128(&mut self, address: Int, offset: i32, value: Vector);
+
+    /// Bitwise and.
+    fn and(&mut self, a: Vector, b: Vector) -> Vector;
+    /// Adds bytes, wrapping.
+    fn add8(&mut self, a: Vector, b: Vector) -> Vector;
+    /// Adds 16-bit lanes, wrapping.
+    fn add16(&mut self, a: Vector, b: Vector) -> Vector;
+    /// Subtracts 16-bit lanes, wrapping.
+    fn sub16(&mut self, a: Vector, b: Vector) -> Vector;
+    /// Adds 32-bit lanes, wrapping.
+    fn add32(&mut self, a: Vector, b: Vector) -> Vector;
+    /// Subtracts 32-bit lanes, wrapping.
+    fn sub32(&mut self, a: Vector, b: Vector) -> Vector;
+    /// Shifts 16-bit lanes left.
+    fn shift_left16(&mut self, a: Vector, bits: u8) -> Vector;
+    /// Shifts 16-bit lanes right, zeros coming in.
+    fn shift_right16(&mut self, a: Vector, bits: u8) -> Vector;
+    /// Shifts 32-bit lanes left.
+    fn shift_left32(&mut self, a: Vector, bits: u8) -> Vector;
+
+    /// 16-bit lane i: `unsigned[2i]·signed[2i] + unsigned[2i+1]·signed[2i+1]`. The caller sees to it that the sum
+    /// fits: codes are at most 3, or the lane may hold anything but nothing else happens.
+    fn multiply_add_pairs(&mut self, unsigned: Vector, signed: Vector) -> Vector;
+    /// 32-bit lane i: sum of the signed 16-bit lanes 2i and 2i+1.
+    fn sum_pairs16(&mut self, a: Vector) -> Vector;
+    /// 32-bit lane i: `sum[i] + Σ unsigned[4i+j]·signed[4i+j]`, j in 0..4; `unsigned` at most 127.
+    fn dot(&mut self, sum: Vector, unsigned: Vector, signed: Vector) -> Vector;
+    /// The sums of all 32-bit lanes of each of four vectors, in the lowest four 32-bit lanes.
+    fn sum_lanes32(&mut self, vectors: [Vector; 4]) -> Vector;
+
+    /// Byte i: `table[index[i]]`, `index[i] ≤ 15`, from the table in the same 128 bits.
+    fn lookup(&mut self, table: Vector, index: Vector) -> Vector;
+    /// The 16-bit lanes of `a` and `b` in turn, `a` first: the first half of the result, then the second.
+    fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2];
+    /// Widens unsigned 16-bit lanes to 32 bits: the first half, then the second.
+    fn widen16(&mut self, a: Vector) -> [Vector; 2];
+}
+
+/// Emits `body` once, in a loop that runs `count` times; no loop for a count of 1, nothing for 0.
+pub fn repeat(m: &mut dyn Machine, count: usize, body: impl FnOnce(&mut dyn Machine)) {
+    match count {
+        0 => {}
+        1 => body(m),
+        _ => {
+            let open = m.begin_repeat(count);
+            body(m);
+            m.end_loop(open);
+        }
+    }
+}
+
+/// Emits `body` once, in a loop that runs while the variable is at least `bound`; the body lowers it.
+pub fn while_at_least(m: &mut dyn Machine, variable: IntVariable, bound: i64, body: impl FnOnce(&mut dyn Machine)) {
+    let open = m.begin_while_at_least(variable, bound);
+    body(m);
+    m.end_loop(open);
+}
+
+/// `variable += constant`.
+pub fn advance(m: &mut dyn Machine, variable: IntVariable, constant: i64) {
+    let value = m.get_int(variable);
+    let next = m.add_constant(value, constant);
+    m.set_int(variable, next);
+}

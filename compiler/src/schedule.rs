@@ -1,0 +1,343 @@
+//! How a kernel computes it, as a value; and the one place that knows what is legal.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::activations::ActivationFormat;
+use crate::{Arch, Columns, Cpu, Feature, KernelSpec, Layout};
+
+/// The idea behind a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    /// Unpack two-bit codes, multiply-add bytes, subtract `Σa` once.
+    Mad,
+    /// Two trits are an index into a table of their sums, looked up by byte shuffles.
+    Tl1,
+}
+
+impl Family {
+    /// All families.
+    pub const ALL: [Self; 2] = [Self::Mad, Self::Tl1];
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Mad => "mad",
+            Self::Tl1 => "tl1",
+        })
+    }
+}
+
+impl FromStr for Family {
+    type Err = ParseScheduleError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let known = Self::ALL.into_iter().find(|family| family.to_string() == text);
+        known.ok_or_else(|| ParseScheduleError(format!("family `{text}`: expected mad or tl1")))
+    }
+}
+
+/// The machine under the emitter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MachineKind {
+    /// Cranelift's 128-bit vectors: runs everywhere.
+    Clif128,
+}
+
+impl fmt::Display for MachineKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Clif128 => "clif128",
+        })
+    }
+}
+
+impl FromStr for MachineKind {
+    type Err = ParseScheduleError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "clif128" => Ok(Self::Clif128),
+            _ => Err(ParseScheduleError(format!("machine `{text}`: expected clif128"))),
+        }
+    }
+}
+
+/// The instruction that multiplies and adds bytes in [`Family::Mad`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Multiply {
+    /// Pairs of bytes to 16-bit sums (`pmaddubsw` or its equivalent), widened to 32 bits in time.
+    Pairs,
+    /// Four bytes to 32-bit sums at once (`vpdpbusd`, `sdot`).
+    Dot,
+}
+
+/// How a kernel is built. Prints to one line and parses back, for example
+/// `mad/clif128 layout=rows4x64 multiply=pairs unroll=1 ntile=1`.
+///
+/// Any value may be built; [`check`](Self::check) says whether it is legal for a spec on a CPU, and nothing is emitted
+/// without it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Schedule {
+    /// The idea.
+    pub family: Family,
+    /// What emits it.
+    pub machine: MachineKind,
+    /// The order of the weights in memory; its tile is the number of rows in flight.
+    pub layout: Layout,
+    /// The multiplication of `mad`; [`Multiply::Pairs`] where nothing is multiplied.
+    pub multiply: Multiply,
+    /// Steps per loop iteration: chunks of a row for `mad`, bytes of a row for `tl1`.
+    pub unroll: u8,
+    /// Columns that share one pass over a tile.
+    pub ntile: u8,
+}
+
+/// Largest sum of `vectors` vectors of codes, each four `pmaddubsw` pairs of code ≤ 2 and |activation| ≤ 127.
+const fn pairs_bound(vectors: usize) -> usize {
+    vectors * 4 * 2 * 2 * 127
+}
+
+/// Why a schedule cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ScheduleError {
+    /// The row is empty or too long.
+    #[error("k={0}: rows of 1 to {max} weights can be compiled", max = KernelSpec::MAX_K)]
+    RowLength(usize),
+    /// The family cannot read the layout.
+    #[error("{family} cannot read layout {layout}: it needs {needs}")]
+    Layout {
+        /// The family.
+        family: Family,
+        /// The layout that was asked for.
+        layout: Layout,
+        /// What it reads.
+        needs: &'static str,
+    },
+    /// The CPU lacks an instruction.
+    #[error("{what} needs {needs}, which this CPU ({cpu}) lacks")]
+    MissingFeature {
+        /// What needs it.
+        what: &'static str,
+        /// The feature.
+        needs: &'static str,
+        /// The CPU.
+        cpu: Cpu,
+    },
+    /// A parameter is outside its range.
+    #[error("{name}={value}: expected {expected}")]
+    Parameter {
+        /// Name of the parameter.
+        name: &'static str,
+        /// Its value.
+        value: usize,
+        /// What is allowed.
+        expected: &'static str,
+    },
+    /// 16-bit sums could overflow.
+    #[error(
+        "{vectors} vectors between flushes sum to up to {bound}, more than 16 bits hold (32767): lower unroll or the chunk"
+    )]
+    Overflow {
+        /// Vectors summed before they are widened.
+        vectors: usize,
+        /// Largest possible sum.
+        bound: usize,
+    },
+}
+
+impl Schedule {
+    /// Whether this schedule computes `spec` correctly on `cpu`.
+    ///
+    /// # Errors
+    /// The first reason why not.
+    pub fn check(&self, spec: &KernelSpec, cpu: &Cpu) -> Result<(), ScheduleError> {
+        if spec.k == 0 || spec.k > KernelSpec::MAX_K {
+            return Err(ScheduleError::RowLength(spec.k));
+        }
+        let parameter =
+            |name, value: u8, expected| Err(ScheduleError::Parameter { name, value: value.into(), expected });
+        match (spec.columns, self.ntile) {
+            (Columns::One, 1) | (Columns::Many, 1..=8) => {}
+            (Columns::One, ntile) => return parameter("ntile", ntile, "1 for n=1"),
+            (Columns::Many, ntile) => return parameter("ntile", ntile, "1 to 8"),
+        }
+        match self.family {
+            Family::Mad => {
+                let Layout::Rows { rows: 4 | 8, chunk } = self.layout else {
+                    let needs = "rows4x… or rows8x…";
+                    return Err(ScheduleError::Layout { family: self.family, layout: self.layout, needs });
+                };
+                if !matches!(self.unroll, 1 | 2 | 4) {
+                    return parameter("unroll", self.unroll, "1, 2 or 4 chunks");
+                }
+                match self.multiply {
+                    Multiply::Pairs => {
+                        let vectors = usize::from(chunk) / 16 * usize::from(self.unroll);
+                        let bound = pairs_bound(vectors);
+                        if bound > i16::MAX as usize {
+                            return Err(ScheduleError::Overflow { vectors, bound });
+                        }
+                    }
+                    Multiply::Dot if !cpu.has_dot() => {
+                        let needs = match cpu.arch() {
+                            Arch::X86_64 => "AVX-VNNI, or AVX-512 VNNI with VL",
+                            Arch::Aarch64 => "the dot product extension",
+                        };
+                        return Err(ScheduleError::MissingFeature { what: "multiply=dot", needs, cpu: *cpu });
+                    }
+                    Multiply::Dot => {}
+                }
+            }
+            Family::Tl1 => {
+                let Layout::Lanes { rows: 16 | 32 | 48 | 64 } = self.layout else {
+                    let needs = "lanes16 to lanes64";
+                    return Err(ScheduleError::Layout { family: self.family, layout: self.layout, needs });
+                };
+                if !cpu.has_table_lookup() {
+                    let needs = Feature::Ssse3.name();
+                    return Err(ScheduleError::MissingFeature { what: "tl1", needs, cpu: *cpu });
+                }
+                if self.multiply != Multiply::Pairs {
+                    return parameter("multiply", self.multiply as u8, "none: tl1 looks up");
+                }
+                if !matches!(self.unroll, 2 | 4 | 8 | 16) {
+                    return parameter("unroll", self.unroll, "2, 4, 8 or 16 bytes");
+                }
+                if self.ntile != 1 {
+                    return parameter("ntile", self.ntile, "1: a table serves one column");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// How the activations of one column must be laid out for this schedule.
+    #[must_use]
+    pub const fn activation_format(&self) -> ActivationFormat {
+        match self.family {
+            Family::Mad => ActivationFormat::Planes,
+            Family::Tl1 => ActivationFormat::PairTables,
+        }
+    }
+
+    /// Every legal schedule for `spec` on `cpu`, the ones that most often win first.
+    #[must_use]
+    pub fn candidates(spec: &KernelSpec, cpu: &Cpu) -> Vec<Self> {
+        let ntiles: &[u8] = match spec.columns {
+            Columns::One => &[1],
+            Columns::Many => &[4, 2, 1, 8],
+        };
+        let mut candidates = Vec::new();
+        let machine = MachineKind::Clif128;
+        for multiply in [Multiply::Dot, Multiply::Pairs] {
+            for unroll in [1, 2, 4] {
+                for ntile in ntiles {
+                    for (rows, chunk) in [(4, 64), (8, 64), (4, 16), (8, 16), (4, 32), (8, 32)] {
+                        let layout = Layout::Rows { rows, chunk };
+                        candidates.push(Self { family: Family::Mad, machine, layout, multiply, unroll, ntile: *ntile });
+                    }
+                }
+            }
+        }
+        for unroll in [8, 16, 4, 2] {
+            for rows in [32, 64, 16, 48] {
+                let layout = Layout::Lanes { rows };
+                let multiply = Multiply::Pairs;
+                candidates.push(Self { family: Family::Tl1, machine, layout, multiply, unroll, ntile: 1 });
+            }
+        }
+        candidates.retain(|schedule| schedule.check(spec, cpu).is_ok());
+        candidates
+    }
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { family, machine, layout, multiply, unroll, ntile } = self;
+        write!(f, "{family}/{machine} layout={layout}")?;
+        if *family == Family::Mad {
+            let multiply = match multiply {
+                Multiply::Pairs => "pairs",
+                Multiply::Dot => "dot",
+            };
+            write!(f, " multiply={multiply}")?;
+        }
+        write!(f, " unroll={unroll} ntile={ntile}")
+    }
+}
+
+/// A line that describes no schedule.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("schedule: {0}")]
+pub struct ParseScheduleError(String);
+
+impl FromStr for Schedule {
+    type Err = ParseScheduleError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut words = text.split_whitespace();
+        let (family, machine) = words
+            .next()
+            .and_then(|word| word.split_once('/'))
+            .ok_or_else(|| ParseScheduleError(format!("`{text}` does not start with family/machine")))?;
+        let (mut layout, mut multiply, mut unroll, mut ntile) = (None, None, None, None);
+        for word in words {
+            let bad = || ParseScheduleError(format!("`{word}` is no parameter (layout=, multiply=, unroll=, ntile=)"));
+            let (name, value) = word.split_once('=').ok_or_else(bad)?;
+            let set = match name {
+                "layout" => {
+                    let value = value.parse().map_err(|error| ParseScheduleError(format!("{error}")))?;
+                    layout.replace(value).is_none()
+                }
+                "multiply" => {
+                    let value = match value {
+                        "pairs" => Multiply::Pairs,
+                        "dot" => Multiply::Dot,
+                        _ => return Err(bad()),
+                    };
+                    multiply.replace(value).is_none()
+                }
+                "unroll" => unroll.replace(value.parse().map_err(|_| bad())?).is_none(),
+                "ntile" => ntile.replace(value.parse().map_err(|_| bad())?).is_none(),
+                _ => return Err(bad()),
+            };
+            if !set {
+                return Err(ParseScheduleError(format!("{name} is given twice")));
+            }
+        }
+        let family = family.parse()?;
+        let missing = |name| ParseScheduleError(format!("{name}= is missing"));
+        let multiply = match (family, multiply) {
+            (Family::Mad, multiply) => multiply.ok_or_else(|| missing("multiply"))?,
+            (Family::Tl1, None) => Multiply::Pairs,
+            (Family::Tl1, Some(_)) => return Err(ParseScheduleError("tl1 has no multiply=".to_owned())),
+        };
+        Ok(Self {
+            family,
+            machine: machine.parse()?,
+            layout: layout.ok_or_else(|| missing("layout"))?,
+            multiply,
+            unroll: unroll.ok_or_else(|| missing("unroll"))?,
+            ntile: ntile.ok_or_else(|| missing("ntile"))?,
+        })
+    }
+}
+
+impl From<Schedule> for String {
+    fn from(schedule: Schedule) -> Self {
+        schedule.to_string()
+    }
+}
+
+impl TryFrom<String> for Schedule {
+    type Error = ParseScheduleError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
