@@ -59,8 +59,7 @@ pub(crate) fn check(kernel: &Kernel) -> Result<(), Mismatch> {
         canonical.extend((0..row_bytes).map(|_| match row {
             0 => 0b10_10_10_10,
             1 => 0,
-            // Four of the 81 valid bytes' digits at once.
-            _ => (0..4).fold(0, |byte, place| byte | (random.next() % 3) as u8 * (1 << (2 * place))),
+            _ => (0..4).fold(0, |byte, _| byte << 2 | (random.next() % 3) as u8),
         }));
     }
     let weights = TernaryMatrix::from_bytes(m, k, canonical).unwrap_or_else(|_| {

@@ -103,6 +103,20 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
     jobs.iter().map(|job| results[job].clone()).collect()
 }
 
+/// The Cranelift IR of a kernel as text, for reading.
+///
+/// # Errors
+/// If the schedule is not legal or the target unknown to Cranelift.
+pub fn clif_text(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<String, CompileError> {
+    let (spec, schedule) = (*spec, *schedule);
+    schedule.check(&spec, cpu).map_err(|error| CompileError::Schedule { spec, schedule, error })?;
+    clif::text(cpu, |m| emit::emit(m, &spec, &schedule)).map_err(|error| CompileError::Code {
+        spec,
+        schedule,
+        reason: error.to_string(),
+    })
+}
+
 /// Copies code into memory that becomes executable once it is no longer writable.
 fn load(codes: &[((KernelSpec, Schedule), clif::Code)], cpu: &Cpu) -> Result<Vec<Kernel>, String> {
     if codes.is_empty() {
@@ -116,12 +130,10 @@ fn load(codes: &[((KernelSpec, Schedule), clif::Code)], cpu: &Cpu) -> Result<Vec
     let mut functions = Vec::new();
     for (i, ((spec, schedule), code)) in codes.iter().enumerate() {
         let signature = module.make_signature();
-        let define = || {
-            let id = module.declare_function(&format!("kernel{i}"), Linkage::Local, &signature)?;
-            module.define_function_bytes(id, code.alignment, &code.bytes, &[])?;
-            Ok::<_, cranelift_module::ModuleError>(id)
-        };
-        let id = { define }().map_err(|error| error.to_string())?;
+        let id = module
+            .declare_function(&format!("kernel{i}"), Linkage::Local, &signature)
+            .map_err(|error| error.to_string())?;
+        module.define_function_bytes(id, code.alignment, &code.bytes, &[]).map_err(|error| error.to_string())?;
         functions.push((*spec, *schedule, id, code.bytes.len()));
     }
     module.finalize_definitions().map_err(|error| error.to_string())?;

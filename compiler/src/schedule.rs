@@ -6,6 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::activations::ActivationFormat;
+use crate::emit::tl1::MAX_UNROLL;
 use crate::{Arch, Columns, Cpu, Feature, KernelSpec, Layout};
 
 /// The idea behind a kernel.
@@ -205,8 +206,8 @@ impl Schedule {
                 if self.multiply != Multiply::Pairs {
                     return parameter("multiply", self.multiply as u8, "none: tl1 looks up");
                 }
-                if !matches!(self.unroll, 2 | 4 | 8 | 16) {
-                    return parameter("unroll", self.unroll, "2, 4, 8 or 16 bytes");
+                if self.unroll == 0 || !self.unroll.is_multiple_of(2) || usize::from(self.unroll) > MAX_UNROLL {
+                    return parameter("unroll", self.unroll, "an even number of bytes up to 18");
                 }
                 if self.ntile != 1 {
                     return parameter("ntile", self.ntile, "1: a table serves one column");
@@ -225,31 +226,35 @@ impl Schedule {
         }
     }
 
-    /// Every legal schedule for `spec` on `cpu`, the ones that most often win first.
+    /// The schedules for `spec` on `cpu` that are worth measuring, the ones that most often win first.
+    ///
+    /// All are legal. Left out are those that Cranelift turns into spills: with `multiply=dot`, more than one vector of
+    /// a row per turn.
     #[must_use]
     pub fn candidates(spec: &KernelSpec, cpu: &Cpu) -> Vec<Self> {
         let ntiles: &[u8] = match spec.columns {
             Columns::One => &[1],
-            Columns::Many => &[4, 2, 1, 8],
+            Columns::Many => &[4, 2, 8, 1],
+        };
+        let machine = MachineKind::Clif128;
+        let mad = |multiply, unroll, ntile, rows, chunk| {
+            let layout = Layout::Rows { rows, chunk };
+            Self { family: Family::Mad, machine, layout, multiply, unroll, ntile }
         };
         let mut candidates = Vec::new();
-        let machine = MachineKind::Clif128;
-        for multiply in [Multiply::Dot, Multiply::Pairs] {
-            for unroll in [1, 2, 4] {
-                for ntile in ntiles {
-                    for (rows, chunk) in [(4, 64), (8, 64), (4, 16), (8, 16), (4, 32), (8, 32)] {
-                        let layout = Layout::Rows { rows, chunk };
-                        candidates.push(Self { family: Family::Mad, machine, layout, multiply, unroll, ntile: *ntile });
-                    }
-                }
+        for ntile in ntiles {
+            candidates.extend([8, 4].map(|rows| mad(Multiply::Dot, 1, *ntile, rows, 16)));
+        }
+        for (unroll, chunk) in [(2, 16), (1, 32), (4, 16), (1, 16), (2, 32), (1, 64), (4, 32), (2, 64), (4, 64)] {
+            for ntile in ntiles {
+                candidates.extend([8, 4].map(|rows| mad(Multiply::Pairs, unroll, *ntile, rows, chunk)));
             }
         }
-        for unroll in [8, 16, 4, 2] {
-            for rows in [32, 64, 16, 48] {
+        for unroll in [4, 2, 8, 16] {
+            candidates.extend([64, 32, 48, 16].map(|rows| {
                 let layout = Layout::Lanes { rows };
-                let multiply = Multiply::Pairs;
-                candidates.push(Self { family: Family::Tl1, machine, layout, multiply, unroll, ntile: 1 });
-            }
+                Self { family: Family::Tl1, machine, layout, multiply: Multiply::Pairs, unroll, ntile: 1 }
+            }));
         }
         candidates.retain(|schedule| schedule.check(spec, cpu).is_ok());
         candidates

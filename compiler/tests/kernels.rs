@@ -183,3 +183,15 @@ proptest! {
         prop_assert!(results[rows..].iter().all(|word| *word == 0x5a5a_5a5a));
     }
 }
+
+#[test]
+fn the_ir_of_the_smallest_kernels_is_what_was_reviewed() {
+    let cpu: Cpu = "x86-64 +sse3 +ssse3 +sse4.1".parse().unwrap();
+    let spec = KernelSpec { k: 64, columns: Columns::One };
+    for (name, text) in [
+        ("mad", "mad/clif128 layout=rows4x16 multiply=pairs unroll=1 ntile=1"),
+        ("tl1", "tl1/clif128 layout=lanes16 unroll=2 ntile=1"),
+    ] {
+        insta::assert_snapshot!(name, ternion_compiler::clif_text(&spec, &text.parse().unwrap(), &cpu).unwrap());
+    }
+}

@@ -1,7 +1,7 @@
 //! Kernel families, one file each, written once over the [`Machine`](crate::machine::Machine).
 
 mod mad;
-mod tl1;
+pub(crate) mod tl1;
 
 use crate::machine::Machine;
 use crate::{Family, KernelSpec, Schedule};

@@ -21,7 +21,7 @@ pub(crate) const MAX_UNROLL: usize = 255 / (2 * 7);
 /// Groups of at most four lookups (two steps) whose low parts 16-bit sums can take: 4·63 each.
 const MAX_GROUPS: usize = 65535 / (4 * 63);
 
-/// Rows in one vector of bytes on the 128-bit machine; wider machines take more at once.
+/// The compile-time facts of one kernel.
 struct Tl1 {
     rows: usize,
     unroll: usize,
@@ -176,7 +176,7 @@ fn flush(m: &mut dyn Machine, sums: &Sums, out: Int, offset: usize) {
             let at = (offset + (2 * half + quarter) * width) as i32;
             let high = m.shift_left32(high, 6);
             let sum = m.add32(low, high);
-            let old = m.load(out, at);
+            let old = m.load_result(out, at);
             let new = m.add32(old, sum);
             m.store(out, at, new);
         }

@@ -62,6 +62,11 @@ pub(crate) fn compile(cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<
     Ok(Code { bytes: compiled.code_buffer().to_vec(), alignment: compiled.buffer.alignment.into() })
 }
 
+/// The function's IR as text.
+pub(crate) fn text(cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<String, CodegenError> {
+    Ok(function(&isa(cpu)?, cpu, emit).display().to_string())
+}
+
 /// Builds the IR of the function that `emit` describes.
 fn function(isa: &OwnedTargetIsa, cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Function {
     let convention = match cpu.arch() {
@@ -106,6 +111,12 @@ fn cast_flags() -> MemFlagsData {
     MemFlagsData::new().with_endianness(Endianness::Little)
 }
 
+/// What a kernel reads and never writes: Cranelift may then place the load where its value is needed. Without that, all
+/// loads of a loop body come first, in order, and their values spill.
+fn input_flags() -> MemFlagsData {
+    memory_flags().with_readonly().with_can_move()
+}
+
 /// Kernels read and write only what [`Kernel::run`](crate::Kernel::run) has checked; nothing is assumed aligned.
 fn memory_flags() -> MemFlagsData {
     MemFlagsData::new().with_notrap().with_endianness(Endianness::Little)
@@ -138,7 +149,7 @@ impl Clif<'_> {
     }
 
     fn load_typed(&mut self, lanes: Type, address: Int, offset: i32) -> Value {
-        self.builder.ins().load(lanes, memory_flags(), Value::from_u32(address.0), offset)
+        self.builder.ins().load(lanes, input_flags(), Value::from_u32(address.0), offset)
     }
 
     fn open(&mut self, head: Block, exit: Block, counter: Option<Variable>) -> Loop {
@@ -162,7 +173,7 @@ impl Machine for Clif<'_> {
 
     fn argument(&mut self, argument: Argument) -> Int {
         let offset = 8 * argument as i32;
-        int(self.builder.ins().load(types::I64, memory_flags(), self.record, offset))
+        int(self.builder.ins().load(types::I64, input_flags(), self.record, offset))
     }
 
     fn add(&mut self, a: Int, b: Int) -> Int {
@@ -266,6 +277,10 @@ impl Machine for Clif<'_> {
     fn load_splat32(&mut self, address: Int, offset: i32) -> Vector {
         let value = self.load_typed(types::I32, address, offset);
         vector(self.builder.ins().splat(types::I32X4, value))
+    }
+
+    fn load_result(&mut self, address: Int, offset: i32) -> Vector {
+        vector(self.builder.ins().load(types::I8X16, memory_flags(), Value::from_u32(address.0), offset))
     }
 
     fn store(&mut self, address: Int, offset: i32, value: Vector) {

@@ -88,12 +88,14 @@ pub trait Machine {
     fn splat8(&mut self, value: u8) -> Vector;
     /// Every 32-bit lane `value`.
     fn splat32(&mut self, value: i32) -> Vector;
-    /// Loads a vector from `address + offset`; no alignment is needed.
+    /// Loads a vector of weights or activations, which no store changes, from `address + offset`; no alignment needed.
     fn load(&mut self, address: Int, offset: i32) -> Vector;
     /// Loads 16 bytes into every 128 bits of a vector.
     fn load_table(&mut self, address: Int, offset: i32) -> Vector;
     /// Loads 32 bits into every 32-bit lane.
     fn load_splat32(&mut self, address: Int, offset: i32) -> Vector;
+    /// Loads a vector of results, after the stores before it.
+    fn load_result(&mut self, address: Int, offset: i32) -> Vector;
     /// Stores a vector.
     fn store(&mut self, address: Int, offset: i32, value: Vector);
     /// Stores the lowest 16 bytes of a vector.
