@@ -193,12 +193,13 @@ pub fn choose(
 }
 
 /// Bytes to measure over, and how many of them it takes at least. Decoding reads all matrices between two uses of one:
-/// if that is more than the caches hold, twice what they hold is as cold as all of it.
+/// if that is more than the caches hold, four times what they hold is as cold as all of it (twice would do, were it not
+/// for virtual machines that hide a second last-level cache).
 fn measuring_bytes(problems: &[Problem], machine: &CpuProfile) -> (usize, usize) {
     let matrix = |problem: &Problem| problem.m.saturating_mul(problem.k.div_ceil(4));
     let model = problems.iter().map(|problem| matrix(problem).saturating_mul(problem.count.max(1)));
     let model = model.fold(0, usize::saturating_add);
-    let cold = usize::try_from(machine.last_level_bytes().saturating_mul(2)).unwrap_or(usize::MAX);
+    let cold = usize::try_from(machine.last_level_bytes().saturating_mul(4)).unwrap_or(usize::MAX);
     let spare = machine.memory.available.map_or(usize::MAX, |bytes| usize::try_from(bytes / 4).unwrap_or(usize::MAX));
     // A tile of 64 rows, a little padded: it can be larger than its matrix.
     let tile = problems.iter().map(|problem| problem.k.saturating_add(256).saturating_mul(16)).max().unwrap_or(0);
@@ -516,7 +517,7 @@ mod tests {
         assert_eq!(measuring_bytes(&[small], &machine), (256 * 64 * 10, 16 * 512));
         let large = Problem { m: 6912, k: 2560, count: 60 };
         let bytes = |machine: &CpuProfile| measuring_bytes(&[large, small], machine).0;
-        assert_eq!(bytes(&machine), 64 << 20, "twice the cache that is assumed where none is known");
+        assert_eq!(bytes(&machine), 128 << 20, "four times the cache that is assumed where none is known");
         machine.memory.available = Some(64 << 20);
         assert_eq!(bytes(&machine), 16 << 20);
     }

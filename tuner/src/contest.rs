@@ -43,7 +43,8 @@ impl Entrant {
     }
 }
 
-/// What was measured of a schedule: times of one matrix product in microseconds.
+/// What was measured of a schedule: times of one matrix product in microseconds, its part of preparing the activations
+/// included.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
     /// Fastest sample.

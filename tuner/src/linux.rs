@@ -126,10 +126,8 @@ impl Linux {
     pub(crate) fn page_bytes(&self) -> Option<u64> {
         const AT_PAGESZ: usize = 6;
         let vector = fs::read(self.root.join("proc/self/auxv")).ok()?;
-        let words: Vec<usize> = vector
-            .chunks_exact(size_of::<usize>())
-            .map(|bytes| usize::from_ne_bytes(bytes.try_into().expect("chunks of a word")))
-            .collect();
+        let words = vector.as_chunks::<{ size_of::<usize>() }>().0;
+        let words: Vec<usize> = words.iter().map(|bytes| usize::from_ne_bytes(*bytes)).collect();
         words.chunks_exact(2).find(|pair| pair[0] == AT_PAGESZ).map(|pair| pair[1] as u64)
     }
 

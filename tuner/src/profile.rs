@@ -250,8 +250,7 @@ impl CacheDir {
             let mut file = tempfile::NamedTempFile::new_in(directory)?;
             serde_json::to_writer_pretty(&mut file, &profile)?;
             file.write_all(b"\n")?;
-            // The name must never point to a file whose contents a power cut could still lose.
-            file.as_file().sync_all()?;
+            // Not forced to the disk: that can take longer than the whole race, and what a power cut loses is found anew.
             file.persist(&path)?;
             Ok(())
         };
