@@ -3,6 +3,10 @@
 //! The caller is one of the team. Between two calls the others spin for a short while, since the next call of a forward
 //! pass is microseconds away, and then park. A call allocates nothing and takes no lock that is ever waited for.
 //!
+//! Work comes in as many shares as there are threads. [`Team::divide`] lets a thread that is done take over the share of
+//! one that has not come yet, so that a core which another program holds delays nothing; [`Workers::run`] gives every
+//! thread its own share whatever happens, which is what measuring needs.
+//!
 //! [`SharedSlice`] lets the threads write to disjoint parts of one slice.
 
 use std::any::Any;
@@ -16,10 +20,11 @@ use std::thread::{JoinHandle, Thread};
 
 pub use ternion_tuner::Workers;
 
-/// Turns of the waiting loop before a thread gives its core away: some tens of microseconds.
-const SPINS: usize = 4096;
-/// Turns in which it lets others run before it parks.
-const YIELDS: usize = 16;
+/// Turns of the waiting loop before a thread offers its core to others: a few microseconds.
+const SPINS: usize = 256;
+/// Turns in which it does so before it parks: some tens of microseconds if nobody else wants the core. Where another
+/// program, or a thread of this very team, does want it, it gets it at once instead of at the end of a time slice.
+const YIELDS: usize = 128;
 
 /// Threads that this process may run at the same time: its affinity and its cgroup's quota, at least 1.
 #[must_use]
@@ -52,16 +57,23 @@ pub enum TeamError {
     },
 }
 
-/// Work of one call: what every thread calls with its own number. Its lifetime is erased; see [`Team::run`].
+/// Work of one call.
 #[derive(Clone, Copy)]
-struct Job(*const (dyn Fn(usize) + Sync));
+struct Job {
+    /// What is called with the number of every share. Its lifetime is erased; see [`Team::call`].
+    work: *const (dyn Fn(usize) + Sync),
+    /// Whether threads may take over shares of others.
+    taking_over: bool,
+}
 
 struct Shared {
-    /// Counts calls; a thread that sees a new number has work to do.
+    /// Counts calls; a thread that sees a new number looks for work.
     epoch: AtomicUsize,
-    /// The work of the current epoch. Written only while every worker waits for the next epoch.
+    /// The work of the current epoch. Written only while no share is left to do.
     job: UnsafeCell<Option<Job>>,
-    /// Workers that have not finished the current epoch's work.
+    /// The last epoch in which each share has been claimed: one behind the epoch for a share that still can be.
+    claims: Vec<AtomicUsize>,
+    /// Shares of the current epoch that are not finished.
     remaining: AtomicUsize,
     stop: AtomicBool,
     /// Whether each worker is parked, or about to be.
@@ -69,13 +81,13 @@ struct Shared {
     /// Whether the caller is parked, or about to be, and who that is.
     caller_parked: AtomicBool,
     caller: Mutex<Option<Thread>>,
-    /// What the first worker to panic said.
+    /// What the first share to panic said.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 // SAFETY: `job` is the only part that is not `Sync` by itself. It is written by the one caller (which holds
-// `Team::calling`) before it publishes a new epoch, and read by workers after they have seen that epoch and before they
-// count themselves out of `remaining`, for which the caller waits before it returns.
+// `Team::calling`) before it publishes a new epoch, and read by threads that have claimed a share of that epoch and not
+// yet finished it. A share can be claimed once, and the caller waits until all are finished before it returns.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; the pointer in `job` is to a `Sync` closure.
 unsafe impl Send for Shared {}
@@ -100,6 +112,7 @@ impl Team {
         let shared = Arc::new(Shared {
             epoch: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
+            claims: (0..threads).map(|_| AtomicUsize::new(0)).collect(),
             remaining: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
@@ -129,6 +142,36 @@ impl Team {
             }
         }
     }
+
+    /// Calls `work(0)`, `work(1)`, … once each, on as many threads as are there to do it. `work` must not wait for
+    /// another share, nor call the same team again. Calls from several threads take turns.
+    ///
+    /// # Panics
+    /// If `work` panics for one of the shares, once all of them are finished.
+    pub fn divide(&self, work: &(dyn Fn(usize) + Sync)) {
+        self.call(work, true);
+    }
+
+    fn call(&self, work: &(dyn Fn(usize) + Sync), taking_over: bool) {
+        if self.workers.is_empty() {
+            return work(0);
+        }
+        let turn = lock(&self.calling);
+        // SAFETY: the lifetime is erased so that threads that outlive this call can hold the pointer. They follow it
+        // only for a share that they have claimed, and this function does not return before all are finished.
+        let work = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(work) };
+        // SAFETY: `turn` makes this the only caller, and all shares of the last call are finished, so nobody reads it.
+        unsafe { *self.shared.job.get() = Some(Job { work, taking_over }) };
+        self.shared.remaining.store(self.threads(), Ordering::SeqCst);
+        self.announce();
+        self.shared.do_shares(self.shared.epoch.load(Ordering::SeqCst), 0);
+        self.shared.wait_for_shares();
+        let panic = lock(&self.shared.panic).take();
+        drop(turn);
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
 }
 
 impl Workers for Team {
@@ -142,27 +185,7 @@ impl Workers for Team {
     /// # Panics
     /// If `work` panics on one of the threads, once all of them have finished.
     fn run(&self, work: &(dyn Fn(usize) + Sync)) {
-        if self.workers.is_empty() {
-            return work(0);
-        }
-        let turn = lock(&self.calling);
-        // SAFETY: the lifetime is erased so that threads that outlive this call can hold the pointer. They follow it
-        // only while `remaining` counts them, and this function does not return before that is 0.
-        let job = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(work) };
-        // SAFETY: `turn` makes this the only caller, and the last call has returned, so no worker reads `job`.
-        unsafe { *self.shared.job.get() = Some(Job(job)) };
-        self.shared.remaining.store(self.workers.len(), Ordering::SeqCst);
-        self.announce();
-        let own = catch_unwind(AssertUnwindSafe(|| work(0)));
-        self.shared.wait_for_workers();
-        drop(turn);
-        let theirs = lock(&self.shared.panic).take();
-        if let Err(panic) = own {
-            resume_unwind(panic);
-        }
-        if let Some(panic) = theirs {
-            resume_unwind(panic);
-        }
+        self.call(work, false);
     }
 }
 
@@ -188,45 +211,67 @@ impl Shared {
     fn work(&self, thread: usize) {
         let mut seen = 0;
         loop {
-            self.wait_for_epoch_after(seen, thread);
-            seen = seen.wrapping_add(1);
+            seen = self.wait_for_epoch_after(seen, thread);
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
-            // SAFETY: the epoch was published after `job` was written, and the caller does not write it again before
-            // this worker has counted itself out below. It is there since only stopping publishes an epoch without.
-            let job = unsafe { *self.job.get() };
-            if let Some(Job(job)) = job {
-                // SAFETY: the caller keeps the closure alive until this worker has counted itself out.
-                let work = unsafe { &*job };
-                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(thread))) {
-                    lock(&self.panic).get_or_insert(panic);
-                }
-            }
-            if self.remaining.fetch_sub(1, Ordering::SeqCst) == 1 && self.caller_parked.load(Ordering::SeqCst) {
-                if let Some(caller) = &*lock(&self.caller) {
-                    caller.unpark();
-                }
+            self.do_shares(seen, thread);
+        }
+    }
+
+    /// Does this thread's share of an epoch if nobody else has, and then what else is left if that is allowed.
+    fn do_shares(&self, epoch: usize, thread: usize) {
+        let shares = self.claims.len();
+        for share in (thread..shares).chain(0..thread) {
+            let before = epoch.wrapping_sub(1);
+            let claim = self.claims[share].compare_exchange(before, epoch, Ordering::SeqCst, Ordering::SeqCst);
+            let taking_over = match claim {
+                Ok(_) => self.do_share(share),
+                // Its own share is gone: the others needed no help, and perhaps the whole call is over.
+                Err(_) if share == thread => false,
+                Err(_) => continue,
+            };
+            if !taking_over {
+                return;
             }
         }
     }
 
-    fn wait_for_epoch_after(&self, seen: usize, thread: usize) {
+    /// Does a share that this thread has claimed; returns whether it may take over others.
+    fn do_share(&self, share: usize) -> bool {
+        // SAFETY: `job` was written before the epoch was published, and is not written again before this share is
+        // finished below. It is there, since only stopping publishes an epoch without.
+        let Some(Job { work, taking_over }) = (unsafe { *self.job.get() }) else { return false };
+        // SAFETY: the caller keeps the closure alive until this share is finished.
+        let work = unsafe { &*work };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(share))) {
+            lock(&self.panic).get_or_insert(panic);
+        }
+        if self.remaining.fetch_sub(1, Ordering::SeqCst) == 1
+            && self.caller_parked.load(Ordering::SeqCst)
+            && let Some(caller) = &*lock(&self.caller)
+        {
+            caller.unpark();
+        }
+        taking_over
+    }
+
+    fn wait_for_epoch_after(&self, seen: usize, thread: usize) -> usize {
         let is_new = || self.epoch.load(Ordering::SeqCst) != seen;
-        if waits_briefly(&is_new) {
-            return;
+        if !waits_briefly(&is_new) {
+            // Announcing sets the epoch and then looks at the flag; here it is the other way round. One of the two
+            // sees what the other did, so nobody sleeps through an epoch.
+            let parked = &self.parked[thread - 1];
+            parked.store(true, Ordering::SeqCst);
+            while !is_new() {
+                std::thread::park();
+            }
+            parked.store(false, Ordering::SeqCst);
         }
-        // Announcing sets the epoch and then looks at the flag; here it is the other way round. One of the two sees
-        // what the other did, so nobody sleeps through an epoch.
-        let parked = &self.parked[thread - 1];
-        parked.store(true, Ordering::SeqCst);
-        while !is_new() {
-            std::thread::park();
-        }
-        parked.store(false, Ordering::SeqCst);
+        self.epoch.load(Ordering::SeqCst)
     }
 
-    fn wait_for_workers(&self) {
+    fn wait_for_shares(&self) {
         let done = || self.remaining.load(Ordering::SeqCst) == 0;
         if waits_briefly(&done) {
             return;
@@ -314,6 +359,26 @@ mod tests {
                 team.run(&|thread| {
                     counts[thread].fetch_add(1, Ordering::Relaxed);
                 });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == call));
+            }
+        }
+    }
+
+    #[test]
+    fn every_share_is_done_once_whoever_does_it() {
+        for threads in [1, 2, 5] {
+            let team = Team::new(threads).unwrap();
+            let counts: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
+            for call in 1..=2000 {
+                let work = |share: usize| {
+                    counts[share].fetch_add(1, Ordering::Relaxed);
+                };
+                // Both kinds of calls may follow each other.
+                if call % 3 == 0 {
+                    team.run(&work)
+                } else {
+                    team.divide(&work)
+                }
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == call));
             }
         }

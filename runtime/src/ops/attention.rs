@@ -25,6 +25,13 @@ pub struct Running<'a> {
     pub values: &'a mut [f32],
 }
 
+impl Running<'_> {
+    /// Itself, for one more call.
+    pub fn again(&mut self) -> Running<'_> {
+        Running { max: self.max, sum: self.sum, values: self.values }
+    }
+}
+
 /// A type that keys and values are cached in.
 trait Cached: Copy {
     fn widen(values: &[Self; LANES]) -> Lanes;
@@ -86,10 +93,10 @@ impl<E: Cached> Block<'_, E> {
         let mut max = Lanes::splat(f32::NEG_INFINITY);
         for (vector, scores) in scores.iter().enumerate() {
             for (lane, (max, score)) in max.0.iter_mut().zip(scores.0).enumerate() {
-                *max = max.max(if lane < end(vector) { score } else { f32::NEG_INFINITY });
+                *max = if lane < end(vector) && score > *max { score } else { *max };
             }
         }
-        let max = max.max();
+        let max = max.0.into_iter().fold(f32::NEG_INFINITY, f32::max);
         let mut sum = Lanes::ZERO;
         for (vector, scores) in scores.iter_mut().enumerate() {
             for (lane, (sum, score)) in sum.0.iter_mut().zip(&mut scores.0).enumerate() {

@@ -10,97 +10,81 @@ use crate::formats::FloatType;
 /// Rows worked on at once: enough chains of dependent additions to hide the latency of each.
 const ROWS: usize = 8;
 
-/// A type that elements of a row are stored in.
-trait Element {
-    /// Bytes of one element.
-    const BYTES: usize;
-
-    /// The elements of little-endian `bytes`, which hold as many as `target`.
-    fn widen(bytes: &[u8], target: &mut [f32]);
+/// A type that elements of a row are stored in, little-endian.
+trait Element<const BYTES: usize> {
+    fn widen(bytes: [u8; BYTES]) -> f32;
 }
 
 struct Bf16;
 struct F16;
 struct F32;
 
-impl Element for Bf16 {
-    const BYTES: usize = 2;
-
+impl Element<2> for Bf16 {
     #[inline(always)]
-    fn widen(bytes: &[u8], target: &mut [f32]) {
-        for (target, bytes) in target.iter_mut().zip(bytes.as_chunks().0) {
-            *target = bf16_to_f32(u16::from_le_bytes(*bytes));
-        }
+    fn widen(bytes: [u8; 2]) -> f32 {
+        bf16_to_f32(u16::from_le_bytes(bytes))
     }
 }
 
-impl Element for F16 {
-    const BYTES: usize = 2;
-
+impl Element<2> for F16 {
     #[inline(always)]
-    fn widen(bytes: &[u8], target: &mut [f32]) {
-        for (target, bytes) in target.iter_mut().zip(bytes.as_chunks().0) {
-            *target = f16_to_f32(u16::from_le_bytes(*bytes));
-        }
+    fn widen(bytes: [u8; 2]) -> f32 {
+        f16_to_f32(u16::from_le_bytes(bytes))
     }
 }
 
-impl Element for F32 {
-    const BYTES: usize = 4;
-
+impl Element<4> for F32 {
     #[inline(always)]
-    fn widen(bytes: &[u8], target: &mut [f32]) {
-        for (target, bytes) in target.iter_mut().zip(bytes.as_chunks().0) {
-            *target = f32::from_le_bytes(*bytes);
-        }
+    fn widen(bytes: [u8; 4]) -> f32 {
+        f32::from_le_bytes(bytes)
     }
 }
 
-/// `R` dot products at once; `rows` holds the bytes of `R` rows.
+/// `R` dot products at once; `rows` holds the elements of `R` rows.
 #[inline(always)]
-fn dot_some<E: Element, const R: usize>(x: &[f32], rows: &[u8], target: &mut [f32]) {
-    let row_bytes = x.len() * E::BYTES;
-    let rows: [&[u8]; R] = std::array::from_fn(|row| &rows[row * row_bytes..][..row_bytes]);
+fn dot_some<E: Element<B>, const B: usize, const R: usize>(x: &[f32], rows: &[[u8; B]], target: &mut [f32; R]) {
     let (chunks, tail) = x.as_chunks::<LANES>();
+    let rows: [&[[u8; B]]; R] = std::array::from_fn(|row| &rows[row * x.len()..][..x.len()]);
+    let row_chunks = rows.map(|row| &row.as_chunks::<LANES>().0[..chunks.len()]);
     let mut sums = [Lanes::ZERO; R];
     for (i, x) in chunks.iter().enumerate() {
-        for (sum, row) in sums.iter_mut().zip(rows) {
+        for (sum, row) in sums.iter_mut().zip(row_chunks) {
             let mut wide = Lanes::ZERO;
-            E::widen(&row[i * LANES * E::BYTES..][..LANES * E::BYTES], &mut wide.0);
+            for (wide, bytes) in wide.0.iter_mut().zip(row[i]) {
+                *wide = E::widen(bytes);
+            }
             *sum = Lanes(*x).mul_add(wide, *sum);
         }
     }
-    for ((sum, row), target) in sums.iter_mut().zip(rows).zip(target) {
-        let mut wide = Lanes::ZERO;
-        E::widen(&row[chunks.len() * LANES * E::BYTES..], &mut wide.0[..tail.len()]);
-        for ((sum, x), wide) in sum.0.iter_mut().zip(tail).zip(wide.0) {
-            *sum = x.mul_add(wide, *sum);
+    for ((mut sum, row), target) in sums.into_iter().zip(rows).zip(target) {
+        for ((sum, x), bytes) in sum.0.iter_mut().zip(tail).zip(&row[x.len() - tail.len()..]) {
+            *sum = x.mul_add(E::widen(*bytes), *sum);
         }
         *target = sum.tree_sum();
     }
 }
 
 #[inline(always)]
-fn dot_all<E: Element>(x: &[f32], rows: &[u8], target: &mut [f32]) {
-    let row_bytes = x.len() * E::BYTES;
-    assert_eq!(rows.len(), target.len() * row_bytes, "dot_rows: as many rows as results");
+fn dot_all<E: Element<B>, const B: usize>(x: &[f32], rows: &[u8], target: &mut [f32]) {
+    let k = x.len();
+    assert_eq!(rows.len(), target.len() * k * B, "dot_rows: as many rows as results");
+    let rows = rows.as_chunks::<B>().0;
     let (groups, rest) = target.as_chunks_mut::<ROWS>();
-    for (i, target) in groups.iter_mut().enumerate() {
-        dot_some::<E, ROWS>(x, &rows[i * ROWS * row_bytes..][..ROWS * row_bytes], target);
-    }
     let done = groups.len() * ROWS;
+    for (i, target) in groups.iter_mut().enumerate() {
+        dot_some::<E, B, ROWS>(x, &rows[i * ROWS * k..][..ROWS * k], target);
+    }
     for (i, target) in rest.iter_mut().enumerate() {
-        let row = &rows[(done + i) * row_bytes..][..row_bytes];
-        dot_some::<E, 1>(x, row, std::slice::from_mut(target));
+        dot_some::<E, B, 1>(x, &rows[(done + i) * k..][..k], std::array::from_mut(target));
     }
 }
 
 #[inline(always)]
 fn dot_rows_body(x: &[f32], dtype: FloatType, rows: &[u8], target: &mut [f32]) {
     match dtype {
-        FloatType::Bf16 => dot_all::<Bf16>(x, rows, target),
-        FloatType::F16 => dot_all::<F16>(x, rows, target),
-        FloatType::F32 => dot_all::<F32>(x, rows, target),
+        FloatType::Bf16 => dot_all::<Bf16, 2>(x, rows, target),
+        FloatType::F16 => dot_all::<F16, 2>(x, rows, target),
+        FloatType::F32 => dot_all::<F32, 4>(x, rows, target),
     }
 }
 

@@ -54,21 +54,6 @@ impl Lanes {
         let quarter = |i: usize| (l[i] + l[i + 1]) + (l[i + 2] + l[i + 3]);
         (quarter(0) + quarter(4)) + (quarter(8) + quarter(12))
     }
-
-    /// The largest lane; NaN does not take part.
-    #[inline(always)]
-    pub(super) fn max(self) -> f32 {
-        let mut halves = self.0;
-        let mut width = LANES / 2;
-        while width > 0 {
-            let (low, high) = halves.split_at_mut(width);
-            for (low, high) in low.iter_mut().zip(high) {
-                *low = low.max(*high);
-            }
-            width /= 2;
-        }
-        halves[0]
-    }
 }
 
 #[cfg(test)]
@@ -81,7 +66,6 @@ mod tests {
         fn the_tree_is_the_references(lanes in prop::array::uniform16(-1e10f32..1e10)) {
             let expected = ternion_kernels_ref::lanes::tree_sum(lanes);
             prop_assert_eq!(Lanes(lanes).tree_sum().to_bits(), expected.to_bits());
-            prop_assert_eq!(Lanes(lanes).max(), lanes.into_iter().fold(f32::NEG_INFINITY, f32::max));
         }
     }
 }

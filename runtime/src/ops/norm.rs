@@ -1,7 +1,7 @@
 //! RMSNorm and activation quantisation, apart and in one.
 
 use ternion_kernels_ref::norm::inverse_rms;
-use ternion_kernels_ref::quantize::{MIN_SCALE, absmax_value};
+use ternion_kernels_ref::quantize::MIN_SCALE;
 
 use super::lanes::Lanes;
 
@@ -38,54 +38,32 @@ fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, target: &mut [f32]) {
     }
 }
 
-/// Sixteen elements as int8. Clamping before rounding is the same as after it, since ±127 are whole numbers; adding
+/// The largest `|x|`, 0 if there is none. NaN compares as false and so takes no part.
+#[inline(always)]
+fn absolute_max(chunks: impl Iterator<Item = Lanes>, tail: impl Iterator<Item = f32>) -> f32 {
+    let larger = |max: f32, x: f32| if x.abs() > max { x.abs() } else { max };
+    let max = chunks.fold(Lanes::ZERO, |max, x| max.zip(x, larger));
+    tail.fold(max.0.into_iter().fold(0.0, larger), larger)
+}
+
+/// One element as int8. Clamping before rounding is the same as after it, since ±127 are whole numbers; adding
 /// 1.5·2²³ rounds half to even and leaves the whole number in the low bits.
 #[inline(always)]
-fn to_int8(x: Lanes, q: f32) -> [i8; 16] {
+fn to_int8(x: f32, q: f32) -> i8 {
     const ROUND: f32 = 12_582_912.0;
-    let scaled = x.map(|x| {
-        let x = x * q;
-        (if x.is_nan() { 0.0 } else { x }).clamp(-127.0, 127.0) + ROUND
-    });
-    let mut values = [0; 16];
-    for (value, scaled) in values.iter_mut().zip(scaled.0) {
-        *value = scaled.to_bits() as i8;
-    }
-    values
-}
-
-#[inline(always)]
-fn absolute_max(max: Lanes, x: Lanes) -> Lanes {
-    max.zip(x, |max, x| max.max(x.abs()))
-}
-
-#[inline(always)]
-fn add_lanes(sums: &mut [i32; 16], values: &[i8; 16]) {
-    for (sum, value) in sums.iter_mut().zip(values) {
-        *sum += i32::from(*value);
-    }
+    let x = x * q;
+    ((if x.is_nan() { 0.0 } else { x }).clamp(-127.0, 127.0) + ROUND).to_bits() as i8
 }
 
 #[inline(always)]
 fn quantize_body(x: &[f32], target: &mut [i8]) -> Quantized {
     assert_eq!(x.len(), target.len(), "quantize: as many results as elements");
     let (chunks, tail) = x.as_chunks();
-    let mut max = Lanes::ZERO;
-    for x in chunks {
-        max = absolute_max(max, Lanes(*x));
-    }
-    let max = tail.iter().fold(max.max(), |max, x| max.max(x.abs()));
+    let max = absolute_max(chunks.iter().map(|x| Lanes(*x)), tail.iter().copied());
     let q = 127.0 / max.max(MIN_SCALE);
-
-    let (targets, rest) = target.as_chunks_mut();
-    let mut sums = [0; 16];
-    for (target, x) in targets.iter_mut().zip(chunks) {
-        *target = to_int8(Lanes(*x), q);
-        add_lanes(&mut sums, target);
-    }
-    let mut sum = sums.iter().sum();
-    for (target, x) in rest.iter_mut().zip(tail) {
-        *target = absmax_value(*x, q);
+    let mut sum = 0;
+    for (target, x) in target.iter_mut().zip(x) {
+        *target = to_int8(*x, q);
         sum += i32::from(*target);
     }
     Quantized { q, sum }
@@ -97,25 +75,16 @@ fn rms_norm_quantize_body(x: &[f32], weight: &[f32], eps: f32, target: &mut [i8]
     assert_eq!(x.len(), target.len(), "rms_norm_quantize: as many results as elements");
     let r = inverse_rms(square_sum(x), x.len(), eps);
     // Normalised twice rather than stored: cheaper than writing and reading it.
-    let normalised = |x: &[f32; 16], weight: &[f32; 16]| Lanes(*x).zip(Lanes(*weight), |x, weight| (x * r) * weight);
+    let normalised = |x: f32, weight: f32| (x * r) * weight;
     let ((chunks, tail), (weights, tail_weights)) = (x.as_chunks(), weight.as_chunks());
-    let mut max = Lanes::ZERO;
-    for (x, weight) in chunks.iter().zip(weights) {
-        max = absolute_max(max, normalised(x, weight));
-    }
-    let tail = tail.iter().zip(tail_weights).map(|(x, weight)| (x * r) * weight);
-    let max = tail.clone().fold(max.max(), |max, x| max.max(x.abs()));
+    let max = absolute_max(
+        chunks.iter().zip(weights).map(|(x, weight)| Lanes(*x).zip(Lanes(*weight), normalised)),
+        tail.iter().zip(tail_weights).map(|(x, weight)| normalised(*x, *weight)),
+    );
     let q = 127.0 / max.max(MIN_SCALE);
-
-    let (targets, rest) = target.as_chunks_mut();
-    let mut sums = [0; 16];
-    for ((target, x), weight) in targets.iter_mut().zip(chunks).zip(weights) {
-        *target = to_int8(normalised(x, weight), q);
-        add_lanes(&mut sums, target);
-    }
-    let mut sum = sums.iter().sum();
-    for (target, x) in rest.iter_mut().zip(tail) {
-        *target = absmax_value(x, q);
+    let mut sum = 0;
+    for ((target, x), weight) in target.iter_mut().zip(x).zip(weight) {
+        *target = to_int8(normalised(*x, *weight), q);
         sum += i32::from(*target);
     }
     Quantized { q, sum }
