@@ -10,6 +10,7 @@ pub mod activations;
 pub mod check;
 pub mod compile;
 mod emit;
+pub mod harness;
 pub mod kernel;
 pub mod layout;
 pub mod machine;
