@@ -3,8 +3,10 @@
 //! Two row tiles and a tail at full k, on seeded data, against `kernels-ref`: [`harness`](crate::harness) on
 //! [`Data::Bounds`], so that sums reach their bounds, and without guard pages, so that it is cheap.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use crate::compile::in_parallel;
 use crate::harness::{self, Data, Fault, Placement, Problem};
 use crate::{Columns, Kernel};
 
@@ -33,14 +35,22 @@ impl fmt::Display for Mismatch {
     }
 }
 
-/// Runs `kernel` on seeded data and compares every result.
-pub(crate) fn check(kernel: &Kernel) -> Result<(), Fault> {
+/// Runs each kernel on seeded data and compares every result. Making the data and the reference's results takes longer
+/// than running a kernel, so kernels of equal shape share them.
+pub(crate) fn check_each(kernels: &[Kernel]) -> Vec<Result<(), Fault>> {
+    let shapes: BTreeSet<_> = kernels.iter().map(shape).collect();
+    let shapes: Vec<_> = shapes.into_iter().collect();
+    let problems = in_parallel(&shapes, |[m, k, n]| Problem::new(Data::Bounds, *m, *k, *n, CHECK_SEED));
+    let problems: BTreeMap<_, _> = shapes.into_iter().zip(problems).collect();
+    in_parallel(kernels, |kernel| harness::check(kernel, &problems[&shape(kernel)], Placement::Heap))
+}
+
+/// Rows, length of a row and columns that a kernel is checked on.
+fn shape(kernel: &Kernel) -> [usize; 3] {
     let columns = match kernel.spec().columns {
         Columns::One => 2,
         // One pass of `ntile` columns and one column left over.
         Columns::Many => usize::from(kernel.schedule().ntile) + 1,
     };
-    let m = 2 * kernel.layout().tile_rows() + 1;
-    let problem = Problem::new(Data::Bounds, m, kernel.spec().k, columns, CHECK_SEED);
-    harness::check(kernel, &problem, Placement::Heap)
+    [2 * kernel.layout().tile_rows() + 1, kernel.spec().k, columns]
 }

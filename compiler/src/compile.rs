@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use cranelift_jit::{JITBuilder, JITModule};
 use cranelift_module::{Linkage, Module};
 
-use crate::check::{Mismatch, check};
+use crate::check::{Mismatch, check_each};
 use crate::harness::Fault;
 use crate::kernel::{Kernel, place};
 use crate::machine::clif;
@@ -75,7 +75,7 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
     }
     match load(&placed, cpu) {
         Ok(kernels) => {
-            let checked = in_parallel(&kernels, check);
+            let checked = check_each(&kernels);
             for (kernel, outcome) in kernels.into_iter().zip(checked) {
                 let (spec, schedule) = (kernel.spec(), kernel.schedule());
                 let result = match outcome {

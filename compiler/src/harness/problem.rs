@@ -79,7 +79,7 @@ impl Problem {
     /// Makes the numbers and computes their product, in about `m·k·n` steps.
     #[must_use]
     pub fn new(data: Data, m: usize, k: usize, n: usize, seed: u64) -> Self {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let weights = TernaryMatrix::from_fn(m, k, |row, column| match (data, row) {
             (Data::Bounds, 0) => Trit::Plus,
             (Data::Bounds, 1) => Trit::Minus,
@@ -88,7 +88,7 @@ impl Problem {
             (Data::Identity, _) if column % m == row => Trit::Plus,
             (Data::Identity, _) => Trit::Zero,
             (Data::Alternating, _) => sign(row + column),
-            _ => Trit::ALL[(random.next() % 3) as usize],
+            _ => random.trit(),
         });
         let columns: Vec<_> = (0..n).map(|column| activations(data, k, column, &mut random)).collect();
         let expected = gemm::gemm(weights.view(), &columns);
@@ -124,7 +124,7 @@ impl Problem {
     pub fn pack(&self, layout: Layout) -> Vec<u8> {
         let mut bytes = layout.pack(self.weights.view());
         if self.data == Data::InvalidCodes {
-            let mut random = Random(self.seed);
+            let mut random = Random::new(self.seed);
             bytes.fill_with(|| random.next() as u8);
         }
         bytes
@@ -165,15 +165,35 @@ fn activations(data: Data, k: usize, column: usize, random: &mut Random) -> Quan
 }
 
 /// A stream of pseudo-random numbers (SplitMix64).
-struct Random(u64);
+struct Random {
+    state: u64,
+    /// What is left of a number that trits are taken from: a fraction of 64 bits.
+    fraction: u64,
+    /// Trits that may still be taken from it; each takes log₂ 3 bits.
+    left: u32,
+}
 
 impl Random {
+    const fn new(seed: u64) -> Self {
+        Self { state: seed, fraction: 0, left: 0 }
+    }
+
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.state;
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ z >> 31
+    }
+
+    fn trit(&mut self) -> Trit {
+        if self.left == 0 {
+            (self.fraction, self.left) = (self.next(), 16);
+        }
+        self.left -= 1;
+        let tripled = u128::from(self.fraction) * 3;
+        self.fraction = tripled as u64;
+        Trit::ALL[(tripled >> 64) as usize]
     }
 }
 
