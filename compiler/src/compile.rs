@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use cranelift_jit::{JITBuilder, JITModule};
 use cranelift_module::{Linkage, Module};
 
-use crate::check::{Mismatch, check};
+use crate::check::{Mismatch, check_each};
+use crate::harness::Fault;
 use crate::kernel::{Kernel, place};
 use crate::machine::clif;
 use crate::{Cpu, KernelSpec, MachineKind, Schedule, ScheduleError, emit};
@@ -25,7 +26,7 @@ pub enum CompileError {
         /// Why not.
         error: ScheduleError,
     },
-    /// The code generator or the operating system refused.
+    /// The code generator or the operating system refused, or the code wrote where it must not.
     #[error("{schedule} for {spec}: {reason}")]
     Code {
         /// What was to be compiled.
@@ -63,17 +64,7 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
     unique.sort_unstable();
     unique.dedup();
 
-    let codes = in_parallel(&unique, |(spec, schedule)| {
-        schedule.check(spec, cpu).map_err(|error| CompileError::Schedule {
-            spec: *spec,
-            schedule: *schedule,
-            error,
-        })?;
-        let code = match schedule.machine {
-            MachineKind::Clif128 => clif::compile(cpu, |m| emit::emit(m, spec, schedule)),
-        };
-        code.map_err(|error| CompileError::Code { spec: *spec, schedule: *schedule, reason: error.to_string() })
-    });
+    let codes = in_parallel(&unique, |(spec, schedule)| machine_code(spec, schedule, cpu));
     let mut results = BTreeMap::new();
     let mut placed = Vec::new();
     for (job, code) in unique.into_iter().zip(codes) {
@@ -84,12 +75,13 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
     }
     match load(&placed, cpu) {
         Ok(kernels) => {
-            let checked = in_parallel(&kernels, check);
+            let checked = check_each(&kernels);
             for (kernel, outcome) in kernels.into_iter().zip(checked) {
                 let (spec, schedule) = (kernel.spec(), kernel.schedule());
                 let result = match outcome {
                     Ok(()) => Ok(kernel),
-                    Err(mismatch) => Err(CompileError::Mismatch { spec, schedule, mismatch }),
+                    Err(Fault::Mismatch(mismatch)) => Err(CompileError::Mismatch { spec, schedule, mismatch }),
+                    Err(fault) => Err(CompileError::Code { spec, schedule, reason: fault.to_string() }),
                 };
                 results.insert((spec, schedule), result);
             }
@@ -101,6 +93,27 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
         }
     }
     jobs.iter().map(|job| results[job].clone()).collect()
+}
+
+/// The code of a kernel whose schedule is legal, not yet placed anywhere.
+pub(crate) fn machine_code(&spec: &KernelSpec, &schedule: &Schedule, cpu: &Cpu) -> Result<clif::Code, CompileError> {
+    schedule.check(&spec, cpu).map_err(|error| CompileError::Schedule { spec, schedule, error })?;
+    emitted(&spec, &schedule, cpu).map_err(|reason| CompileError::Code { spec, schedule, reason })
+}
+
+/// The code of a kernel, legal or not.
+fn emitted(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<clif::Code, String> {
+    let code = match schedule.machine {
+        MachineKind::Clif128 => clif::compile(cpu, |m| emit::emit(m, spec, schedule)),
+    };
+    code.map_err(|error| error.to_string())
+}
+
+/// A kernel that nothing has checked, so that tests can show what the checks prevent.
+#[cfg(test)]
+pub(crate) fn compile_unchecked(spec: KernelSpec, schedule: Schedule, cpu: &Cpu) -> Kernel {
+    let code = emitted(&spec, &schedule, cpu).expect("code");
+    load(&[((spec, schedule), code)], cpu).expect("memory for code").remove(0)
 }
 
 /// The Cranelift IR of a kernel as text, for reading.
@@ -145,7 +158,7 @@ fn load(codes: &[((KernelSpec, Schedule), clif::Code)], cpu: &Cpu) -> Result<Vec
 }
 
 /// `work` of every item, on as many threads as there are processors, results in the order of the items.
-fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+pub(crate) fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len());
     if threads <= 1 {
         return items.iter().map(work).collect();

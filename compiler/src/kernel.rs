@@ -11,7 +11,7 @@ use crate::{ActivationFormat, Columns, KernelSpec, Layout, Schedule};
 
 /// The one argument of every kernel. Fields are eight bytes each, in the order of
 /// [`Argument`](crate::machine::Argument).
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct KernelArgs {
     weights: *const u8,
@@ -121,6 +121,12 @@ impl Kernel {
         self.code_bytes
     }
 
+    /// The same code, said to be something that it is not.
+    #[cfg(test)]
+    pub(crate) fn mislabelled(&self, spec: KernelSpec, schedule: Schedule) -> Self {
+        Self { spec, schedule, ..self.clone() }
+    }
+
     /// Computes the rows of `tiles` for all columns. `weights` is the whole matrix in this kernel's layout.
     ///
     /// # Safety
@@ -131,6 +137,23 @@ impl Kernel {
     /// If a slice is too short for the tiles, columns and strides that are asked for, or the number of columns is not
     /// what the kernel was compiled for.
     pub unsafe fn run(&self, weights: &[u8], tiles: Range<usize>, activations: &Activations<'_>, out: &OutRows<'_>) {
+        if let Some(args) = self.arguments(weights, tiles, activations, out) {
+            // SAFETY: `arguments` has checked the slices, and the caller keeps other threads off these rows.
+            unsafe { self.enter(&raw const args) }
+        }
+    }
+
+    /// The record that [`run`](Self::run) hands to the code, or `None` for no tiles.
+    ///
+    /// # Panics
+    /// As [`run`](Self::run).
+    pub(crate) fn arguments(
+        &self,
+        weights: &[u8],
+        tiles: Range<usize>,
+        activations: &Activations<'_>,
+        out: &OutRows<'_>,
+    ) -> Option<KernelArgs> {
         let (layout, k) = (self.schedule.layout, self.spec.k);
         let columns = activations.sums.len();
         match self.spec.columns {
@@ -138,7 +161,7 @@ impl Kernel {
             Columns::Many => assert!(columns >= 1, "at least one column"),
         }
         if tiles.is_empty() {
-            return;
+            return None;
         }
         let fits = |last: usize, stride: usize, item: usize, len: usize| {
             last.checked_mul(stride).and_then(|at| at.checked_add(item)).is_some_and(|end| end <= len)
@@ -151,7 +174,7 @@ impl Kernel {
         assert!(fits(columns - 1, activations.stride, column_bytes, activations.columns.len()), "all columns");
         assert!(out.stride >= rows || columns == 1, "columns of results do not overlap");
         assert!(fits(columns - 1, out.stride, rows, out.len), "results of all rows and columns");
-        let args = KernelArgs {
+        Some(KernelArgs {
             weights: weights[tiles.start * tile_bytes..].as_ptr(),
             tiles: tiles.len() as u64,
             activations: activations.columns.as_ptr(),
@@ -160,11 +183,19 @@ impl Kernel {
             sums: activations.sums.as_ptr(),
             out: out.first.wrapping_add(tiles.start * layout.tile_rows()),
             out_stride: 4 * out.stride as u64,
-        };
+        })
+    }
+
+    /// Runs the code.
+    ///
+    /// # Safety
+    /// `args` points to what [`arguments`](Self::arguments) returned for slices that still exist, and the contract of
+    /// [`run`](Self::run) holds.
+    pub(crate) unsafe fn enter(&self, args: *const KernelArgs) {
         // SAFETY: the code was compiled for this CPU and checked; it reads `tiles.len()` tiles of weights, `columns`
         // columns of activations and sums, and writes whole tiles of rows in every column, all of which the assertions
-        // above place inside their slices whatever the bytes are. The caller keeps other threads off these rows.
-        unsafe { (self.entry)(&raw const args) }
+        // of `arguments` place inside their slices whatever the bytes are. The caller keeps other threads off these rows.
+        unsafe { (self.entry)(args) }
     }
 }
 
