@@ -9,8 +9,8 @@ use cranelift_module::{Linkage, Module};
 
 use crate::check::{Mismatch, check};
 use crate::kernel::{Kernel, place};
-use crate::machine::clif;
-use crate::{Cpu, KernelSpec, MachineKind, Schedule, ScheduleError, emit};
+use crate::machine::{Code, Machine, clif, disassembly, wide};
+use crate::{Arch, Cpu, KernelSpec, Schedule, ScheduleError, emit};
 
 /// Why a kernel was not handed out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -69,10 +69,7 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
             schedule: *schedule,
             error,
         })?;
-        let code = match schedule.machine {
-            MachineKind::Clif128 => clif::compile(cpu, |m| emit::emit(m, spec, schedule)),
-        };
-        code.map_err(|error| CompileError::Code { spec: *spec, schedule: *schedule, reason: error.to_string() })
+        code(spec, schedule, cpu).map_err(|reason| CompileError::Code { spec: *spec, schedule: *schedule, reason })
     });
     let mut results = BTreeMap::new();
     let mut placed = Vec::new();
@@ -103,6 +100,15 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
     jobs.iter().map(|job| results[job].clone()).collect()
 }
 
+/// The machine code of a legal schedule.
+fn code(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Code, String> {
+    let emit = |m: &mut dyn Machine| emit::emit(m, spec, schedule);
+    match wide::Target::new(schedule.machine, cpu) {
+        None => clif::compile(cpu, emit).map_err(|error| error.to_string()),
+        Some(target) => wide::compile(target, emit),
+    }
+}
+
 /// The Cranelift IR of a kernel as text, for reading.
 ///
 /// # Errors
@@ -117,8 +123,19 @@ pub fn clif_text(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<St
     })
 }
 
+/// The machine code of a kernel as text, for reading; `None` for a CPU that is not x86-64.
+///
+/// # Errors
+/// If the schedule is not legal or the code generator refuses.
+pub fn asm_text(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Option<String>, CompileError> {
+    let (spec, schedule) = (*spec, *schedule);
+    schedule.check(&spec, cpu).map_err(|error| CompileError::Schedule { spec, schedule, error })?;
+    let code = code(&spec, &schedule, cpu).map_err(|reason| CompileError::Code { spec, schedule, reason })?;
+    Ok((cpu.arch() == Arch::X86_64).then(|| disassembly::text(&code)))
+}
+
 /// Copies code into memory that becomes executable once it is no longer writable.
-fn load(codes: &[((KernelSpec, Schedule), clif::Code)], cpu: &Cpu) -> Result<Vec<Kernel>, String> {
+fn load(codes: &[((KernelSpec, Schedule), Code)], cpu: &Cpu) -> Result<Vec<Kernel>, String> {
     if codes.is_empty() {
         return Ok(Vec::new());
     }

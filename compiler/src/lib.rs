@@ -18,7 +18,7 @@ pub mod spec;
 pub mod target;
 
 pub use activations::ActivationFormat;
-pub use compile::{CompileError, clif_text, compile, compile_each};
+pub use compile::{CompileError, asm_text, clif_text, compile, compile_each};
 pub use kernel::{Activations, Kernel, OutRows};
 pub use layout::Layout;
 pub use schedule::{Family, MachineKind, Multiply, Schedule, ScheduleError};

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::activations::ActivationFormat;
 use crate::emit::tl1::MAX_UNROLL;
-use crate::{Arch, Columns, Cpu, Feature, KernelSpec, Layout};
+use crate::machine::wide;
+use crate::{Arch, Columns, Cpu, Feature, KernelSpec, Layout, emit};
 
 /// The idea behind a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -46,13 +47,47 @@ impl FromStr for Family {
 pub enum MachineKind {
     /// Cranelift's 128-bit vectors: runs everywhere.
     Clif128,
+    /// 256-bit vectors of AVX2.
+    Avx2,
+    /// 512-bit vectors of AVX-512 (F, BW, DQ and VL).
+    Avx512,
+}
+
+impl MachineKind {
+    /// All machines.
+    pub const ALL: [Self; 3] = [Self::Clif128, Self::Avx2, Self::Avx512];
+
+    /// Bytes of a vector.
+    #[must_use]
+    pub const fn vector_bytes(self) -> usize {
+        match self {
+            Self::Clif128 => 16,
+            Self::Avx2 => 32,
+            Self::Avx512 => 64,
+        }
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Clif128 => "clif128",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// The features without which it runs nothing.
+    const fn features(self) -> &'static [Feature] {
+        match self {
+            Self::Clif128 => &[],
+            Self::Avx2 => &[Feature::Avx2],
+            Self::Avx512 => &[Feature::Avx512f, Feature::Avx512bw, Feature::Avx512dq, Feature::Avx512vl],
+        }
+    }
 }
 
 impl fmt::Display for MachineKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Clif128 => "clif128",
-        })
+        f.write_str(self.name())
     }
 }
 
@@ -60,10 +95,8 @@ impl FromStr for MachineKind {
     type Err = ParseScheduleError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "clif128" => Ok(Self::Clif128),
-            _ => Err(ParseScheduleError(format!("machine `{text}`: expected clif128"))),
-        }
+        let known = Self::ALL.into_iter().find(|machine| machine.name() == text);
+        known.ok_or_else(|| ParseScheduleError(format!("machine `{text}`: expected clif128, avx2 or avx512")))
     }
 }
 
@@ -96,6 +129,8 @@ pub struct Schedule {
     pub unroll: u8,
     /// Columns that share one pass over a tile.
     pub ntile: u8,
+    /// How many bytes ahead of the weights in use the cache is asked for more; 0 for not at all.
+    pub prefetch: u16,
 }
 
 /// Largest sum of `vectors` vectors of codes, each four `pmaddubsw` pairs of code ≤ 2 and |activation| ≤ 127.
@@ -139,6 +174,32 @@ pub enum ScheduleError {
         /// What is allowed.
         expected: &'static str,
     },
+    /// The layout is narrower than the machine's vectors.
+    #[error("layout {layout} under {machine}: {bytes} bytes of it must fill whole vectors of {vector_bytes} bytes")]
+    VectorWidth {
+        /// The layout.
+        layout: Layout,
+        /// The machine.
+        machine: MachineKind,
+        /// Bytes that lie together in the layout.
+        bytes: usize,
+        /// Bytes of a vector.
+        vector_bytes: usize,
+    },
+    /// The kernel keeps more values at hand than the machine has registers.
+    #[error(
+        "{machine} has {available} {kind} registers, this schedule needs {needed}: lower ntile or the rows of a tile"
+    )]
+    Registers {
+        /// The machine.
+        machine: MachineKind,
+        /// `vector` or `general-purpose`.
+        kind: &'static str,
+        /// Registers that are in use at once.
+        needed: usize,
+        /// Registers that there are.
+        available: usize,
+    },
     /// 16-bit sums could overflow.
     #[error(
         "{vectors} vectors between flushes sum to up to {bound}, more than 16 bits hold (32767): lower unroll or the chunk"
@@ -160,6 +221,7 @@ impl Schedule {
         if spec.k == 0 || spec.k > KernelSpec::MAX_K {
             return Err(ScheduleError::RowLength(spec.k));
         }
+        self.check_machine(cpu)?;
         let parameter =
             |name, value: u8, expected| Err(ScheduleError::Parameter { name, value: value.into(), expected });
         match (spec.columns, self.ntile) {
@@ -170,35 +232,28 @@ impl Schedule {
         match self.family {
             Family::Mad => {
                 let Layout::Rows { rows: 4 | 8, chunk } = self.layout else {
-                    let needs = "rows4x… or rows8x…";
-                    return Err(ScheduleError::Layout { family: self.family, layout: self.layout, needs });
+                    return Err(self.layout_error("rows4x… or rows8x…"));
                 };
+                self.check_width(chunk)?;
                 if !matches!(self.unroll, 1 | 2 | 4) {
                     return parameter("unroll", self.unroll, "1, 2 or 4 chunks");
                 }
                 match self.multiply {
                     Multiply::Pairs => {
-                        let vectors = usize::from(chunk) / 16 * usize::from(self.unroll);
+                        let vectors = usize::from(chunk) / self.machine.vector_bytes() * usize::from(self.unroll);
                         let bound = pairs_bound(vectors);
                         if bound > i16::MAX as usize {
                             return Err(ScheduleError::Overflow { vectors, bound });
                         }
                     }
-                    Multiply::Dot if !cpu.has_dot() => {
-                        let needs = match cpu.arch() {
-                            Arch::X86_64 => "AVX-VNNI, or AVX-512 VNNI with VL",
-                            Arch::Aarch64 => "the dot product extension",
-                        };
-                        return Err(ScheduleError::MissingFeature { what: "multiply=dot", needs, cpu: *cpu });
-                    }
-                    Multiply::Dot => {}
+                    Multiply::Dot => self.check_dot(cpu)?,
                 }
             }
             Family::Tl1 => {
-                let Layout::Lanes { rows: 16 | 32 | 48 | 64 } = self.layout else {
-                    let needs = "lanes16 to lanes64";
-                    return Err(ScheduleError::Layout { family: self.family, layout: self.layout, needs });
+                let Layout::Lanes { rows: rows @ (16 | 32 | 48 | 64 | 128) } = self.layout else {
+                    return Err(self.layout_error("lanes16, lanes32, lanes48, lanes64 or lanes128"));
                 };
+                self.check_width(rows)?;
                 if !cpu.has_table_lookup() {
                     let needs = Feature::Ssse3.name();
                     return Err(ScheduleError::MissingFeature { what: "tl1", needs, cpu: *cpu });
@@ -214,7 +269,52 @@ impl Schedule {
                 }
             }
         }
-        Ok(())
+        self.check_registers(spec, cpu)
+    }
+
+    /// Whether the machine runs on `cpu` and can do what every family asks of it.
+    fn check_machine(&self, cpu: &Cpu) -> Result<(), ScheduleError> {
+        if let Some(missing) = self.machine.features().iter().find(|feature| !cpu.has(**feature)) {
+            let (what, needs) = (self.machine.name(), missing.name());
+            return Err(ScheduleError::MissingFeature { what, needs, cpu: *cpu });
+        }
+        let expected = match self.machine {
+            MachineKind::Clif128 if self.prefetch != 0 => "0: clif128 cannot prefetch",
+            _ if !self.prefetch.is_multiple_of(64) => "a multiple of 64 bytes",
+            _ => return Ok(()),
+        };
+        Err(ScheduleError::Parameter { name: "prefetch", value: self.prefetch.into(), expected })
+    }
+
+    /// Whether `bytes` that lie together fill whole vectors.
+    fn check_width(&self, bytes: u8) -> Result<(), ScheduleError> {
+        let (bytes, vector_bytes) = (usize::from(bytes), self.machine.vector_bytes());
+        if bytes.is_multiple_of(vector_bytes) {
+            return Ok(());
+        }
+        Err(ScheduleError::VectorWidth { layout: self.layout, machine: self.machine, bytes, vector_bytes })
+    }
+
+    /// Whether `cpu` multiplies and adds four bytes at once in vectors of the machine's width.
+    fn check_dot(&self, cpu: &Cpu) -> Result<(), ScheduleError> {
+        let (has, needs) = match (self.machine, cpu.arch()) {
+            (MachineKind::Avx512, _) => (cpu.has(Feature::Avx512vnni), Feature::Avx512vnni.name()),
+            (_, Arch::X86_64) => (cpu.has_dot(), "AVX-VNNI, or AVX-512 VNNI with VL"),
+            (_, Arch::Aarch64) => (cpu.has_dot(), "the dot product extension"),
+        };
+        if has { Ok(()) } else { Err(ScheduleError::MissingFeature { what: "multiply=dot", needs, cpu: *cpu }) }
+    }
+
+    /// Whether the wide machines have enough registers, by assigning them. Cranelift spills instead.
+    fn check_registers(&self, spec: &KernelSpec, cpu: &Cpu) -> Result<(), ScheduleError> {
+        let Some(target) = wide::Target::new(self.machine, cpu) else { return Ok(()) };
+        wide::fits(target, |m| emit::emit(m, spec, self)).map_err(|wide::OutOfRegisters { kind, needed, available }| {
+            ScheduleError::Registers { machine: self.machine, kind, needed, available }
+        })
+    }
+
+    fn layout_error(&self, needs: &'static str) -> ScheduleError {
+        ScheduleError::Layout { family: self.family, layout: self.layout, needs }
     }
 
     /// How the activations of one column must be laid out for this schedule.
@@ -236,25 +336,41 @@ impl Schedule {
             Columns::One => &[1],
             Columns::Many => &[4, 2, 8, 1],
         };
-        let machine = MachineKind::Clif128;
-        let mad = |multiply, unroll, ntile, rows, chunk| {
+        let mad = |machine, multiply, unroll, ntile, rows, chunk| {
             let layout = Layout::Rows { rows, chunk };
-            Self { family: Family::Mad, machine, layout, multiply, unroll, ntile }
+            Self { family: Family::Mad, machine, layout, multiply, unroll, ntile, prefetch: 0 }
         };
         let mut candidates = Vec::new();
         for ntile in ntiles {
-            candidates.extend([8, 4].map(|rows| mad(Multiply::Dot, 1, *ntile, rows, 16)));
+            for machine in [MachineKind::Avx512, MachineKind::Avx2] {
+                for prefetch in [0, 4096] {
+                    for (unroll, chunk) in [(1, 64), (2, 64), (1, 32), (2, 32)] {
+                        for multiply in [Multiply::Dot, Multiply::Pairs] {
+                            candidates.extend(
+                                [8, 4].map(|rows| Self {
+                                    prefetch,
+                                    ..mad(machine, multiply, unroll, *ntile, rows, chunk)
+                                }),
+                            );
+                        }
+                    }
+                }
+            }
+            candidates.extend([8, 4].map(|rows| mad(MachineKind::Clif128, Multiply::Dot, 1, *ntile, rows, 16)));
         }
         for (unroll, chunk) in [(2, 16), (1, 32), (4, 16), (1, 16), (2, 32), (1, 64), (4, 32), (2, 64), (4, 64)] {
             for ntile in ntiles {
-                candidates.extend([8, 4].map(|rows| mad(Multiply::Pairs, unroll, *ntile, rows, chunk)));
+                let clif = |rows| mad(MachineKind::Clif128, Multiply::Pairs, unroll, *ntile, rows, chunk);
+                candidates.extend([8, 4].map(clif));
             }
         }
-        for unroll in [4, 2, 8, 16] {
-            candidates.extend([64, 32, 48, 16].map(|rows| {
-                let layout = Layout::Lanes { rows };
-                Self { family: Family::Tl1, machine, layout, multiply: Multiply::Pairs, unroll, ntile: 1 }
-            }));
+        for machine in [MachineKind::Avx512, MachineKind::Avx2, MachineKind::Clif128] {
+            for unroll in [4, 2, 8, 16] {
+                candidates.extend([128, 64, 32, 48, 16].map(|rows| {
+                    let (layout, multiply) = (Layout::Lanes { rows }, Multiply::Pairs);
+                    Self { family: Family::Tl1, machine, layout, multiply, unroll, ntile: 1, prefetch: 0 }
+                }));
+            }
         }
         candidates.retain(|schedule| schedule.check(spec, cpu).is_ok());
         candidates
@@ -263,7 +379,7 @@ impl Schedule {
 
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { family, machine, layout, multiply, unroll, ntile } = self;
+        let Self { family, machine, layout, multiply, unroll, ntile, prefetch } = self;
         write!(f, "{family}/{machine} layout={layout}")?;
         if *family == Family::Mad {
             let multiply = match multiply {
@@ -272,7 +388,8 @@ impl fmt::Display for Schedule {
             };
             write!(f, " multiply={multiply}")?;
         }
-        write!(f, " unroll={unroll} ntile={ntile}")
+        write!(f, " unroll={unroll} ntile={ntile}")?;
+        if *prefetch == 0 { Ok(()) } else { write!(f, " prefetch={prefetch}") }
     }
 }
 
@@ -290,9 +407,12 @@ impl FromStr for Schedule {
             .next()
             .and_then(|word| word.split_once('/'))
             .ok_or_else(|| ParseScheduleError(format!("`{text}` does not start with family/machine")))?;
-        let (mut layout, mut multiply, mut unroll, mut ntile) = (None, None, None, None);
+        let (mut layout, mut multiply, mut unroll, mut ntile, mut prefetch) = (None, None, None, None, None);
         for word in words {
-            let bad = || ParseScheduleError(format!("`{word}` is no parameter (layout=, multiply=, unroll=, ntile=)"));
+            let bad = || {
+                let names = "layout=, multiply=, unroll=, ntile=, prefetch=";
+                ParseScheduleError(format!("`{word}` is no parameter ({names})"))
+            };
             let (name, value) = word.split_once('=').ok_or_else(bad)?;
             let set = match name {
                 "layout" => {
@@ -309,6 +429,7 @@ impl FromStr for Schedule {
                 }
                 "unroll" => unroll.replace(value.parse().map_err(|_| bad())?).is_none(),
                 "ntile" => ntile.replace(value.parse().map_err(|_| bad())?).is_none(),
+                "prefetch" => prefetch.replace(value.parse().map_err(|_| bad())?).is_none(),
                 _ => return Err(bad()),
             };
             if !set {
@@ -329,6 +450,7 @@ impl FromStr for Schedule {
             multiply,
             unroll: unroll.ok_or_else(|| missing("unroll"))?,
             ntile: ntile.ok_or_else(|| missing("ntile"))?,
+            prefetch: prefetch.unwrap_or(0),
         })
     }
 }

@@ -24,6 +24,7 @@ struct Mad {
     chunks: usize,
     unroll: usize,
     multiply: Multiply,
+    prefetch: i32,
     /// Bytes from one activation plane to the next.
     plane: usize,
     tile_bytes: usize,
@@ -37,6 +38,7 @@ pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
         chunks: schedule.layout.row_bytes(spec.k) / usize::from(chunk),
         unroll: schedule.unroll.into(),
         multiply: schedule.multiply,
+        prefetch: schedule.prefetch.into(),
         plane: plane_bytes(spec.k),
         tile_bytes: schedule.layout.tile_bytes(spec.k),
     };
@@ -55,8 +57,8 @@ pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
             }
             Columns::Many => mad.columns(m, schedule.ntile.into(), tile, first),
         }
-        advance(m, weights, mad.tile_bytes as i64);
-        advance(m, out, 4 * mad.rows as i64);
+        advance(m, weights, mad.tile_bytes as i32);
+        advance(m, out, 4 * mad.rows as i32);
         advance(m, tiles, -1);
     });
 }
@@ -85,7 +87,7 @@ impl Mad {
         out: IntVariable,
         left: IntVariable,
     ) {
-        while_at_least(m, left, ntile as i64, |m| {
+        while_at_least(m, left, ntile as i32, |m| {
             let column_stride = m.argument(Argument::ActivationStride);
             let out_stride = m.argument(Argument::OutStride);
             let (first_column, first_out, first_sum) = (m.get_int(column), m.get_int(out), m.get_int(sums));
@@ -99,8 +101,8 @@ impl Mad {
             m.set_int(column, next);
             let next = m.add(outs[ntile - 1], out_stride);
             m.set_int(out, next);
-            advance(m, sums, 4 * ntile as i64);
-            advance(m, left, -(ntile as i64));
+            advance(m, sums, 4 * ntile as i32);
+            advance(m, left, -(ntile as i32));
         });
     }
 
@@ -118,9 +120,9 @@ impl Mad {
             for (total, value) in totals.iter().zip(values) {
                 m.set(*total, value);
             }
-            advance(m, weights, (count * self.rows * self.chunk) as i64);
+            advance(m, weights, (count * self.rows * self.chunk) as i32);
             for column in &columns {
-                advance(m, *column, (count * self.chunk) as i64);
+                advance(m, *column, (count * self.chunk) as i32);
             }
         };
         repeat(m, self.chunks / self.unroll, |m| chunks(m, self.unroll));
@@ -145,8 +147,11 @@ impl Mad {
         let mut sums: Vec<Option<Vector>> = vec![None; totals.len()];
         for (chunk, vector) in (0..count).flat_map(|chunk| (0..self.chunk / width).map(move |v| (chunk, v * width))) {
             for row in 0..self.rows {
-                let offset = (chunk * self.rows + row) * self.chunk + vector;
-                let bytes = m.load(weights, offset as i32);
+                let offset = ((chunk * self.rows + row) * self.chunk + vector) as i32;
+                let bytes = m.load(weights, offset);
+                if self.prefetch > 0 && offset % 64 == 0 {
+                    m.prefetch(weights, offset + self.prefetch);
+                }
                 for place in 0..4 {
                     let shifted = if place == 0 { bytes } else { m.shift_right16(bytes, 2 * place as u8) };
                     let codes = m.and(shifted, mask);

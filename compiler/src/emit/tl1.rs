@@ -60,8 +60,8 @@ pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
             m.set_int(column_out, next);
             advance(m, left, -1);
         });
-        advance(m, weights, tl1.tile_bytes as i64);
-        advance(m, out, 4 * tl1.rows as i64);
+        advance(m, weights, tl1.tile_bytes as i32);
+        advance(m, out, 4 * tl1.rows as i32);
         advance(m, tiles, -1);
     });
 }
@@ -100,8 +100,8 @@ impl Tl1 {
             let turn = |m: &mut dyn Machine, count: usize| {
                 let (start, table) = (m.get_int(weights), m.get_int(tables));
                 self.steps(m, count, start, table, &sums);
-                advance(m, weights, (count * self.rows) as i64);
-                advance(m, tables, (count * STEP_TABLE_BYTES) as i64);
+                advance(m, weights, (count * self.rows) as i32);
+                advance(m, tables, (count * STEP_TABLE_BYTES) as i32);
             };
             repeat(m, steps / self.unroll, |m| turn(m, self.unroll));
             repeat(m, (steps % self.unroll).min(1), |m| turn(m, steps % self.unroll));
@@ -116,8 +116,7 @@ impl Tl1 {
     /// Adds `count` steps of all rows to the sums.
     fn steps(&self, m: &mut dyn Machine, count: usize, weights: Int, tables: Int, sums: &[Sums]) {
         let width = m.vector_bytes();
-        let (nibble, byte) = (m.splat8(15), m.splat8(255));
-        let low_byte = m.shift_right16(byte, 8);
+        let (nibble, low_byte) = (m.splat8(15), m.splat16(255));
         let mut high: Vec<Option<Vector>> = vec![None; sums.len()];
         for first in (0..count).step_by(2) {
             let mut low: Vec<Option<Vector>> = vec![None; sums.len()];

@@ -16,7 +16,7 @@ use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{CodegenError, Context};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext, Variable};
 
-use super::{Argument, Int, IntVariable, Loop, Machine, Vector, VectorVariable};
+use super::{Argument, Code, Int, IntVariable, Loop, Machine, Vector, VectorVariable};
 use crate::{Arch, Cpu, Feature};
 
 /// The target that Cranelift compiles for: `cpu` with exactly its features.
@@ -43,14 +43,6 @@ pub(crate) fn isa(cpu: &Cpu) -> Result<OwnedTargetIsa, CodegenError> {
     builder.finish(settings::Flags::new(flags))
 }
 
-/// Machine code of one function, free of relocations, and what it needs to run.
-pub(crate) struct Code {
-    /// The instructions.
-    pub(crate) bytes: Vec<u8>,
-    /// Required alignment of the first one, in bytes.
-    pub(crate) alignment: u64,
-}
-
 /// Compiles the function that `emit` describes.
 pub(crate) fn compile(cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<Code, CodegenError> {
     let isa = isa(cpu)?;
@@ -59,7 +51,8 @@ pub(crate) fn compile(cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<
     if !compiled.buffer.relocs().is_empty() {
         return Err(CodegenError::Unsupported("a kernel that calls other code".to_owned()));
     }
-    Ok(Code { bytes: compiled.code_buffer().to_vec(), alignment: compiled.buffer.alignment.into() })
+    let bytes = compiled.code_buffer().to_vec();
+    Ok(Code { instructions: bytes.len(), bytes, alignment: compiled.buffer.alignment.into() })
 }
 
 /// The function's IR as text.
@@ -180,8 +173,8 @@ impl Machine for Clif<'_> {
         int(self.builder.ins().iadd(Value::from_u32(a.0), Value::from_u32(b.0)))
     }
 
-    fn add_constant(&mut self, a: Int, constant: i64) -> Int {
-        int(self.builder.ins().iadd_imm_s(Value::from_u32(a.0), constant))
+    fn add_constant(&mut self, a: Int, constant: i32) -> Int {
+        int(self.builder.ins().iadd_imm_s(Value::from_u32(a.0), i64::from(constant)))
     }
 
     fn int_variable(&mut self, initial: Int) -> IntVariable {
@@ -214,9 +207,9 @@ impl Machine for Clif<'_> {
         self.builder.def_var(Variable::from_u32(variable.0), value);
     }
 
-    fn begin_repeat(&mut self, count: usize) -> Loop {
+    fn begin_repeat(&mut self, count: i32) -> Loop {
         let counter = self.builder.declare_var(types::I64);
-        let count = self.builder.ins().iconst(types::I64, count as i64);
+        let count = self.builder.ins().iconst(types::I64, i64::from(count));
         self.builder.def_var(counter, count);
         let (head, exit) = (self.builder.create_block(), self.builder.create_block());
         self.builder.ins().jump(head, &[]);
@@ -224,13 +217,13 @@ impl Machine for Clif<'_> {
         self.open(head, exit, Some(counter))
     }
 
-    fn begin_while_at_least(&mut self, variable: IntVariable, bound: i64) -> Loop {
+    fn begin_while_at_least(&mut self, variable: IntVariable, bound: i32) -> Loop {
         let (head, body, exit) =
             (self.builder.create_block(), self.builder.create_block(), self.builder.create_block());
         self.builder.ins().jump(head, &[]);
         self.builder.switch_to_block(head);
         let value = self.builder.use_var(Variable::from_u32(variable.0));
-        let more = self.builder.ins().icmp_imm_s(IntCC::SignedGreaterThanOrEqual, value, bound);
+        let more = self.builder.ins().icmp_imm_s(IntCC::SignedGreaterThanOrEqual, value, i64::from(bound));
         self.builder.ins().brif(more, body, &[], exit, &[]);
         self.builder.switch_to_block(body);
         self.open(head, exit, None)
@@ -261,6 +254,11 @@ impl Machine for Clif<'_> {
         self.constant([value; 16])
     }
 
+    fn splat16(&mut self, value: u16) -> Vector {
+        let bytes = value.to_le_bytes();
+        self.constant(std::array::from_fn(|i| bytes[i % 2]))
+    }
+
     fn splat32(&mut self, value: i32) -> Vector {
         let bytes = value.to_le_bytes();
         self.constant(std::array::from_fn(|i| bytes[i % 4]))
@@ -289,6 +287,10 @@ impl Machine for Clif<'_> {
 
     fn store_low128(&mut self, address: Int, offset: i32, value: Vector) {
         self.store(address, offset, value);
+    }
+
+    fn prefetch(&mut self, _address: Int, _offset: i32) {
+        // Cranelift has no such instruction; `Schedule::check` allows no distance here.
     }
 
     fn and(&mut self, a: Vector, b: Vector) -> Vector {

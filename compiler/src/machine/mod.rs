@@ -5,7 +5,19 @@
 //! lowest address. Values are immutable; what changes from one loop iteration to the next is a variable. A machine that
 //! lacks an operation is kept away from it by [`Schedule::check`](crate::Schedule::check).
 
-pub mod clif;
+pub(crate) mod clif;
+pub(crate) mod disassembly;
+pub(crate) mod wide;
+
+/// Machine code of one function, free of relocations, and what it needs to run.
+pub(crate) struct Code {
+    /// The instructions, and then the constants that they read.
+    pub(crate) bytes: Vec<u8>,
+    /// Bytes of the instructions.
+    pub(crate) instructions: usize,
+    /// Required alignment of the first byte.
+    pub(crate) alignment: u64,
+}
 
 /// An immutable vector value.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +72,7 @@ pub trait Machine {
     /// `a + b`.
     fn add(&mut self, a: Int, b: Int) -> Int;
     /// `a + constant`.
-    fn add_constant(&mut self, a: Int, constant: i64) -> Int;
+    fn add_constant(&mut self, a: Int, constant: i32) -> Int;
 
     /// A new integer variable.
     fn int_variable(&mut self, initial: Int) -> IntVariable;
@@ -76,9 +88,9 @@ pub trait Machine {
     fn set(&mut self, variable: VectorVariable, value: Vector);
 
     /// Opens a loop that runs `count ≥ 1` times.
-    fn begin_repeat(&mut self, count: usize) -> Loop;
+    fn begin_repeat(&mut self, count: i32) -> Loop;
     /// Opens a loop that runs while `variable ≥ bound`, tested before each turn.
-    fn begin_while_at_least(&mut self, variable: IntVariable, bound: i64) -> Loop;
+    fn begin_while_at_least(&mut self, variable: IntVariable, bound: i32) -> Loop;
     /// Closes the loop that was opened last.
     fn end_loop(&mut self, open: Loop);
 
@@ -86,6 +98,8 @@ pub trait Machine {
     fn zero(&mut self) -> Vector;
     /// Every byte `value`.
     fn splat8(&mut self, value: u8) -> Vector;
+    /// Every 16-bit lane `value`.
+    fn splat16(&mut self, value: u16) -> Vector;
     /// Every 32-bit lane `value`.
     fn splat32(&mut self, value: i32) -> Vector;
     /// Loads a vector of weights or activations, which no store changes, from `address + offset`; no alignment needed.
@@ -100,6 +114,9 @@ pub trait Machine {
     fn store(&mut self, address: Int, offset: i32, value: Vector);
     /// Stores the lowest 16 bytes of a vector.
     fn store_low128(&mut self, address: Int, offset: i32, value: Vector);
+
+    /// Asks for the 64 bytes around `address + offset`, which need not exist, to be in the cache soon.
+    fn prefetch(&mut self, address: Int, offset: i32);
 
     /// Bitwise and.
     fn and(&mut self, a: Vector, b: Vector) -> Vector;
@@ -144,7 +161,7 @@ pub fn repeat(m: &mut dyn Machine, count: usize, body: impl FnOnce(&mut dyn Mach
         0 => {}
         1 => body(m),
         _ => {
-            let open = m.begin_repeat(count);
+            let open = m.begin_repeat(count as i32);
             body(m);
             m.end_loop(open);
         }
@@ -152,14 +169,14 @@ pub fn repeat(m: &mut dyn Machine, count: usize, body: impl FnOnce(&mut dyn Mach
 }
 
 /// Emits `body` once, in a loop that runs while the variable is at least `bound`; the body lowers it.
-pub fn while_at_least(m: &mut dyn Machine, variable: IntVariable, bound: i64, body: impl FnOnce(&mut dyn Machine)) {
+pub fn while_at_least(m: &mut dyn Machine, variable: IntVariable, bound: i32, body: impl FnOnce(&mut dyn Machine)) {
     let open = m.begin_while_at_least(variable, bound);
     body(m);
     m.end_loop(open);
 }
 
 /// `variable += constant`.
-pub fn advance(m: &mut dyn Machine, variable: IntVariable, constant: i64) {
+pub fn advance(m: &mut dyn Machine, variable: IntVariable, constant: i32) {
     let value = m.get_int(variable);
     let next = m.add_constant(value, constant);
     m.set_int(variable, next);
