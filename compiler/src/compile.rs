@@ -188,3 +188,21 @@ fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> 
     done.sort_unstable_by_key(|(i, _)| *i);
     done.into_iter().map(|(_, result)| result).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Columns;
+
+    #[test]
+    fn sums_that_overflow_because_a_bound_is_wrong_are_caught_by_the_check() {
+        let cpu = Cpu::host().expect("tests run where ternion emits code");
+        let spec = KernelSpec { k: 4096, columns: Columns::One };
+        let text = "mad/clif128 layout=rows4x64 multiply=pairs unroll=8 ntile=1";
+        let schedule: Schedule = text.parse().expect("a schedule");
+        assert!(schedule.check(&spec, &cpu).is_err(), "32 vectors of four pairs do not fit 16 bits");
+        let code = code(&spec, &schedule, &cpu).expect("the emitter does not look at the bound");
+        let kernels = load(&[((spec, schedule), code)], &cpu).expect("executable memory");
+        check(&kernels[0]).expect_err("the worst case overflows");
+    }
+}

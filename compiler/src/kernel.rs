@@ -17,7 +17,6 @@ pub(crate) struct KernelArgs {
     weights: *const u8,
     tiles: u64,
     activations: *const u8,
-    activation_stride: u64,
     columns: u64,
     sums: *const i32,
     out: *mut i32,
@@ -61,7 +60,7 @@ pub struct Kernel {
 pub struct Activations<'a> {
     /// The columns, one every `stride` bytes.
     pub columns: &'a [u8],
-    /// Bytes from one column to the next.
+    /// Bytes from one column to the next, which kernels take to be [`ActivationFormat::bytes`].
     pub stride: usize,
     /// `Σ a` of each column; its length is the number of columns.
     pub sums: &'a [i32],
@@ -147,7 +146,7 @@ impl Kernel {
         let rows = tiles.end.checked_mul(layout.tile_rows()).expect("rows of the tiles");
         assert!(fits(tiles.end, tile_bytes, 0, weights.len()), "weights of all tiles");
         let column_bytes = self.activation_format().bytes(k);
-        assert!(activations.stride >= column_bytes || columns == 1, "columns do not overlap");
+        assert!(activations.stride == column_bytes || columns == 1, "one column right after the other");
         assert!(fits(columns - 1, activations.stride, column_bytes, activations.columns.len()), "all columns");
         assert!(out.stride >= rows || columns == 1, "columns of results do not overlap");
         assert!(fits(columns - 1, out.stride, rows, out.len), "results of all rows and columns");
@@ -155,7 +154,6 @@ impl Kernel {
             weights: weights[tiles.start * tile_bytes..].as_ptr(),
             tiles: tiles.len() as u64,
             activations: activations.columns.as_ptr(),
-            activation_stride: activations.stride as u64,
             columns: columns as u64,
             sums: activations.sums.as_ptr(),
             out: out.first.wrapping_add(tiles.start * layout.tile_rows()),

@@ -7,6 +7,7 @@
 //! Emitters ([`emit`]) are written over the few operations of [`machine::Machine`] and know no instruction set.
 
 pub mod activations;
+mod candidates;
 pub mod check;
 pub mod compile;
 mod emit;

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::activations::ActivationFormat;
+use crate::emit::mad_lanes::MAX_PAIR_GROUPS;
 use crate::emit::tl1::MAX_UNROLL;
 use crate::machine::wide;
 use crate::{Arch, Columns, Cpu, Feature, KernelSpec, Layout, emit};
@@ -133,6 +134,9 @@ pub struct Schedule {
     pub prefetch: u16,
 }
 
+/// The most columns that may share a pass over a tile.
+const MAX_NTILE: u8 = 32;
+
 /// Largest sum of `vectors` vectors of codes, each four `pmaddubsw` pairs of code ≤ 2 and |activation| ≤ 127.
 const fn pairs_bound(vectors: usize) -> usize {
     vectors * 4 * 2 * 2 * 127
@@ -225,35 +229,41 @@ impl Schedule {
         let parameter =
             |name, value: u8, expected| Err(ScheduleError::Parameter { name, value: value.into(), expected });
         match (spec.columns, self.ntile) {
-            (Columns::One, 1) | (Columns::Many, 1..=8) => {}
+            (Columns::One, 1) | (Columns::Many, 1..=MAX_NTILE) => {}
             (Columns::One, ntile) => return parameter("ntile", ntile, "1 for n=1"),
-            (Columns::Many, ntile) => return parameter("ntile", ntile, "1 to 8"),
+            (Columns::Many, ntile) => return parameter("ntile", ntile, "1 to 32"),
         }
         match self.family {
             Family::Mad => {
-                let Layout::Rows { rows: 4 | 8, chunk } = self.layout else {
-                    return Err(self.layout_error("rows4x… or rows8x…"));
-                };
-                self.check_width(chunk)?;
-                if !matches!(self.unroll, 1 | 2 | 4) {
-                    return parameter("unroll", self.unroll, "1, 2 or 4 chunks");
-                }
-                match self.multiply {
-                    Multiply::Pairs => {
-                        let vectors = usize::from(chunk) / self.machine.vector_bytes() * usize::from(self.unroll);
-                        let bound = pairs_bound(vectors);
-                        if bound > i16::MAX as usize {
-                            return Err(ScheduleError::Overflow { vectors, bound });
-                        }
+                // Vectors of codes whose products 16-bit sums take before they are widened.
+                let vectors = match self.layout {
+                    Layout::Rows { rows: 4 | 8, chunk } => {
+                        self.check_width(chunk.into())?;
+                        usize::from(chunk) / self.machine.vector_bytes() * usize::from(self.unroll)
                     }
+                    Layout::Lanes { rows: rows @ 1..=64, group: 4 } => {
+                        self.check_width(4 * usize::from(rows))?;
+                        MAX_PAIR_GROUPS
+                    }
+                    _ => return Err(self.layout_error("rows4x…, rows8x… or lanes4x4 to lanes64x4")),
+                };
+                if !matches!(self.unroll, 1 | 2 | 4) {
+                    return parameter("unroll", self.unroll, "1, 2 or 4 chunks or groups");
+                }
+                let bound = pairs_bound(vectors);
+                match self.multiply {
+                    Multiply::Pairs if bound > i16::MAX as usize => {
+                        return Err(ScheduleError::Overflow { vectors, bound });
+                    }
+                    Multiply::Pairs => {}
                     Multiply::Dot => self.check_dot(cpu)?,
                 }
             }
             Family::Tl1 => {
-                let Layout::Lanes { rows: rows @ (16 | 32 | 48 | 64 | 128) } = self.layout else {
+                let Layout::Lanes { rows: rows @ (16 | 32 | 48 | 64 | 128), group: 1 } = self.layout else {
                     return Err(self.layout_error("lanes16, lanes32, lanes48, lanes64 or lanes128"));
                 };
-                self.check_width(rows)?;
+                self.check_width(rows.into())?;
                 if !cpu.has_table_lookup() {
                     let needs = Feature::Ssse3.name();
                     return Err(ScheduleError::MissingFeature { what: "tl1", needs, cpu: *cpu });
@@ -287,8 +297,8 @@ impl Schedule {
     }
 
     /// Whether `bytes` that lie together fill whole vectors.
-    fn check_width(&self, bytes: u8) -> Result<(), ScheduleError> {
-        let (bytes, vector_bytes) = (usize::from(bytes), self.machine.vector_bytes());
+    fn check_width(&self, bytes: usize) -> Result<(), ScheduleError> {
+        let vector_bytes = self.machine.vector_bytes();
         if bytes.is_multiple_of(vector_bytes) {
             return Ok(());
         }
@@ -324,56 +334,6 @@ impl Schedule {
             Family::Mad => ActivationFormat::Planes,
             Family::Tl1 => ActivationFormat::PairTables,
         }
-    }
-
-    /// The schedules for `spec` on `cpu` that are worth measuring, the ones that most often win first.
-    ///
-    /// All are legal. Left out are those that Cranelift turns into spills: with `multiply=dot`, more than one vector of
-    /// a row per turn.
-    #[must_use]
-    pub fn candidates(spec: &KernelSpec, cpu: &Cpu) -> Vec<Self> {
-        let ntiles: &[u8] = match spec.columns {
-            Columns::One => &[1],
-            Columns::Many => &[4, 2, 8, 1],
-        };
-        let mad = |machine, multiply, unroll, ntile, rows, chunk| {
-            let layout = Layout::Rows { rows, chunk };
-            Self { family: Family::Mad, machine, layout, multiply, unroll, ntile, prefetch: 0 }
-        };
-        let mut candidates = Vec::new();
-        for ntile in ntiles {
-            for machine in [MachineKind::Avx512, MachineKind::Avx2] {
-                for prefetch in [0, 4096] {
-                    for (unroll, chunk) in [(1, 64), (2, 64), (1, 32), (2, 32)] {
-                        for multiply in [Multiply::Dot, Multiply::Pairs] {
-                            candidates.extend(
-                                [8, 4].map(|rows| Self {
-                                    prefetch,
-                                    ..mad(machine, multiply, unroll, *ntile, rows, chunk)
-                                }),
-                            );
-                        }
-                    }
-                }
-            }
-            candidates.extend([8, 4].map(|rows| mad(MachineKind::Clif128, Multiply::Dot, 1, *ntile, rows, 16)));
-        }
-        for (unroll, chunk) in [(2, 16), (1, 32), (4, 16), (1, 16), (2, 32), (1, 64), (4, 32), (2, 64), (4, 64)] {
-            for ntile in ntiles {
-                let clif = |rows| mad(MachineKind::Clif128, Multiply::Pairs, unroll, *ntile, rows, chunk);
-                candidates.extend([8, 4].map(clif));
-            }
-        }
-        for machine in [MachineKind::Avx512, MachineKind::Avx2, MachineKind::Clif128] {
-            for unroll in [4, 2, 8, 16] {
-                candidates.extend([128, 64, 32, 48, 16].map(|rows| {
-                    let (layout, multiply) = (Layout::Lanes { rows }, Multiply::Pairs);
-                    Self { family: Family::Tl1, machine, layout, multiply, unroll, ntile: 1, prefetch: 0 }
-                }));
-            }
-        }
-        candidates.retain(|schedule| schedule.check(spec, cpu).is_ok());
-        candidates
     }
 }
 

@@ -104,7 +104,7 @@ fn a_schedule_that_a_machine_cannot_carry_out_is_refused_with_the_reason() {
     }
     for (text, kind) in [
         ("mad/avx2 layout=rows8x64 multiply=pairs unroll=1 ntile=2", "vector"),
-        ("mad/avx512 layout=rows4x64 multiply=pairs unroll=1 ntile=8", "general-purpose"),
+        ("mad/avx512 layout=rows4x64 multiply=pairs unroll=1 ntile=8", "vector"),
     ] {
         match check(text) {
             ScheduleError::Registers { kind: found, needed, available, .. } => {
@@ -133,6 +133,11 @@ fn sums_of_16_bits_are_legal_up_to_their_bound_and_not_beyond() {
     let mut beyond = schedule(64, 4);
     beyond.unroll = 8;
     assert!(beyond.check(&spec, &host()).is_err());
+    // Lanes flush after 16 groups, 64 pairs, whatever is unrolled.
+    for unroll in [1, 2, 4] {
+        let text = format!("mad/clif128 layout=lanes8x4 multiply=pairs unroll={unroll} ntile=1");
+        compile(&[(spec, text.parse().unwrap())], &host()).unwrap();
+    }
 }
 
 #[test]
@@ -247,6 +252,8 @@ fn the_machine_code_of_the_smallest_wide_kernels_is_what_was_reviewed() {
     for (name, cpu, text) in [
         ("mad_avx2", avx2, "mad/avx2 layout=rows4x32 multiply=pairs unroll=1 ntile=1"),
         ("mad_avx512", avx512, "mad/avx512 layout=rows4x64 multiply=dot unroll=1 ntile=1 prefetch=1024"),
+        ("mad_lanes_avx2", avx2, "mad/avx2 layout=lanes8x4 multiply=pairs unroll=1 ntile=1"),
+        ("mad_lanes_avx512", avx512, "mad/avx512 layout=lanes16x4 multiply=dot unroll=1 ntile=1"),
         ("tl1_avx2", avx2, "tl1/avx2 layout=lanes32 unroll=2 ntile=1"),
     ] {
         let text = ternion_compiler::asm_text(&spec, &text.parse().unwrap(), &cpu).unwrap();

@@ -28,6 +28,8 @@ struct Tl1 {
     /// Weight bytes of a row.
     steps: usize,
     tile_bytes: usize,
+    /// Bytes from one prepared column to the next.
+    column_bytes: usize,
 }
 
 /// Bytes of the tables of one step: four activations, two pairs, low and high parts.
@@ -39,6 +41,7 @@ pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
         unroll: schedule.unroll.into(),
         steps: schedule.layout.row_bytes(spec.k),
         tile_bytes: schedule.layout.tile_bytes(spec.k),
+        column_bytes: schedule.activation_format().bytes(spec.k),
     };
     let weights = m.argument(Argument::Weights);
     let out = m.argument(Argument::Out);
@@ -52,9 +55,7 @@ pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
         while_at_least(m, left, 1, |m| {
             let (tile, tables, results) = (m.get_int(weights), m.get_int(column), m.get_int(column_out));
             tl1.tile(m, tile, tables, results);
-            let stride = m.argument(Argument::ActivationStride);
-            let next = m.add(tables, stride);
-            m.set_int(column, next);
+            advance(m, column, tl1.column_bytes as i32);
             let stride = m.argument(Argument::OutStride);
             let next = m.add(results, stride);
             m.set_int(column_out, next);

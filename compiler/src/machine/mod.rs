@@ -50,8 +50,6 @@ pub enum Argument {
     Tiles,
     /// Address of the first prepared column.
     Activations,
-    /// Bytes from one prepared column to the next.
-    ActivationStride,
     /// Number of columns, at least 1.
     Columns,
     /// Address of `Σa` of the first column, `i32` each.

@@ -70,53 +70,72 @@ impl Nodes {
     }
 }
 
-/// A set of nodes.
-#[derive(Clone, PartialEq, Eq)]
-struct Set(Vec<u64>);
+/// Sets of nodes, one row of bits each.
+#[derive(Clone)]
+struct Sets {
+    /// 64-bit words of a row.
+    words: usize,
+    bits: Vec<u64>,
+}
 
-impl Set {
-    fn new(nodes: usize) -> Self {
-        Self(vec![0; nodes.div_ceil(64)])
+impl Sets {
+    fn new(sets: usize, nodes: usize) -> Self {
+        let words = nodes.div_ceil(64);
+        Self { words, bits: vec![0; sets * words] }
     }
 
-    fn insert(&mut self, node: usize) {
-        self.0[node / 64] |= 1 << (node % 64);
+    fn row(&self, set: usize) -> &[u64] {
+        &self.bits[set * self.words..][..self.words]
     }
 
-    fn remove(&mut self, node: usize) {
-        self.0[node / 64] &= !(1 << (node % 64));
-    }
-
-    fn contains(&self, node: usize) -> bool {
-        self.0[node / 64] >> (node % 64) & 1 != 0
-    }
-
-    fn extend(&mut self, other: &Self) {
-        self.0.iter_mut().zip(&other.0).for_each(|(a, b)| *a |= b);
-    }
-
-    fn iter(&self) -> impl Iterator<Item = usize> {
-        self.0.iter().enumerate().flat_map(|(at, word)| {
-            let mut left = *word;
-            std::iter::from_fn(move || {
-                let bit = (left != 0).then(|| left.trailing_zeros() as usize)?;
-                left &= left - 1;
-                Some(64 * at + bit)
-            })
-        })
+    fn row_mut(&mut self, set: usize) -> &mut [u64] {
+        &mut self.bits[set * self.words..][..self.words]
     }
 }
 
+fn insert(set: &mut [u64], node: usize) {
+    set[node / 64] |= 1 << (node % 64);
+}
+
+fn remove(set: &mut [u64], node: usize) {
+    set[node / 64] &= !(1 << (node % 64));
+}
+
+fn contains(set: &[u64], node: usize) -> bool {
+    set[node / 64] >> (node % 64) & 1 != 0
+}
+
+/// Adds the nodes of `other`; returns whether that changed anything.
+fn extend(set: &mut [u64], other: &[u64]) -> bool {
+    set.iter_mut().zip(other).fold(false, |changed, (word, other)| {
+        let old = *word;
+        *word |= other;
+        changed | (*word != old)
+    })
+}
+
+/// The nodes of a set in order.
+fn members(set: &[u64]) -> impl Iterator<Item = usize> {
+    set.iter().enumerate().flat_map(|(at, word)| {
+        let mut left = *word;
+        std::iter::from_fn(move || {
+            let bit = (left != 0).then(|| left.trailing_zeros() as usize)?;
+            left &= left - 1;
+            Some(64 * at + bit)
+        })
+    })
+}
+
 /// For every node, those that must not share its physical register.
-fn interference(program: &Program, nodes: &Nodes) -> Vec<Set> {
+fn interference(program: &Program, nodes: &Nodes) -> Sets {
     let count = nodes.registers.len();
-    let mut at_start = vec![Set::new(count); program.loops.len()];
+    let mut at_start = Sets::new(program.loops.len(), count);
     while walk(program, nodes, &mut at_start, |_, _, _| {}) {}
-    let mut interference = vec![Set::new(count); count];
+    let mut interference = Sets::new(count, count);
     walk(program, nodes, &mut at_start, |written, copied, live| {
-        for other in live.iter().filter(|other| *other != written && Some(*other) != copied) {
-            interference[written].insert(other);
-            interference[other].insert(written);
+        for other in members(live).filter(|other| *other != written && Some(*other) != copied) {
+            insert(interference.row_mut(written), other);
+            insert(interference.row_mut(other), written);
         }
     });
     interference
@@ -128,10 +147,10 @@ fn interference(program: &Program, nodes: &Nodes) -> Vec<Set> {
 fn walk(
     program: &Program,
     nodes: &Nodes,
-    at_start: &mut [Set],
-    mut write: impl FnMut(usize, Option<usize>, &Set),
+    at_start: &mut Sets,
+    mut write: impl FnMut(usize, Option<usize>, &[u64]),
 ) -> bool {
-    let mut live = Set::new(nodes.registers.len());
+    let mut live = vec![0; at_start.words];
     // What is live after the loops that the walk is inside of.
     let mut after = Vec::new();
     let mut grown = false;
@@ -139,34 +158,32 @@ fn walk(
         if let Some(written) = op.writes().and_then(|register| nodes.of(register)) {
             let copied = if let Op::Copy { from, .. } = op { nodes.of(*from) } else { None };
             write(written, copied, &live);
-            live.remove(written);
+            remove(&mut live, written);
         }
         match op {
             Op::Run(instruction) => {
-                instruction.reads().filter_map(|register| nodes.of(register)).for_each(|node| live.insert(node));
+                instruction.reads().filter_map(|read| nodes.of(read)).for_each(|node| insert(&mut live, node));
             }
             Op::Copy { from, .. } => {
                 if let Some(node) = nodes.of(*from) {
-                    live.insert(node);
+                    insert(&mut live, node);
                 }
             }
             Op::Constant { .. } => {}
             Op::End(at) | Op::Begin(at) => {
                 if matches!(op, Op::End(_)) {
                     after.push(live.clone());
-                    live.extend(&at_start[*at]);
+                    extend(&mut live, at_start.row(*at));
                 } else {
-                    let known = at_start[*at].clone();
-                    at_start[*at].extend(&live);
-                    grown |= at_start[*at] != known;
+                    grown |= extend(at_start.row_mut(*at), &live);
                     let after = after.pop();
                     // Such a loop may not run at all.
                     if let (Counting::While { .. }, Some(after)) = (program.loops[*at], after) {
-                        live.extend(&after);
+                        extend(&mut live, &after);
                     }
                 }
                 if let Some(node) = nodes.of(program.loops[*at].register()) {
-                    live.insert(node);
+                    insert(&mut live, node);
                 }
             }
         }
@@ -175,7 +192,7 @@ fn walk(
 }
 
 /// Merges the two sides of every copy that allows it; returns the representative of every node.
-fn coalesce(program: &Program, nodes: &Nodes, interference: &mut [Set]) -> Vec<usize> {
+fn coalesce(program: &Program, nodes: &Nodes, interference: &mut Sets) -> Vec<usize> {
     let mut group: Vec<_> = (0..nodes.registers.len()).collect();
     let find = |group: &[usize], mut node: usize| {
         while group[node] != node {
@@ -189,19 +206,19 @@ fn coalesce(program: &Program, nodes: &Nodes, interference: &mut [Set]) -> Vec<u
         let (to, from) = (find(&group, to), find(&group, from));
         // The smaller number was written first; it keeps the place in the order of colouring.
         let (kept, merged) = (to.min(from), to.max(from));
-        if kept == merged || interference[kept].contains(merged) {
+        if kept == merged || contains(interference.row(kept), merged) {
             continue;
         }
         group[merged] = kept;
-        let others = interference[merged].clone();
-        others.iter().for_each(|other| interference[other].insert(kept));
-        interference[kept].extend(&others);
+        let others = interference.row(merged).to_vec();
+        members(&others).for_each(|other| insert(interference.row_mut(other), kept));
+        extend(interference.row_mut(kept), &others);
     }
     (0..group.len()).map(|node| find(&group, node)).collect()
 }
 
 /// The physical number of every representative.
-fn colour(program: &Program, nodes: &Nodes, interference: &[Set], group: &[usize]) -> Vec<u8> {
+fn colour(program: &Program, nodes: &Nodes, interference: &Sets, group: &[usize]) -> Vec<u8> {
     let mut colours = vec![NONE; group.len()];
     let writes = program.ops.iter().filter_map(Op::writes);
     for node in [Program::RECORD].into_iter().chain(writes).filter_map(|register| nodes.of(register)) {
@@ -209,10 +226,9 @@ fn colour(program: &Program, nodes: &Nodes, interference: &[Set], group: &[usize
         if colours[node] != NONE {
             continue;
         }
-        let taken = interference[node].iter().map(|other| colours[group[other]]).filter(|colour| *colour != NONE);
-        let mut free = [true; NONE as usize];
-        taken.for_each(|colour| free[usize::from(colour)] = false);
-        colours[node] = free.iter().position(|free| *free).map_or(NONE - 1, |colour| colour as u8);
+        let mut free = [true; NONE as usize + 1];
+        members(interference.row(node)).for_each(|other| free[usize::from(colours[group[other]])] = false);
+        colours[node] = free.iter().take(NONE.into()).position(|free| *free).map_or(NONE - 1, |free| free as u8);
     }
     colours
 }

@@ -139,9 +139,7 @@ impl Wide {
     }
 
     fn constant(&mut self, constant: Constant) -> Vector {
-        let register = self.program.register(Class::Vector);
-        self.program.constants.insert(register, constant);
-        Vector(register.0)
+        Vector(self.program.constant(constant).0)
     }
 
     /// Records an instruction that changes a copy of `start`.

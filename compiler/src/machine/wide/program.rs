@@ -180,8 +180,8 @@ pub(super) struct Program {
     pub(super) loops: Vec<Counting>,
     /// The class of every register. Register 0 is the address of the argument record.
     pub(super) classes: Vec<Class>,
-    /// Registers that stand for a constant and have no instruction of their own yet.
-    pub(super) constants: BTreeMap<Register, Constant>,
+    /// For every register the constant that it stands for, if it has no instruction of its own yet.
+    constants: Vec<Option<Constant>>,
 }
 
 impl Program {
@@ -190,7 +190,15 @@ impl Program {
 
     pub(super) fn register(&mut self, class: Class) -> Register {
         self.classes.push(class);
+        self.constants.push(None);
         Register(self.classes.len() as u32 - 1)
+    }
+
+    /// A register that stands for a constant.
+    pub(super) fn constant(&mut self, constant: Constant) -> Register {
+        let register = self.register(Class::Vector);
+        self.constants[register.index()] = Some(constant);
+        register
     }
 
     /// Everything that makes the list shorter or its values shorter-lived.
@@ -234,13 +242,15 @@ impl Program {
     /// Turns loads with a single reader in the same loop into that reader's memory operand.
     fn fold_loads(&mut self) {
         let reads = self.reads();
-        let mut loads: BTreeMap<Register, (usize, Load, Operand)> = BTreeMap::new();
-        let mut folded = BTreeSet::new();
+        // The loads of this stretch without loops, by target: their place in the list, kind and operand.
+        let mut loads: Vec<Option<(usize, Load, Operand)>> = vec![None; self.classes.len()];
+        let mut loop_edge = 0;
+        let mut folded = vec![false; self.ops.len()];
         for (at, op) in self.ops.iter_mut().enumerate() {
             let instruction = match op {
                 Op::Run(instruction) => instruction,
                 Op::Begin(_) | Op::End(_) => {
-                    loads.clear();
+                    loop_edge = at;
                     continue;
                 }
                 Op::Copy { .. } | Op::Constant { .. } => continue,
@@ -249,15 +259,16 @@ impl Program {
                 (instruction.load, instruction.target, instruction.operands[0])
                 && reads[target.index()] == 1
             {
-                loads.insert(target, (at, load, Operand::Memory { address, splat32: load == Load::Splat32 }));
+                let operand = Operand::Memory { address, splat32: load == Load::Splat32 };
+                loads[target.index()] = Some((at, load, operand));
                 continue;
             }
             let fits = |operand: Option<Operand>| {
                 let Some(Operand::Register(register, _)) = operand else { return None };
-                loads.get(&register).copied().filter(|(_, load, _)| match instruction.memory {
+                loads[register.index()].filter(|(at, load, _)| match instruction.memory {
                     MemoryForm::No => false,
-                    MemoryForm::Vector => *load == Load::Vector,
-                    MemoryForm::VectorOrSplat32 => true,
+                    MemoryForm::Vector => *at >= loop_edge && *load == Load::Vector,
+                    MemoryForm::VectorOrSplat32 => *at >= loop_edge,
                 })
             };
             let Some(last) = instruction.operands.iter().rposition(|o| matches!(o, Some(Operand::Register(..)))) else {
@@ -271,14 +282,11 @@ impl Program {
             }
             if let Some((load, _, source)) = fits(instruction.operands[last]) {
                 instruction.operands[last] = Some(source);
-                folded.insert(load);
+                folded[load] = true;
             }
         }
-        let mut at = 0;
-        self.ops.retain(|_| {
-            at += 1;
-            !folded.contains(&(at - 1))
-        });
+        let mut folded = folded.into_iter();
+        self.ops.retain(|_| folded.next() != Some(true));
     }
 
     /// Gives every constant an instruction: before the loop if the loop has no loop inside, else where it is first read
@@ -294,8 +302,7 @@ impl Program {
                 Op::End(_) => hoisted.extend(begun.take()),
                 Op::Run(instruction) => {
                     if let Some((_, constants)) = &mut begun {
-                        let read = instruction.reads().filter_map(|register| self.constants.get(&register));
-                        constants.extend(read.copied());
+                        constants.extend(instruction.reads().filter_map(|register| self.constants[register.index()]));
                     }
                 }
                 Op::Copy { .. } | Op::Constant { .. } => {}
@@ -316,15 +323,15 @@ impl Program {
                     made.clear();
                     self.ops.push(op);
                 }
-                Op::Copy { to, from } => self.ops.push(match self.constants.get(&from) {
-                    Some(constant) => Op::Constant { to, constant: *constant },
+                Op::Copy { to, from } => self.ops.push(match self.constants[from.index()] {
+                    Some(constant) => Op::Constant { to, constant },
                     None => op,
                 }),
                 Op::Constant { .. } => self.ops.push(op),
                 Op::Run(mut instruction) => {
                     for operand in instruction.operands.iter_mut().flatten() {
                         let Operand::Register(register, _) = operand else { continue };
-                        let Some(constant) = self.constants.get(register).copied() else { continue };
+                        let Some(constant) = self.constants[register.index()] else { continue };
                         *register = self.make(constant, &mut made);
                     }
                     self.ops.push(Op::Run(instruction));
