@@ -93,4 +93,11 @@ fn prompts(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Schedu
         }
     }
     candidates.extend([64, 128, 32, 16].map(|rows| tl1(machine, rows, 4)));
+    for rows in [16, 32] {
+        for unroll in [4, 8, 16] {
+            let (layout, multiply) = (Layout::Lanes { rows, group: 4 }, Multiply::Pairs);
+            let ntile = vector / 2;
+            candidates.push(Schedule { family: Family::Vlut, machine, layout, multiply, unroll, ntile, prefetch: 0 });
+        }
+    }
 }

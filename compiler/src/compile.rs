@@ -194,15 +194,35 @@ mod tests {
     use super::*;
     use crate::Columns;
 
+    /// Checks what `emit` describes as if it were legal.
+    fn check_unchecked(
+        spec: KernelSpec,
+        schedule: &str,
+        emit: impl Fn(&mut dyn Machine, &Schedule),
+    ) -> Result<(), Mismatch> {
+        let cpu = Cpu::host().expect("tests run where ternion emits code");
+        let schedule: Schedule = schedule.parse().expect("a schedule");
+        let code = clif::compile(&cpu, |m| emit(m, &schedule)).expect("code");
+        let kernels = load(&[((spec, schedule), code)], &cpu).expect("executable memory");
+        check(&kernels[0])
+    }
+
     #[test]
     fn sums_that_overflow_because_a_bound_is_wrong_are_caught_by_the_check() {
-        let cpu = Cpu::host().expect("tests run where ternion emits code");
         let spec = KernelSpec { k: 4096, columns: Columns::One };
-        let text = "mad/clif128 layout=rows4x64 multiply=pairs unroll=8 ntile=1";
-        let schedule: Schedule = text.parse().expect("a schedule");
-        assert!(schedule.check(&spec, &cpu).is_err(), "32 vectors of four pairs do not fit 16 bits");
-        let code = code(&spec, &schedule, &cpu).expect("the emitter does not look at the bound");
-        let kernels = load(&[((spec, schedule), code)], &cpu).expect("executable memory");
-        check(&kernels[0]).expect_err("the worst case overflows");
+        let pairs = |unroll| {
+            let text = format!("mad/clif128 layout=rows4x64 multiply=pairs unroll={unroll} ntile=1");
+            check_unchecked(spec, &text, |m, schedule| emit::emit(m, &spec, schedule))
+        };
+        pairs(4).expect("16 vectors of four pairs fit 16 bits");
+        pairs(8).expect_err("32 do not");
+
+        let spec = KernelSpec { k: 4096, columns: Columns::Many };
+        let lookups = |flush| {
+            let text = "vlut/clif128 layout=lanes16x4 unroll=8 ntile=8";
+            check_unchecked(spec, text, |m, schedule| emit::vlut::emit_with(m, &spec, schedule, flush))
+        };
+        lookups(emit::vlut::MAX_GROUPS).expect("64 sums of four fit 16 bits");
+        lookups(2 * emit::vlut::MAX_GROUPS).expect_err("128 do not");
     }
 }

@@ -1,5 +1,6 @@
 //! Compiled kernels: their calling convention, their memory, and the safe side of calling them.
 
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
@@ -21,6 +22,8 @@ pub(crate) struct KernelArgs {
     sums: *const i32,
     out: *mut i32,
     out_stride: u64,
+    last_column: *const u8,
+    scratch: *mut u8,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -150,20 +153,66 @@ impl Kernel {
         assert!(fits(columns - 1, activations.stride, column_bytes, activations.columns.len()), "all columns");
         assert!(out.stride >= rows || columns == 1, "columns of results do not overlap");
         assert!(fits(columns - 1, out.stride, rows, out.len), "results of all rows and columns");
-        let args = KernelArgs {
-            weights: weights[tiles.start * tile_bytes..].as_ptr(),
-            tiles: tiles.len() as u64,
-            activations: activations.columns.as_ptr(),
-            columns: columns as u64,
-            sums: activations.sums.as_ptr(),
-            out: out.first.wrapping_add(tiles.start * layout.tile_rows()),
-            out_stride: 4 * out.stride as u64,
-        };
-        // SAFETY: the code was compiled for this CPU and checked; it reads `tiles.len()` tiles of weights, `columns`
-        // columns of activations and sums, and writes whole tiles of rows in every column, all of which the assertions
-        // above place inside their slices whatever the bytes are. The caller keeps other threads off these rows.
-        unsafe { (self.entry)(&raw const args) }
+        let mut start = tiles.start;
+        for part in self.parts(tiles) {
+            let part = start..start + part;
+            start = part.end;
+            with_scratch(self.schedule.scratch_bytes(part.len()), |scratch| {
+                let args = KernelArgs {
+                    weights: weights[part.start * tile_bytes..].as_ptr(),
+                    tiles: part.len() as u64,
+                    activations: activations.columns.as_ptr(),
+                    columns: columns as u64,
+                    sums: activations.sums.as_ptr(),
+                    out: out.first.wrapping_add(part.start * layout.tile_rows()),
+                    out_stride: 4 * out.stride as u64,
+                    last_column: activations.columns[(columns - 1) * activations.stride..].as_ptr(),
+                    scratch,
+                };
+                // SAFETY: the code was compiled for this CPU and checked; it reads `part.len()` tiles of weights,
+                // `columns` columns of activations and sums, and writes whole tiles of rows in every column, all of
+                // which the assertions above place inside their slices whatever the bytes are, and the scratch that
+                // its schedule says it needs. The caller keeps other threads off these rows.
+                unsafe { (self.entry)(&raw const args) }
+            });
+        }
     }
+
+    /// How many tiles to pass to the code at a time: all of them, or, if it keeps sums of all rows in its scratch, as
+    /// many as leave that in the second-level cache.
+    fn parts(&self, tiles: Range<usize>) -> impl Iterator<Item = usize> {
+        let most =
+            if self.schedule.scratch_bytes(1) == 0 { usize::MAX } else { SCRATCH_ROWS / self.layout().tile_rows() };
+        let parts = tiles.len().div_ceil(most.max(1));
+        (0..parts).map(move |part| (part + 1) * tiles.len() / parts - part * tiles.len() / parts)
+    }
+}
+
+/// Rows that a kernel keeps sums of at a time.
+const SCRATCH_ROWS: usize = 2048;
+
+/// Calls `work` with the address of at least `bytes` bytes that this thread may write until it returns.
+fn with_scratch(bytes: usize, work: impl FnOnce(*mut u8)) {
+    /// 64 bytes, aligned as kernels expect.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    #[repr(align(64))]
+    struct Line([u8; 64]);
+
+    const GUARD: Line = Line([0xa5; 64]);
+
+    thread_local! {
+        static SCRATCH: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    }
+    SCRATCH.with_borrow_mut(|lines| {
+        let needed = bytes.div_ceil(64);
+        // One line more, to notice in tests when code writes past its scratch.
+        if lines.len() <= needed {
+            lines.resize(needed + 1, GUARD);
+        }
+        lines[needed] = GUARD;
+        work(lines.as_mut_ptr().cast());
+        debug_assert_eq!(lines[needed], GUARD, "code writes past its scratch of {bytes} bytes");
+    });
 }
 
 impl std::fmt::Debug for Kernel {

@@ -18,11 +18,13 @@ pub enum Family {
     Mad,
     /// Two trits are an index into a table of their sums, looked up by byte shuffles.
     Tl1,
+    /// For many columns at once: the weight byte is the row of a table of the sums of four activations.
+    Vlut,
 }
 
 impl Family {
     /// All families.
-    pub const ALL: [Self; 2] = [Self::Mad, Self::Tl1];
+    pub const ALL: [Self; 3] = [Self::Mad, Self::Tl1, Self::Vlut];
 }
 
 impl fmt::Display for Family {
@@ -30,6 +32,7 @@ impl fmt::Display for Family {
         f.write_str(match self {
             Self::Mad => "mad",
             Self::Tl1 => "tl1",
+            Self::Vlut => "vlut",
         })
     }
 }
@@ -39,7 +42,7 @@ impl FromStr for Family {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let known = Self::ALL.into_iter().find(|family| family.to_string() == text);
-        known.ok_or_else(|| ParseScheduleError(format!("family `{text}`: expected mad or tl1")))
+        known.ok_or_else(|| ParseScheduleError(format!("family `{text}`: expected mad, tl1 or vlut")))
     }
 }
 
@@ -126,9 +129,9 @@ pub struct Schedule {
     pub layout: Layout,
     /// The multiplication of `mad`; [`Multiply::Pairs`] where nothing is multiplied.
     pub multiply: Multiply,
-    /// Steps per loop iteration: chunks of a row for `mad`, bytes of a row for `tl1`.
+    /// Steps per loop iteration: chunks or groups of a row for `mad`, bytes of a row for `tl1` and `vlut`.
     pub unroll: u8,
-    /// Columns that share one pass over a tile.
+    /// Columns that share one pass over a tile; the 16-bit lanes of a vector for `vlut`.
     pub ntile: u8,
     /// How many bytes ahead of the weights in use the cache is asked for more; 0 for not at all.
     pub prefetch: u16,
@@ -233,6 +236,13 @@ impl Schedule {
             (Columns::One, ntile) => return parameter("ntile", ntile, "1 for n=1"),
             (Columns::Many, ntile) => return parameter("ntile", ntile, "1 to 32"),
         }
+        if self.prefetch != 0 && self.family != Family::Mad {
+            let expected = "0: only mad prefetches";
+            return Err(ScheduleError::Parameter { name: "prefetch", value: self.prefetch.into(), expected });
+        }
+        if self.multiply != Multiply::Pairs && self.family != Family::Mad {
+            return parameter("multiply", self.multiply as u8, "none: only mad multiplies");
+        }
         match self.family {
             Family::Mad => {
                 // Vectors of codes whose products 16-bit sums take before they are widened.
@@ -268,14 +278,22 @@ impl Schedule {
                     let needs = Feature::Ssse3.name();
                     return Err(ScheduleError::MissingFeature { what: "tl1", needs, cpu: *cpu });
                 }
-                if self.multiply != Multiply::Pairs {
-                    return parameter("multiply", self.multiply as u8, "none: tl1 looks up");
-                }
                 if self.unroll == 0 || !self.unroll.is_multiple_of(2) || usize::from(self.unroll) > MAX_UNROLL {
                     return parameter("unroll", self.unroll, "an even number of bytes up to 18");
                 }
                 if self.ntile != 1 {
                     return parameter("ntile", self.ntile, "1: a table serves one column");
+                }
+            }
+            Family::Vlut => {
+                let Layout::Lanes { rows: 1..=32, .. } = self.layout else {
+                    return Err(self.layout_error("lanes<R> or lanes<R>x4 with at most 32 rows"));
+                };
+                if usize::from(self.ntile) != self.machine.vector_bytes() / 2 {
+                    return parameter("ntile", self.ntile, "8, 16 or 32: the 16-bit lanes of the machine's vectors");
+                }
+                if !matches!(self.unroll, 4 | 8 | 16 | 32) {
+                    return parameter("unroll", self.unroll, "4, 8, 16 or 32 groups");
                 }
             }
         }
@@ -327,11 +345,19 @@ impl Schedule {
         ScheduleError::Layout { family: self.family, layout: self.layout, needs }
     }
 
+    /// Bytes of scratch that a call with `tiles` tiles needs.
+    pub(crate) fn scratch_bytes(&self, tiles: usize) -> usize {
+        match self.family {
+            Family::Mad | Family::Tl1 => 0,
+            Family::Vlut => emit::vlut::scratch_bytes(self, tiles),
+        }
+    }
+
     /// How the activations of one column must be laid out for this schedule.
     #[must_use]
     pub const fn activation_format(&self) -> ActivationFormat {
         match self.family {
-            Family::Mad => ActivationFormat::Planes,
+            Family::Mad | Family::Vlut => ActivationFormat::Planes,
             Family::Tl1 => ActivationFormat::PairTables,
         }
     }
@@ -400,8 +426,8 @@ impl FromStr for Schedule {
         let missing = |name| ParseScheduleError(format!("{name}= is missing"));
         let multiply = match (family, multiply) {
             (Family::Mad, multiply) => multiply.ok_or_else(|| missing("multiply"))?,
-            (Family::Tl1, None) => Multiply::Pairs,
-            (Family::Tl1, Some(_)) => return Err(ParseScheduleError("tl1 has no multiply=".to_owned())),
+            (_, None) => Multiply::Pairs,
+            (_, Some(_)) => return Err(ParseScheduleError(format!("{family} has no multiply="))),
         };
         Ok(Self {
             family,

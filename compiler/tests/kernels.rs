@@ -38,7 +38,9 @@ fn every_candidate_compiles_and_agrees_with_the_reference_on_awkward_shapes() {
         for columns in [Columns::One, Columns::Many] {
             let spec = KernelSpec { k, columns };
             let jobs: Vec<_> = Schedule::candidates(&spec, &host()).into_iter().map(|s| (spec, s)).collect();
-            assert!(jobs.iter().any(|(_, s)| s.family == Family::Tl1), "the host runs all families");
+            for family in Family::ALL.into_iter().filter(|family| *family != Family::Vlut || columns == Columns::Many) {
+                assert!(jobs.iter().any(|(_, s)| s.family == family), "the host runs {family}");
+            }
             for kernel in compile_each(&jobs, &host()) {
                 kernel.unwrap_or_else(|error| panic!("{error}"));
             }
@@ -157,6 +159,7 @@ fn a_schedule_prints_and_parses_back() {
         "mad/clif128 layout=rows4x64 multiply=pairs unroll=x ntile=1",
         "tl1/clif128 layout=lanes32 multiply=dot unroll=8 ntile=1",
         "mad/avx9 layout=rows4x64 multiply=pairs unroll=1 ntile=1",
+        "vlut/clif128 layout=lanes16x4 multiply=pairs unroll=8 ntile=8",
         "fft/clif128 layout=rows4x64 multiply=pairs unroll=1 ntile=1",
         "mad/clif128 layout=rows4x64 multiply=pairs unroll=1 ntile=1 speed=9",
     ] {
@@ -191,7 +194,7 @@ proptest! {
 
     #[test]
     fn a_random_shape_under_a_random_schedule_agrees_with_the_reference(
-        m in 1usize..150, quads in 1usize..700, n in 1usize..12, one in any::<bool>(),
+        m in 1usize..150, quads in 1usize..700, n in 1usize..40, one in any::<bool>(),
         choice in any::<prop::sample::Index>(), seed in any::<u64>(), extreme in any::<bool>()
     ) {
         let (k, n) = (4 * quads, if one { 1 } else { n });

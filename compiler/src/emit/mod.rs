@@ -3,6 +3,7 @@
 mod mad;
 pub(crate) mod mad_lanes;
 pub(crate) mod tl1;
+pub(crate) mod vlut;
 
 use crate::machine::{Argument, Int, IntVariable, Machine, advance, while_at_least};
 use crate::{Columns, Family, KernelSpec, Layout, Schedule};
@@ -13,6 +14,7 @@ pub(crate) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
         (Family::Mad, Layout::Lanes { .. }) => mad_lanes::emit(m, spec, schedule),
         (Family::Mad, _) => mad::emit(m, spec, schedule),
         (Family::Tl1, _) => tl1::emit(m, spec, schedule),
+        (Family::Vlut, _) => vlut::emit(m, spec, schedule),
     }
 }
 

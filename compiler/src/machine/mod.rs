@@ -58,6 +58,10 @@ pub enum Argument {
     Out,
     /// Bytes from one column of results to the next.
     OutStride,
+    /// Address of the last prepared column.
+    LastColumn,
+    /// Address of memory that the kernel may use as it likes, aligned to 64 bytes.
+    Scratch,
 }
 
 /// The operations that emitters are written in.
@@ -69,6 +73,16 @@ pub trait Machine {
     fn argument(&mut self, argument: Argument) -> Int;
     /// `a + b`.
     fn add(&mut self, a: Int, b: Int) -> Int;
+    /// A number.
+    fn constant(&mut self, value: i32) -> Int;
+    /// The smaller of two addresses or counts.
+    fn min(&mut self, a: Int, b: Int) -> Int;
+    /// `a · 2^bits`.
+    fn shift_left(&mut self, a: Int, bits: u8) -> Int;
+    /// An unsigned byte of weights.
+    fn load_byte(&mut self, address: Int, offset: i32) -> Int;
+    /// Copies 32 bits from one address to another, after the stores before it.
+    fn copy32(&mut self, from: Int, from_offset: i32, to: Int, to_offset: i32);
     /// `a + constant`.
     fn add_constant(&mut self, a: Int, constant: i32) -> Int;
 
@@ -106,10 +120,14 @@ pub trait Machine {
     fn load_table(&mut self, address: Int, offset: i32) -> Vector;
     /// Loads 32 bits into every 32-bit lane.
     fn load_splat32(&mut self, address: Int, offset: i32) -> Vector;
-    /// Loads a vector of results, after the stores before it.
+    /// Loads a vector of results or scratch, after the stores before it.
     fn load_result(&mut self, address: Int, offset: i32) -> Vector;
+    /// Loads half a vector of signed bytes of scratch into 16-bit lanes, after the stores before it.
+    fn load_widened8(&mut self, address: Int, offset: i32) -> Vector;
     /// Stores a vector.
     fn store(&mut self, address: Int, offset: i32, value: Vector);
+    /// Stores 8 bytes of a vector, the ones from `8 · part`.
+    fn store64(&mut self, address: Int, offset: i32, value: Vector, part: usize);
     /// Stores the lowest 16 bytes of a vector.
     fn store_low128(&mut self, address: Int, offset: i32, value: Vector);
 
@@ -149,8 +167,12 @@ pub trait Machine {
     fn lookup(&mut self, table: Vector, index: Vector) -> Vector;
     /// The 16-bit lanes of `a` and `b` in turn, `a` first: the first half of the result, then the second.
     fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2];
+    /// The bytes of `a` and `b` in turn, within every 128 bits: from their lower halves, then from their upper halves.
+    fn interleave8(&mut self, a: Vector, b: Vector) -> [Vector; 2];
     /// Widens unsigned 16-bit lanes to 32 bits: the first half, then the second.
     fn widen16(&mut self, a: Vector) -> [Vector; 2];
+    /// Widens signed 16-bit lanes to 32 bits: the first half, then the second.
+    fn widen_signed16(&mut self, a: Vector) -> [Vector; 2];
 }
 
 /// Emits `body` once, in a loop that runs `count` times; no loop for a count of 1, nothing for 0.

@@ -90,6 +90,8 @@ operations! {
     MultiplyAddBytes: VEX_Vpmaddubsw_ymm_ymm_ymmm256, EVEX_Vpmaddubsw_zmm_k1z_zmm_zmmm512, false, Vector;
     MultiplyAddWords: VEX_Vpmaddwd_ymm_ymm_ymmm256, EVEX_Vpmaddwd_zmm_k1z_zmm_zmmm512, true, Vector;
     ShuffleBytes: VEX_Vpshufb_ymm_ymm_ymmm256, EVEX_Vpshufb_zmm_k1z_zmm_zmmm512, false, Vector;
+    UnpackLow8: VEX_Vpunpcklbw_ymm_ymm_ymmm256, EVEX_Vpunpcklbw_zmm_k1z_zmm_zmmm512, false, Vector;
+    UnpackHigh8: VEX_Vpunpckhbw_ymm_ymm_ymmm256, EVEX_Vpunpckhbw_zmm_k1z_zmm_zmmm512, false, Vector;
     UnpackLow16: VEX_Vpunpcklwd_ymm_ymm_ymmm256, EVEX_Vpunpcklwd_zmm_k1z_zmm_zmmm512, false, Vector;
     UnpackHigh16: VEX_Vpunpckhwd_ymm_ymm_ymmm256, EVEX_Vpunpckhwd_zmm_k1z_zmm_zmmm512, false, Vector;
     UnpackLow32: VEX_Vpunpckldq_ymm_ymm_ymmm256, EVEX_Vpunpckldq_zmm_k1z_zmm_zmmm512b32, false, Vector;
@@ -100,6 +102,12 @@ operations! {
     Permute128: VEX_Vperm2i128_ymm_ymm_ymmm256_imm8, EVEX_Vshufi64x2_zmm_k1z_zmm_zmmm512b64_imm8, false, No;
     /// 16-bit lanes of the lower half to 32 bits, zeros coming in.
     Widen16: VEX_Vpmovzxwd_ymm_xmmm128, EVEX_Vpmovzxwd_zmm_k1z_ymmm256, false, No;
+    /// The same, copies of the sign coming in.
+    WidenSigned16: VEX_Vpmovsxwd_ymm_xmmm128, EVEX_Vpmovsxwd_zmm_k1z_ymmm256, false, No;
+    /// Signed bytes of half a vector to 16 bits.
+    WidenSigned8: VEX_Vpmovsxbw_ymm_xmmm128, EVEX_Vpmovsxbw_zmm_k1z_ymmm256, false, No;
+    /// 128 bits of a vector, as the immediate says.
+    Extract128: VEX_Vextracti128_xmmm128_ymm_imm8, EVEX_Vextracti32x4_xmmm128_k1z_zmm_imm8, false, No;
     /// The upper half.
     UpperHalf: VEX_Vextracti128_xmmm128_ymm_imm8, EVEX_Vextracti64x4_ymmm256_k1z_zmm_imm8, false, No;
     /// A whole vector from memory.
@@ -112,6 +120,10 @@ operations! {
     Store: VEX_Vmovdqu_ymmm256_ymm, EVEX_Vmovdqu32_zmmm512_k1z_zmm, false, No;
     /// The lowest 16 bytes to memory.
     StoreLow128: VEX_Vextracti128_xmmm128_ymm_imm8, EVEX_Vextracti32x4_xmmm128_k1z_zmm_imm8, false, No;
+    /// The lowest 8 bytes to memory.
+    StoreLow64: VEX_Vmovlps_m64_xmm, EVEX_Vmovlps_m64_xmm, false, No;
+    /// The 8 bytes after them.
+    StoreNext64: VEX_Vmovhps_m64_xmm, EVEX_Vmovhps_m64_xmm, false, No;
     /// A register to another.
     Move: VEX_Vmovdqa_ymm_ymmm256, EVEX_Vmovdqa32_zmm_k1z_zmmm512, false, No;
     /// All zero, of a register and itself.

@@ -134,11 +134,17 @@ impl Wide {
         self.compute(operation, [self.whole(a), Operand::Immediate8(bits)])
     }
 
+    fn widen(&mut self, operation: Operation, a: Vector) -> [Vector; 2] {
+        let half = self.target.isa.half();
+        let upper = self.compute_as(half, Operation::UpperHalf, [self.whole(a), Operand::Immediate8(1)]);
+        [a, upper].map(|part| self.compute(operation, [Operand::Register(Register(part.0), half)]))
+    }
+
     fn permute128(&mut self, a: Vector, b: Vector, order: u8) -> Vector {
         self.compute(Operation::Permute128, [self.whole(a), self.whole(b), Operand::Immediate8(order)])
     }
 
-    fn constant(&mut self, constant: Constant) -> Vector {
+    fn vector_constant(&mut self, constant: Constant) -> Vector {
         Vector(self.program.constant(constant).0)
     }
 
@@ -193,6 +199,44 @@ impl Machine for Wide {
         self.compute_int(X86::Lea_r64_m, Address { base: Register(a.0), index: Some(Register(b.0)), offset: 0 })
     }
 
+    fn constant(&mut self, value: i32) -> Int {
+        let register = self.program.register(Class::Int);
+        let operand = Operand::Immediate32(value);
+        self.push(Instruction::new(X86::Mov_rm64_imm32, Some((register, View::Int)), [operand]));
+        Int(register.0)
+    }
+
+    fn min(&mut self, a: Int, b: Int) -> Int {
+        let register = self.copy(Class::Int, a.0);
+        let operands = [register, Register(b.0)].map(|register| Operand::Register(register, View::Int));
+        self.push(Instruction::new(X86::Cmp_r64_rm64, None, operands));
+        let mut smaller = Instruction::new(X86::Cmovg_r64_rm64, Some((register, View::Int)), [operands[1]]);
+        smaller.reads_target = true;
+        self.push(smaller);
+        Int(register.0)
+    }
+
+    fn shift_left(&mut self, a: Int, bits: u8) -> Int {
+        let register = self.copy(Class::Int, a.0);
+        let target = Some((register, View::Int));
+        let mut shift = Instruction::new(X86::Shl_rm64_imm8, target, [Operand::Immediate8(bits)]);
+        shift.reads_target = true;
+        self.push(shift);
+        Int(register.0)
+    }
+
+    fn load_byte(&mut self, address: Int, offset: i32) -> Int {
+        self.compute_int(X86::Movzx_r64_rm8, Address { base: Register(address.0), index: None, offset })
+    }
+
+    fn copy32(&mut self, from: Int, from_offset: i32, to: Int, to_offset: i32) {
+        let register = self.program.register(Class::Int);
+        let target = Some((register, View::Int32));
+        self.push(Instruction::new(X86::Mov_r32_rm32, target, [memory(from, from_offset)]));
+        let operands = [memory(to, to_offset), Operand::Register(register, View::Int32)];
+        self.push(Instruction::new(X86::Mov_rm32_r32, None, operands));
+    }
+
     fn add_constant(&mut self, a: Int, constant: i32) -> Int {
         self.compute_int(X86::Lea_r64_m, Address { base: Register(a.0), index: None, offset: constant })
     }
@@ -222,9 +266,7 @@ impl Machine for Wide {
     }
 
     fn begin_repeat(&mut self, count: i32) -> Loop {
-        let counter = self.program.register(Class::Int);
-        let operand = Operand::Immediate32(count);
-        self.push(Instruction::new(X86::Mov_rm64_imm32, Some((counter, View::Int)), [operand]));
+        let counter = Register(self.constant(count).0);
         self.begin(Counting::Repeat { counter })
     }
 
@@ -252,7 +294,7 @@ impl Machine for Wide {
     }
 
     fn splat32(&mut self, value: i32) -> Vector {
-        self.constant(Constant::Splat32(value.cast_unsigned()))
+        self.vector_constant(Constant::Splat32(value.cast_unsigned()))
     }
 
     fn load(&mut self, address: Int, offset: i32) -> Vector {
@@ -270,14 +312,31 @@ impl Machine for Wide {
     fn load_result(&mut self, address: Int, offset: i32) -> Vector {
         let vector = self.compute(Operation::Load, [memory(address, offset)]);
         if let Some(Op::Run(instruction)) = self.program.ops.last_mut() {
-            // It must stay where it is between the stores.
-            instruction.load = None;
+            instruction.load = Some(Load::Result);
         }
         vector
     }
 
+    fn load_widened8(&mut self, address: Int, offset: i32) -> Vector {
+        self.compute(Operation::WidenSigned8, [memory(address, offset)])
+    }
+
     fn store(&mut self, address: Int, offset: i32, value: Vector) {
         let instruction = self.instruction(Operation::Store, [memory(address, offset), self.whole(value)]);
+        self.push(instruction);
+    }
+
+    fn store64(&mut self, address: Int, offset: i32, value: Vector, part: usize) {
+        let value = match part / 2 {
+            0 => value,
+            place => {
+                let operands = [self.whole(value), Operand::Immediate8(place as u8)];
+                self.compute_as(View::Xmm, Operation::Extract128, operands)
+            }
+        };
+        let operation = [Operation::StoreLow64, Operation::StoreNext64][part % 2];
+        let operands = [memory(address, offset), Operand::Register(Register(value.0), View::Xmm)];
+        let instruction = self.instruction(operation, operands);
         self.push(instruction);
     }
 
@@ -382,10 +441,16 @@ impl Machine for Wide {
         }
     }
 
+    fn interleave8(&mut self, a: Vector, b: Vector) -> [Vector; 2] {
+        [self.binary(Operation::UnpackLow8, a, b), self.binary(Operation::UnpackHigh8, a, b)]
+    }
+
     fn widen16(&mut self, a: Vector) -> [Vector; 2] {
-        let half = self.target.isa.half();
-        let upper = self.compute_as(half, Operation::UpperHalf, [self.whole(a), Operand::Immediate8(1)]);
-        [a, upper].map(|part| self.compute(Operation::Widen16, [Operand::Register(Register(part.0), half)]))
+        self.widen(Operation::Widen16, a)
+    }
+
+    fn widen_signed16(&mut self, a: Vector) -> [Vector; 2] {
+        self.widen(Operation::WidenSigned16, a)
     }
 }
 
@@ -412,8 +477,8 @@ mod tests {
             Feature::AvxVnni => vec![CpuidFeature::AVX_VNNI],
             _ => Vec::new(),
         });
-        let every_x64 = [CpuidFeature::INTEL8086, CpuidFeature::INTEL386, CpuidFeature::X64, CpuidFeature::SSE];
-        features.chain(every_x64).chain([CpuidFeature::MULTIBYTENOP]).collect()
+        let every_x64 = [CpuidFeature::INTEL8086, CpuidFeature::INTEL386, CpuidFeature::X64, CpuidFeature::CMOV];
+        features.chain(every_x64).chain([CpuidFeature::SSE, CpuidFeature::MULTIBYTENOP]).collect()
     }
 
     #[test]

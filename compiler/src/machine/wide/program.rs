@@ -31,6 +31,7 @@ pub(super) enum Class {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum View {
     Int,
+    Int32,
     Xmm,
     Ymm,
     Zmm,
@@ -81,6 +82,8 @@ pub(super) enum Load {
     Vector,
     /// 32 bits in every lane, which no store changes.
     Splat32,
+    /// A whole vector that stores change.
+    Result,
 }
 
 /// One machine instruction over virtual registers. Operands are in the order of its encoding, the target apart.
@@ -204,6 +207,7 @@ impl Program {
     /// Everything that makes the list shorter or its values shorter-lived.
     pub(super) fn tidy(&mut self) {
         self.drop_unread();
+        self.fold_addresses();
         self.fold_loads();
         self.place_constants();
     }
@@ -239,11 +243,11 @@ impl Program {
         self.ops = kept;
     }
 
-    /// Turns loads with a single reader in the same loop into that reader's memory operand.
-    fn fold_loads(&mut self) {
+    /// Turns a sum of two registers with a single reader, an access to memory in the same loop, into its address.
+    fn fold_addresses(&mut self) {
         let reads = self.reads();
-        // The loads of this stretch without loops, by target: their place in the list, kind and operand.
-        let mut loads: Vec<Option<(usize, Load, Operand)>> = vec![None; self.classes.len()];
+        // The sums of this stretch without loops, by target, with their places in the list.
+        let mut sums: Vec<Option<(usize, Address)>> = vec![None; self.classes.len()];
         let mut loop_edge = 0;
         let mut folded = vec![false; self.ops.len()];
         for (at, op) in self.ops.iter_mut().enumerate() {
@@ -255,6 +259,45 @@ impl Program {
                 }
                 Op::Copy { .. } | Op::Constant { .. } => continue,
             };
+            for operand in instruction.operands.iter_mut().flatten() {
+                let Operand::Memory { address, .. } = operand else { continue };
+                let sum = sums[address.base.index()].filter(|(sum, _)| address.index.is_none() && *sum >= loop_edge);
+                if let Some((sum, parts)) = sum {
+                    *address = Address { offset: address.offset, ..parts };
+                    folded[sum] = true;
+                }
+            }
+            if let (Code::Lea_r64_m, Some((target, _)), Some(Operand::Memory { address, .. })) =
+                (instruction.code, instruction.target, instruction.operands[0])
+                && address.index.is_some()
+                && reads[target.index()] == 1
+            {
+                sums[target.index()] = Some((at, address));
+            }
+        }
+        let mut folded = folded.into_iter();
+        self.ops.retain(|_| folded.next() != Some(true));
+    }
+
+    /// Turns loads with a single reader in the same loop into that reader's memory operand.
+    fn fold_loads(&mut self) {
+        let reads = self.reads();
+        // The loads of this stretch without loops, by target: their place in the list, kind and operand.
+        let mut loads: Vec<Option<(usize, Load, Operand)>> = vec![None; self.classes.len()];
+        let (mut loop_edge, mut store) = (0, 0);
+        let mut folded = vec![false; self.ops.len()];
+        for (at, op) in self.ops.iter_mut().enumerate() {
+            let instruction = match op {
+                Op::Run(instruction) => instruction,
+                Op::Begin(_) | Op::End(_) => {
+                    loop_edge = at;
+                    continue;
+                }
+                Op::Copy { .. } | Op::Constant { .. } => continue,
+            };
+            if instruction.target.is_none() {
+                store = at;
+            }
             if let (Some(load), Some((target, _)), Some(Operand::Memory { address, .. })) =
                 (instruction.load, instruction.target, instruction.operands[0])
                 && reads[target.index()] == 1
@@ -265,10 +308,13 @@ impl Program {
             }
             let fits = |operand: Option<Operand>| {
                 let Some(Operand::Register(register, _)) = operand else { return None };
-                loads[register.index()].filter(|(at, load, _)| match instruction.memory {
-                    MemoryForm::No => false,
-                    MemoryForm::Vector => *at >= loop_edge && *load == Load::Vector,
-                    MemoryForm::VectorOrSplat32 => *at >= loop_edge,
+                loads[register.index()].filter(|(at, load, _)| {
+                    let allowed = match instruction.memory {
+                        MemoryForm::No => false,
+                        MemoryForm::Vector => *load != Load::Splat32,
+                        MemoryForm::VectorOrSplat32 => true,
+                    };
+                    allowed && *at >= loop_edge && (*load != Load::Result || *at >= store)
                 })
             };
             let Some(last) = instruction.operands.iter().rposition(|o| matches!(o, Some(Operand::Register(..)))) else {
