@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use cranelift_jit::{JITBuilder, JITModule};
 use cranelift_module::{Linkage, Module};
 
-use crate::check::{Mismatch, check};
+use crate::check::{Mismatch, check_each};
+use crate::harness::Fault;
 use crate::kernel::{Kernel, place};
 use crate::machine::{Code, Machine, clif, disassembly, wide};
 use crate::{Arch, Cpu, KernelSpec, Schedule, ScheduleError, emit};
@@ -25,7 +26,7 @@ pub enum CompileError {
         /// Why not.
         error: ScheduleError,
     },
-    /// The code generator or the operating system refused.
+    /// The code generator or the operating system refused, or the code wrote where it must not.
     #[error("{schedule} for {spec}: {reason}")]
     Code {
         /// What was to be compiled.
@@ -63,14 +64,7 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
     unique.sort_unstable();
     unique.dedup();
 
-    let codes = in_parallel(&unique, |(spec, schedule)| {
-        schedule.check(spec, cpu).map_err(|error| CompileError::Schedule {
-            spec: *spec,
-            schedule: *schedule,
-            error,
-        })?;
-        code(spec, schedule, cpu).map_err(|reason| CompileError::Code { spec: *spec, schedule: *schedule, reason })
-    });
+    let codes = in_parallel(&unique, |(spec, schedule)| machine_code(spec, schedule, cpu));
     let mut results = BTreeMap::new();
     let mut placed = Vec::new();
     for (job, code) in unique.into_iter().zip(codes) {
@@ -81,12 +75,13 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
     }
     match load(&placed, cpu) {
         Ok(kernels) => {
-            let checked = in_parallel(&kernels, check);
+            let checked = check_each(&kernels);
             for (kernel, outcome) in kernels.into_iter().zip(checked) {
                 let (spec, schedule) = (kernel.spec(), kernel.schedule());
                 let result = match outcome {
                     Ok(()) => Ok(kernel),
-                    Err(mismatch) => Err(CompileError::Mismatch { spec, schedule, mismatch }),
+                    Err(Fault::Mismatch(mismatch)) => Err(CompileError::Mismatch { spec, schedule, mismatch }),
+                    Err(fault) => Err(CompileError::Code { spec, schedule, reason: fault.to_string() }),
                 };
                 results.insert((spec, schedule), result);
             }
@@ -100,13 +95,37 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
     jobs.iter().map(|job| results[job].clone()).collect()
 }
 
-/// The machine code of a legal schedule.
-fn code(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Code, String> {
-    let emit = |m: &mut dyn Machine| emit::emit(m, spec, schedule);
+/// The code of a kernel whose schedule is legal, not yet placed anywhere.
+pub(crate) fn machine_code(&spec: &KernelSpec, &schedule: &Schedule, cpu: &Cpu) -> Result<Code, CompileError> {
+    schedule.check(&spec, cpu).map_err(|error| CompileError::Schedule { spec, schedule, error })?;
+    let emit = |m: &mut dyn Machine| emit::emit(m, &spec, &schedule);
+    emitted(&schedule, cpu, emit).map_err(|reason| CompileError::Code { spec, schedule, reason })
+}
+
+/// The code of what `emit` describes, by the machine of `schedule`.
+fn emitted(schedule: &Schedule, cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<Code, String> {
     match wide::Target::new(schedule.machine, cpu) {
         None => clif::compile(cpu, emit).map_err(|error| error.to_string()),
         Some(target) => wide::compile(target, emit),
     }
+}
+
+/// A kernel that nothing has checked, so that tests can show what the checks prevent.
+#[cfg(test)]
+pub(crate) fn compile_unchecked(spec: KernelSpec, schedule: Schedule, cpu: &Cpu) -> Kernel {
+    compile_anything(spec, schedule, cpu, |m| emit::emit(m, &spec, &schedule))
+}
+
+/// As [`compile_unchecked`], but with code that is not the schedule's.
+#[cfg(test)]
+pub(crate) fn compile_anything(
+    spec: KernelSpec,
+    schedule: Schedule,
+    cpu: &Cpu,
+    emit: impl FnOnce(&mut dyn Machine),
+) -> Kernel {
+    let code = emitted(&schedule, cpu, emit).expect("code");
+    load(&[((spec, schedule), code)], cpu).expect("memory for code").remove(0)
 }
 
 /// The Cranelift IR of a kernel as text, for reading.
@@ -128,9 +147,7 @@ pub fn clif_text(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<St
 /// # Errors
 /// If the schedule is not legal or the code generator refuses.
 pub fn asm_text(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Option<String>, CompileError> {
-    let (spec, schedule) = (*spec, *schedule);
-    schedule.check(&spec, cpu).map_err(|error| CompileError::Schedule { spec, schedule, error })?;
-    let code = code(&spec, &schedule, cpu).map_err(|reason| CompileError::Code { spec, schedule, reason })?;
+    let code = machine_code(spec, schedule, cpu)?;
     Ok((cpu.arch() == Arch::X86_64).then(|| disassembly::text(&code)))
 }
 
@@ -162,7 +179,7 @@ fn load(codes: &[((KernelSpec, Schedule), Code)], cpu: &Cpu) -> Result<Vec<Kerne
 }
 
 /// `work` of every item, on as many threads as there are processors, results in the order of the items.
-fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+pub(crate) fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len());
     if threads <= 1 {
         return items.iter().map(work).collect();
@@ -187,42 +204,4 @@ fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> 
     let mut done = done.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     done.sort_unstable_by_key(|(i, _)| *i);
     done.into_iter().map(|(_, result)| result).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::Columns;
-
-    /// Checks what `emit` describes as if it were legal.
-    fn check_unchecked(
-        spec: KernelSpec,
-        schedule: &str,
-        emit: impl Fn(&mut dyn Machine, &Schedule),
-    ) -> Result<(), Mismatch> {
-        let cpu = Cpu::host().expect("tests run where ternion emits code");
-        let schedule: Schedule = schedule.parse().expect("a schedule");
-        let code = clif::compile(&cpu, |m| emit(m, &schedule)).expect("code");
-        let kernels = load(&[((spec, schedule), code)], &cpu).expect("executable memory");
-        check(&kernels[0])
-    }
-
-    #[test]
-    fn sums_that_overflow_because_a_bound_is_wrong_are_caught_by_the_check() {
-        let spec = KernelSpec { k: 4096, columns: Columns::One };
-        let pairs = |unroll| {
-            let text = format!("mad/clif128 layout=rows4x64 multiply=pairs unroll={unroll} ntile=1");
-            check_unchecked(spec, &text, |m, schedule| emit::emit(m, &spec, schedule))
-        };
-        pairs(4).expect("16 vectors of four pairs fit 16 bits");
-        pairs(8).expect_err("32 do not");
-
-        let spec = KernelSpec { k: 4096, columns: Columns::Many };
-        let lookups = |flush| {
-            let text = "vlut/clif128 layout=lanes16x4 unroll=8 ntile=8";
-            check_unchecked(spec, text, |m, schedule| emit::vlut::emit_with(m, &spec, schedule, flush))
-        };
-        lookups(emit::vlut::MAX_GROUPS).expect("64 sums of four fit 16 bits");
-        lookups(2 * emit::vlut::MAX_GROUPS).expect_err("128 do not");
-    }
 }

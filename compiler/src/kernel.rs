@@ -12,7 +12,7 @@ use crate::{ActivationFormat, Columns, KernelSpec, Layout, Schedule};
 
 /// The one argument of every kernel. Fields are eight bytes each, in the order of
 /// [`Argument`](crate::machine::Argument).
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct KernelArgs {
     weights: *const u8,
@@ -123,6 +123,12 @@ impl Kernel {
         self.code_bytes
     }
 
+    /// The same code, said to be something that it is not.
+    #[cfg(test)]
+    pub(crate) fn mislabelled(&self, spec: KernelSpec, schedule: Schedule) -> Self {
+        Self { spec, schedule, ..self.clone() }
+    }
+
     /// Computes the rows of `tiles` for all columns. `weights` is the whole matrix in this kernel's layout.
     ///
     /// # Safety
@@ -133,6 +139,32 @@ impl Kernel {
     /// If a slice is too short for the tiles, columns and strides that are asked for, or the number of columns is not
     /// what the kernel was compiled for.
     pub unsafe fn run(&self, weights: &[u8], tiles: Range<usize>, activations: &Activations<'_>, out: &OutRows<'_>) {
+        let mut start = tiles.start;
+        for count in self.parts(tiles) {
+            let part = start..start + count;
+            start = part.end;
+            with_scratch(self.schedule.scratch_bytes(count), |scratch| {
+                if let Some(args) = self.arguments(weights, part, activations, out, scratch) {
+                    // SAFETY: `arguments` has checked the slices, the scratch is as long as it has to be, and the
+                    // caller keeps other threads off these rows.
+                    unsafe { self.enter(&raw const args) }
+                }
+            });
+        }
+    }
+
+    /// The record that [`run`](Self::run) hands to the code, or `None` for no tiles.
+    ///
+    /// # Panics
+    /// As [`run`](Self::run).
+    pub(crate) fn arguments(
+        &self,
+        weights: &[u8],
+        tiles: Range<usize>,
+        activations: &Activations<'_>,
+        out: &OutRows<'_>,
+        scratch: *mut u8,
+    ) -> Option<KernelArgs> {
         let (layout, k) = (self.schedule.layout, self.spec.k);
         let columns = activations.sums.len();
         match self.spec.columns {
@@ -140,7 +172,7 @@ impl Kernel {
             Columns::Many => assert!(columns >= 1, "at least one column"),
         }
         if tiles.is_empty() {
-            return;
+            return None;
         }
         let fits = |last: usize, stride: usize, item: usize, len: usize| {
             last.checked_mul(stride).and_then(|at| at.checked_add(item)).is_some_and(|end| end <= len)
@@ -153,29 +185,30 @@ impl Kernel {
         assert!(fits(columns - 1, activations.stride, column_bytes, activations.columns.len()), "all columns");
         assert!(out.stride >= rows || columns == 1, "columns of results do not overlap");
         assert!(fits(columns - 1, out.stride, rows, out.len), "results of all rows and columns");
-        let mut start = tiles.start;
-        for part in self.parts(tiles) {
-            let part = start..start + part;
-            start = part.end;
-            with_scratch(self.schedule.scratch_bytes(part.len()), |scratch| {
-                let args = KernelArgs {
-                    weights: weights[part.start * tile_bytes..].as_ptr(),
-                    tiles: part.len() as u64,
-                    activations: activations.columns.as_ptr(),
-                    columns: columns as u64,
-                    sums: activations.sums.as_ptr(),
-                    out: out.first.wrapping_add(part.start * layout.tile_rows()),
-                    out_stride: 4 * out.stride as u64,
-                    last_column: activations.columns[(columns - 1) * activations.stride..].as_ptr(),
-                    scratch,
-                };
-                // SAFETY: the code was compiled for this CPU and checked; it reads `part.len()` tiles of weights,
-                // `columns` columns of activations and sums, and writes whole tiles of rows in every column, all of
-                // which the assertions above place inside their slices whatever the bytes are, and the scratch that
-                // its schedule says it needs. The caller keeps other threads off these rows.
-                unsafe { (self.entry)(&raw const args) }
-            });
-        }
+        Some(KernelArgs {
+            weights: weights[tiles.start * tile_bytes..].as_ptr(),
+            tiles: tiles.len() as u64,
+            activations: activations.columns.as_ptr(),
+            columns: columns as u64,
+            sums: activations.sums.as_ptr(),
+            out: out.first.wrapping_add(tiles.start * layout.tile_rows()),
+            out_stride: 4 * out.stride as u64,
+            last_column: activations.columns[(columns - 1) * column_bytes..].as_ptr(),
+            scratch,
+        })
+    }
+
+    /// Runs the code.
+    ///
+    /// # Safety
+    /// `args` points to what [`arguments`](Self::arguments) returned for slices that still exist, its scratch has
+    /// [`scratch_bytes`](Schedule::scratch_bytes) that nothing else uses, and the contract of [`run`](Self::run) holds.
+    pub(crate) unsafe fn enter(&self, args: *const KernelArgs) {
+        // SAFETY: the code was compiled for this CPU and checked; it reads `tiles.len()` tiles of weights, `columns`
+        // columns of activations and sums, and writes whole tiles of rows in every column, all of which the assertions
+        // of `arguments` place inside their slices whatever the bytes are, and the scratch that its schedule says it
+        // needs. The caller keeps other threads off these rows.
+        unsafe { (self.entry)(args) }
     }
 
     /// How many tiles to pass to the code at a time: all of them, or, if it keeps sums of all rows in its scratch, as
@@ -194,24 +227,21 @@ const SCRATCH_ROWS: usize = 2048;
 /// Calls `work` with the address of at least `bytes` bytes that this thread may write until it returns.
 fn with_scratch(bytes: usize, work: impl FnOnce(*mut u8)) {
     /// 64 bytes, aligned as kernels expect.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    #[derive(Clone, Copy)]
     #[repr(align(64))]
-    struct Line([u8; 64]);
-
-    const GUARD: Line = Line([0xa5; 64]);
+    struct Line {
+        _bytes: [u8; 64],
+    }
 
     thread_local! {
         static SCRATCH: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
     }
     SCRATCH.with_borrow_mut(|lines| {
         let needed = bytes.div_ceil(64);
-        // One line more, to notice in tests when code writes past its scratch.
-        if lines.len() <= needed {
-            lines.resize(needed + 1, GUARD);
+        if lines.len() < needed {
+            lines.resize(needed, Line { _bytes: [0; 64] });
         }
-        lines[needed] = GUARD;
         work(lines.as_mut_ptr().cast());
-        debug_assert_eq!(lines[needed], GUARD, "code writes past its scratch of {bytes} bytes");
     });
 }
 

@@ -345,8 +345,9 @@ impl Schedule {
         ScheduleError::Layout { family: self.family, layout: self.layout, needs }
     }
 
-    /// Bytes of scratch that a call with `tiles` tiles needs.
-    pub(crate) fn scratch_bytes(&self, tiles: usize) -> usize {
+    /// Bytes of scratch memory, aligned to 64, that a call for `tiles` tiles needs.
+    #[must_use]
+    pub fn scratch_bytes(&self, tiles: usize) -> usize {
         match self.family {
             Family::Mad | Family::Tl1 => 0,
             Family::Vlut => emit::vlut::scratch_bytes(self, tiles),

@@ -1,35 +1,12 @@
-//! Every kernel returns the reference's integers, whatever the shape, the schedule and the features of the CPU.
+//! Every kernel returns the reference's integers, whatever the schedule and the features of the CPU. Random shapes, data and
+//! guard pages are in `guarded.rs`, other machines in `aarch64.rs`.
 
-use proptest::prelude::*;
 use ternion_compiler::{
-    Activations, Columns, CompileError, Cpu, Family, Feature, Kernel, KernelSpec, Layout, OutRows, Schedule,
-    ScheduleError, compile, compile_each,
+    Columns, CompileError, Cpu, Family, Feature, KernelSpec, Layout, Schedule, ScheduleError, compile, compile_each,
 };
-use ternion_kernels_ref::{QuantizedRow, TernaryMatrix, Trit, gemm};
 
 fn host() -> Cpu {
     Cpu::host().expect("tests run where ternion emits code")
-}
-
-/// Compiled results for `columns`, `[n, m]`, computed in two calls with disjoint tiles.
-fn run(kernel: &Kernel, weights: &TernaryMatrix, columns: &[QuantizedRow]) -> Vec<i32> {
-    let (m, k, layout) = (weights.view().m(), weights.view().k(), kernel.layout());
-    let packed = layout.pack(weights.view());
-    let (tiles, format) = (layout.tiles(m), kernel.activation_format());
-    let (padded, stride) = (tiles * layout.tile_rows(), format.bytes(k));
-    let mut prepared = vec![0; columns.len() * stride];
-    for (column, target) in columns.iter().zip(prepared.chunks_exact_mut(stride)) {
-        format.prepare(column.values(), target);
-    }
-    let sums: Vec<i32> = columns.iter().map(QuantizedRow::sum).collect();
-    let mut results = vec![i32::MIN; columns.len() * padded];
-    let activations = Activations { columns: &prepared, stride, sums: &sums };
-    let out = OutRows::new(&mut results, padded);
-    for part in [0..tiles / 2, tiles / 2..tiles] {
-        // SAFETY: one call after the other.
-        unsafe { kernel.run(&packed, part, &activations, &out) }
-    }
-    results.chunks_exact(padded).flat_map(|column| &column[..m]).copied().collect()
 }
 
 #[test]
@@ -176,63 +153,6 @@ fn equal_jobs_share_a_kernel_and_one_bad_job_does_not_spoil_the_others() {
     assert!(kernels[0].is_ok() && kernels[1].is_err() && kernels[2].is_ok());
     let error = kernels[1].as_ref().unwrap_err().to_string();
     assert!(error.contains("canonical") && !error.contains('\n'), "{error}");
-}
-
-/// A seeded stream of numbers below 255.
-fn bytes(seed: u64) -> impl FnMut() -> u8 {
-    let mut state = seed | 1;
-    move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 32) as u8
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
-
-    #[test]
-    fn a_random_shape_under_a_random_schedule_agrees_with_the_reference(
-        m in 1usize..150, quads in 1usize..700, n in 1usize..40, one in any::<bool>(),
-        choice in any::<prop::sample::Index>(), seed in any::<u64>(), extreme in any::<bool>()
-    ) {
-        let (k, n) = (4 * quads, if one { 1 } else { n });
-        let spec = KernelSpec { k, columns: if one { Columns::One } else { Columns::Many } };
-        let candidates = Schedule::candidates(&spec, &host());
-        let kernel = compile(&[(spec, candidates[choice.index(candidates.len())])], &host()).unwrap().remove(0);
-        let mut byte = bytes(seed);
-        let weights = TernaryMatrix::from_fn(m, k, |row, _| {
-            if extreme { Trit::ALL[2 * (row % 2)] } else { Trit::ALL[usize::from(byte() % 3)] }
-        });
-        let columns: Vec<_> = (0..n).map(|column| {
-            let sign = if column % 2 == 0 { 127 } else { -127 };
-            let values = (0..k).map(|_| if extreme { sign } else { (byte() as i8).max(-127) }).collect();
-            QuantizedRow::from_values(values).unwrap()
-        }).collect();
-        prop_assert_eq!(run(&kernel, &weights, &columns), gemm::gemm(weights.view(), &columns), "{:?}", kernel);
-    }
-
-    #[test]
-    fn no_byte_of_weights_makes_a_kernel_write_past_its_rows(
-        quads in 1usize..80, choice in any::<prop::sample::Index>(), seed in any::<u64>()
-    ) {
-        let spec = KernelSpec { k: 4 * quads, columns: Columns::Many };
-        let candidates = Schedule::candidates(&spec, &host());
-        let kernel = compile(&[(spec, candidates[choice.index(candidates.len())])], &host()).unwrap().remove(0);
-        let layout = kernel.layout();
-        let mut byte = bytes(seed);
-        let weights: Vec<u8> = (0..2 * layout.tile_bytes(spec.k)).map(|_| byte()).collect();
-        let format = kernel.activation_format();
-        let mut prepared = vec![0; format.bytes(spec.k)];
-        format.prepare(&vec![-127; spec.k], &mut prepared);
-        let rows = 2 * layout.tile_rows();
-        let mut results = vec![0x5a5a_5a5a; rows + 64];
-        let activations = Activations { columns: &prepared, stride: prepared.len(), sums: &[0] };
-        // SAFETY: the results belong to this call alone.
-        unsafe { kernel.run(&weights, 0..2, &activations, &OutRows::new(&mut results, rows)) }
-        prop_assert!(results[rows..].iter().all(|word| *word == 0x5a5a_5a5a));
-    }
 }
 
 #[test]

@@ -1,1 +1,19 @@
-//! x
+//! Loads BitNet b1.58 models and runs them on compiled ternary kernels.
+//!
+//! - [`formats`]: model files, from a Hugging Face directory to the prepared `.tern` file, as one [`formats::Checkpoint`].
+//! - [`model`]: the forward pass: weights bound to compiled kernels, sessions, and the reference they must equal.
+//! - [`ops`]: every floating-point step, vectorised, with the very bits of `kernels-ref`.
+//! - [`text`]: tokenizer, incremental detokenisation, chat templates.
+//!
+//! Results are exact: the tokens are a function of the model, the stated precision of head and KV cache, the prompt,
+//! the sampling settings and the seed. No kernel, layout, thread count or batch size changes a bit of them.
+
+pub mod formats;
+pub mod generate;
+pub mod memory;
+pub mod model;
+pub mod ops;
+pub mod sampling;
+pub mod team;
+pub mod text;
+pub mod verify;

@@ -1,1 +1,28 @@
-//! x
+//! Probes the CPU and finds its fastest kernel schedules.
+//!
+//! [`probe`] says what this machine is. [`choose`] picks, for every shape of matrix that a model has, the schedules for
+//! decoding and for prompts: remembered ones if this machine has been measured before, or else the winners of a race on
+//! the caller's own threads, within a [`Budget`] of wall time. What a race finds is kept in a [`CacheDir`].
+//!
+//! A choice changes how fast a model runs and nothing else: every kernel that takes part has been checked against the
+//! reference. Nothing here prints; what the user should know comes back as a [`Warning`].
+
+mod bandwidth;
+mod bench;
+mod buffer;
+mod choose;
+mod contest;
+mod linux;
+mod probe;
+mod profile;
+mod race;
+mod shortlist;
+mod stopwatch;
+mod workers;
+
+pub use choose::{Budget, Choice, Choices, Found, NoSchedule, Phase, Problem, Progress, Source, choose};
+pub use contest::{Figures, PROMPT_COLUMNS, PROMPT_TOKENS_PER_GENERATED};
+pub use probe::{Cache, Cores, CpuProfile, HugePages, Memory, probe};
+pub use profile::{CacheDir, MachineProfile, ProfileKey, Refusal, ShapeEntry, Warning};
+pub use stopwatch::{Stopwatch, SystemStopwatch};
+pub use workers::Workers;

@@ -380,7 +380,8 @@ impl Machine for Clif<'_> {
             if x86 {
                 return builder.ins().x86_pmaddubsw(signed, unsigned);
             }
-            let (low, high) = (builder.ins().uwiden_low(unsigned), builder.ins().uwiden_high(unsigned));
+            // With both operands widened signed, which is the same for codes, aarch64 has one instruction per half (`smull`).
+            let (low, high) = (builder.ins().swiden_low(unsigned), builder.ins().swiden_high(unsigned));
             let (signed_low, signed_high) = (builder.ins().swiden_low(signed), builder.ins().swiden_high(signed));
             let (low, high) = (builder.ins().imul(low, signed_low), builder.ins().imul(high, signed_high));
             builder.ins().iadd_pairwise(low, high)

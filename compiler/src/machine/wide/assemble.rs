@@ -109,7 +109,7 @@ impl Assembler<'_> {
         let number = self.assignment.number(register);
         match view {
             View::Int => INT_REGISTERS[number],
-            View::Int32 => INT_REGISTERS[number].full_register32(),
+            View::Int32 => X86Register::EAX + (INT_REGISTERS[number] as u32 - X86Register::RAX as u32),
             View::Xmm => X86Register::XMM0 + number as u32,
             View::Ymm => X86Register::YMM0 + number as u32,
             View::Zmm => X86Register::ZMM0 + number as u32,

@@ -1,0 +1,111 @@
+//! Opening a model and making it ready to run: checkpoint, thread team, schedules, kernels.
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use ternion_compiler::{Cpu, Schedule};
+use ternion_runtime::formats::{Checkpoint, ModelConfig, Projection};
+use ternion_runtime::model::{KernelChoice, Model, problems};
+use ternion_runtime::team::{Team, available_threads};
+use ternion_tuner::{Budget, CacheDir, Choice, Choices, Phase, Problem, Progress, choose};
+
+use crate::arguments::{ForcedKernel, ModelOptions};
+use crate::embedded;
+use crate::terminal::{Bar, note};
+
+/// A model that is ready to run, and how long that took.
+pub(crate) struct Ready {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) model: Arc<Model>,
+    pub(crate) team: Arc<Team>,
+    pub(crate) times: ReadyTimes,
+}
+
+/// Times of getting ready.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ReadyTimes {
+    /// Opening files, reading and repacking weights.
+    pub(crate) load: Duration,
+    /// Looking up or racing schedules.
+    pub(crate) tune: Duration,
+    /// Whether schedules had to be raced.
+    pub(crate) raced: bool,
+    /// Compiling and checking kernels.
+    pub(crate) compile: Duration,
+}
+
+/// Opens the model at `path`, or the embedded one.
+pub(crate) fn open(path: Option<&Path>) -> Result<Checkpoint> {
+    match path {
+        Some(path) => Ok(Checkpoint::open(path)?),
+        None => embedded::open(),
+    }
+}
+
+/// The CPU that kernels are compiled for.
+pub(crate) fn cpu() -> Result<Cpu> {
+    Cpu::host().context("ternion emits code for x86-64 and aarch64 only, and this CPU is neither")
+}
+
+/// A team of the threads that were asked for, or of all that this process may use.
+pub(crate) fn team(threads: Option<NonZeroUsize>) -> Result<Arc<Team>> {
+    Ok(Arc::new(Team::new(threads.map_or_else(available_threads, usize::from))?))
+}
+
+/// The schedules of a model: remembered ones, or the winners of a race within `budget`. Warnings go to the terminal.
+pub(crate) fn schedules(config: &ModelConfig, cpu: &Cpu, team: &Team, budget: Budget) -> Result<Choices> {
+    // A short race is over before a bar can be read.
+    let bar = (budget.time > Duration::from_secs(1)).then(|| Bar::time("tuning", budget.time));
+    let progress = |progress: Progress| {
+        if let Some(bar) = &bar {
+            let what = match progress.phase {
+                Phase::Compiling { done, total } => format!("compiling {done} of {total}"),
+                Phase::Racing { problem: Problem { m, k, .. }, shape, shapes, left } => {
+                    format!("{m}x{k} ({} of {shapes}): {left} schedules left", shape + 1)
+                }
+            };
+            bar.say(u64::try_from(progress.spent.as_millis()).unwrap_or(u64::MAX), what);
+        }
+    };
+    let choices = choose(&problems(config), cpu, team, budget, &CacheDir::default(), &progress)?;
+    drop(bar);
+    for warning in &choices.warnings {
+        note(&format!("warning: {warning}"));
+    }
+    Ok(choices)
+}
+
+/// Opens and loads the model that `options` name.
+pub(crate) fn ready(options: &ModelOptions) -> Result<Ready> {
+    let start = Instant::now();
+    let checkpoint = open(options.model.as_deref())?;
+    let (cpu, team) = (cpu()?, team(options.threads.threads)?);
+    let mut times = ReadyTimes { load: start.elapsed(), ..ReadyTimes::default() };
+    let kernels = match options.kernel {
+        Some(ForcedKernel::Family(family)) => KernelChoice::Family(family),
+        Some(ForcedKernel::Schedule(schedule)) => {
+            // One column is taken one at a time, whatever the schedule says of many.
+            KernelChoice::Schedules(Choice { one: Schedule { ntile: 1, ..schedule }, many: schedule })
+        }
+        None => {
+            let choices = schedules(checkpoint.config(), &cpu, &team, Budget::RACE)?;
+            times.tune = choices.spent;
+            times.raced = !choices.all_known();
+            KernelChoice::Tuned(choices)
+        }
+    };
+    let model = load(&checkpoint, &kernels, &cpu, &team)?;
+    times.compile = model.report().compile;
+    times.load += model.report().weights;
+    Ok(Ready { checkpoint, model: Arc::new(model), team, times })
+}
+
+/// Reads and repacks the weights, with a bar on a terminal.
+pub(crate) fn load(checkpoint: &Checkpoint, kernels: &KernelChoice, cpu: &Cpu, team: &Team) -> Result<Model> {
+    let matrices = checkpoint.config().layers * Projection::ALL.len();
+    let bar = Bar::count("loading", matrices as u64);
+    Ok(Model::load(checkpoint, kernels, cpu, team, &|progress| bar.set(progress.done as u64))?)
+}

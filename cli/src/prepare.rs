@@ -1,0 +1,107 @@
+//! `ternion prepare` and `ternion setup`: one file that holds a model, in the order that this machine likes best.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use ternion_compiler::Layout;
+use ternion_runtime::formats::{Checkpoint, Projection, tern};
+use ternion_tuner::{Budget, Choices, Source, Workers};
+
+use crate::arguments::{Prepare, Setup, Threads, TuningBudget};
+use crate::model::{cpu, open, schedules, team};
+use crate::terminal::{Bar, bytes, note, time};
+use crate::{UsageError, interrupt};
+
+pub(crate) fn prepare(options: &Prepare) -> Result<ExitCode> {
+    let checkpoint = open(Some(&options.source))?;
+    refuse_own_source(&options.source, &options.output)?;
+    let choices =
+        if options.for_this_machine { Some(tune(&checkpoint, &options.threads, &options.budget)?) } else { None };
+    write(&checkpoint, &options.output, choices.as_ref())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn setup(options: &Setup) -> Result<ExitCode> {
+    let checkpoint = open(options.model.as_deref())?;
+    let output = match (&options.model, &options.output) {
+        (None, _) => None,
+        (Some(_), Some(output)) => Some(output.clone()),
+        (Some(model), None) => Some(default_output(model)?),
+    };
+    if let (Some(model), Some(output)) = (&options.model, &output) {
+        refuse_own_source(model, output)?;
+    }
+    let choices = tune(&checkpoint, &options.threads, &options.budget)?;
+    match output {
+        Some(output) => {
+            write(&checkpoint, &output, Some(&choices))?;
+            note(&format!("next: ternion run {} -p \"Once upon a time\"", output.display()));
+        }
+        None => note("next: ternion run -p \"Once upon a time\""),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The model's name with `.tern`, in this directory.
+fn default_output(model: &Path) -> Result<PathBuf> {
+    let full = model.canonicalize().unwrap_or_else(|_| model.to_owned());
+    // A prepared file keeps its stem; a directory may well have dots in its name.
+    let name = if full.is_file() { full.file_stem() } else { full.file_name() };
+    match name {
+        Some(name) => {
+            let mut name = name.to_owned();
+            name.push(".tern");
+            Ok(PathBuf::from(name))
+        }
+        None => Err(UsageError(format!("{}: has no name, give one with -o", model.display())).into()),
+    }
+}
+
+/// A prepared file is not overwritten while it is read.
+fn refuse_own_source(source: &Path, output: &Path) -> Result<()> {
+    match (source.canonicalize(), output.canonicalize()) {
+        (Ok(a), Ok(b)) if a == b => {
+            Err(UsageError(format!("{}: is the source itself, give another name with -o", output.display())).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The full search, and what it found.
+fn tune(checkpoint: &Checkpoint, threads: &Threads, budget: &TuningBudget) -> Result<Choices> {
+    let team = team(threads.threads)?;
+    let choices = schedules(checkpoint.config(), &cpu()?, &team, Budget::search(budget.budget))?;
+    for found in &choices.found {
+        let how = match found.source {
+            Source::Known => "known".to_owned(),
+            Source::Raced => format!("best of {}", found.raced),
+            Source::Guess => "no time to measure, a guess".to_owned(),
+        };
+        note(&format!("{}x{}: {} ({how})", found.problem.m, found.problem.k, found.choice.one));
+    }
+    note(&format!("tuned for {} threads in {}", team.threads(), time(choices.spent)));
+    Ok(choices)
+}
+
+/// Writes the prepared file with the layouts of `choices`, or plain.
+fn write(checkpoint: &Checkpoint, output: &Path, choices: Option<&Choices>) -> Result<()> {
+    let layout = |_: usize, _: Projection, m: usize, k: usize| {
+        choices.and_then(|choices| choices.get(m, k)).map_or(Layout::Canonical, |choice| choice.one.layout)
+    };
+    let mut bar = None;
+    let summary = tern::write(checkpoint, output, &layout, &mut |done, total| {
+        bar.get_or_insert_with(|| Bar::bytes("writing", total)).set(done);
+        if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    drop(bar);
+    note(&format!(
+        "wrote {} ({}, {} ternary matrices, digest {:016x})",
+        output.display(),
+        bytes(summary.bytes),
+        summary.matrices,
+        summary.digest
+    ));
+    Ok(())
+}

@@ -1,0 +1,343 @@
+//! The real binary, as a user meets it: text, chats, files, and one clear line for everything that goes wrong.
+
+#[path = "../../runtime/tests/support/mod.rs"]
+mod support;
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use serde_json::Value;
+use support::{Damage, Dress, HuggingFaceFixture};
+use tempfile::TempDir;
+
+/// One cache for all tests, so that only the first ones race.
+fn cache() -> &'static Path {
+    static CACHE: OnceLock<PathBuf> = OnceLock::new();
+    CACHE.get_or_init(|| Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"))
+}
+
+fn ternion(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ternion"));
+    command.args(arguments).env("TERNION_CACHE", cache()).stdin(Stdio::null());
+    command
+}
+
+fn output(arguments: &[&str]) -> Output {
+    ternion(arguments).output().expect("the binary runs")
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).expect("output is UTF-8")
+}
+
+/// Standard output of a run that must succeed.
+fn stdout(arguments: &[&str]) -> String {
+    let output = output(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", text(&output.stderr));
+    text(&output.stdout).to_owned()
+}
+
+/// Demands exit code `code`, nothing on standard output, and exactly one line of error that holds all of `words`.
+#[track_caller]
+fn refused(output: &Output, code: i32, words: &[&str]) {
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{error}");
+    assert!(output.stdout.is_empty(), "{}", text(&output.stdout));
+    let lines: Vec<&str> = error.lines().filter(|line| line.starts_with("error:")).collect();
+    assert_eq!(lines.len(), 1, "{error}");
+    assert!(!error.contains("panicked"), "{error}");
+    for word in words {
+        assert!(error.contains(word), "`{word}` in: {error}");
+    }
+}
+
+/// A model directory, sound or damaged.
+fn directory(model: HuggingFaceFixture) -> TempDir {
+    let target = TempDir::new().expect("a temporary directory");
+    model.write(&support::embedded(), target.path());
+    target
+}
+
+fn path(directory: &TempDir) -> &str {
+    directory.path().to_str().expect("a path in UTF-8")
+}
+
+#[test]
+fn the_embedded_model_tells_a_story() {
+    let story = stdout(&["run", "-p", "Once upon a time", "-n", "24"]);
+    assert!(story.starts_with("Once upon a time"), "{story}");
+    assert!(story.split_whitespace().count() > 12, "{story}");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_text_with_any_threads_and_kernels() {
+    let story = |extra: &[&str]| {
+        let arguments = [&["run", "-p", "The old king", "-n", "40", "--seed", "7"], extra].concat();
+        stdout(&arguments)
+    };
+    let expected = story(&["-t", "1"]);
+    for extra in [
+        &["-t", "2"][..],
+        &["-t", "3", "--kernel", "tl1"],
+        &["--kernel", "mad"],
+        &["--kernel", "mad/clif128 layout=rows4x16 multiply=pairs unroll=2 ntile=2"],
+    ] {
+        assert_eq!(story(extra), expected, "{extra:?}");
+    }
+    assert_ne!(stdout(&["run", "-p", "The old king", "-n", "40", "--seed", "8"]), expected);
+}
+
+#[test]
+fn sampling_options_change_the_text() {
+    let greedy =
+        |extra: &[&str]| stdout(&[&["run", "-p", "Once upon a time", "-n", "30", "--temp", "0"], extra].concat());
+    assert_eq!(greedy(&["--seed", "1", "--top-k", "5"]), greedy(&["--seed", "2"]), "greedy needs no random numbers");
+    assert_ne!(greedy(&["--repeat-penalty", "1"]), greedy(&["--repeat-penalty", "1.5"]));
+    let sampled =
+        |extra: &[&str]| stdout(&[&["run", "-p", "Once upon a time", "-n", "30", "--seed", "3"], extra].concat());
+    let plain = sampled(&["--temp", "1.5", "--top-k", "0", "--top-p", "1"]);
+    for extra in [["--top-k", "1"], ["--top-p", "0.1"], ["--min-p", "0.9"]] {
+        let mut arguments = vec!["--temp", "1.5"];
+        for off in [["--top-k", "0"], ["--top-p", "1"]].iter().filter(|off| off[0] != extra[0]) {
+            arguments.extend(off);
+        }
+        arguments.extend(extra);
+        assert_ne!(sampled(&arguments), plain, "{extra:?}");
+    }
+}
+
+#[test]
+fn a_prompt_comes_from_standard_input_too() {
+    let mut command = ternion(["run", "-p", "-", "-n", "8", "--temp", "0"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"Once upon a time").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(text(&output.stdout), stdout(&["run", "-p", "Once upon a time", "-n", "8", "--temp", "0"]));
+}
+
+#[test]
+fn json_lines_hold_the_text_the_tokens_and_the_outcome() {
+    let lines = stdout(&["run", "-p", "Once upon a time", "-n", "12", "--temp", "0", "--json"]);
+    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let (done, pieces) = lines.split_last().unwrap();
+    let texts: String = pieces.iter().map(|piece| piece["text"].as_str().unwrap()).collect();
+    let tokens: usize = pieces.iter().map(|piece| piece["tokens"].as_array().unwrap().len()).sum();
+    let plain = stdout(&["run", "-p", "Once upon a time", "-n", "12", "--temp", "0", "--no-echo"]);
+    assert_eq!(format!("{texts}\n"), plain);
+    assert_eq!(
+        (tokens, &done["done"]["generated_tokens"], &done["done"]["reason"]),
+        (12, &12.into(), &"length".into())
+    );
+    for figure in ["load_s", "tune_s", "compile_s", "prompt_s", "decode_s"] {
+        assert!(done["done"][figure].as_f64().unwrap() >= 0.0, "{figure}");
+    }
+}
+
+#[test]
+fn a_chat_answers_every_line_until_the_input_ends() {
+    for spelling in ["--chat", "-cnv"] {
+        let mut command = ternion(["run", spelling, "--system", "You tell stories.", "-n", "10", "--json"]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"Hello\nAnd then?\n").unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success());
+        let done = text(&output.stdout).lines().filter(|line| line.starts_with("{\"done\"")).count();
+        assert_eq!(done, 2, "{spelling}: {}", text(&output.stdout));
+    }
+}
+
+#[test]
+fn a_directory_runs_like_the_prepared_file_made_from_it() {
+    let source = directory(HuggingFaceFixture { shards: 3, ..HuggingFaceFixture::new(Dress::PackedInverse) });
+    let place = TempDir::new().unwrap();
+    let run = |model: &str| stdout(&["run", model, "-p", "Once upon a time", "-n", "16", "--temp", "0"]);
+    let from_directory = run(path(&source));
+    for (name, extra) in [("plain.tern", &[][..]), ("mine.tern", &["--for-this-machine", "--budget", "300ms"])] {
+        let file = place.path().join(name);
+        let file = file.to_str().unwrap();
+        stdout(&[&["prepare", path(&source), "-o", file], extra].concat());
+        assert_eq!(run(file), from_directory);
+    }
+}
+
+#[test]
+fn setup_prepares_tunes_and_says_what_to_do_next() {
+    let source = directory(HuggingFaceFixture::new(Dress::PackedDirect));
+    let place = TempDir::new().unwrap();
+    let setup = ternion(["setup", path(&source), "--budget", "200ms"]).current_dir(&place).output().unwrap();
+    let notes = text(&setup.stderr);
+    assert!(setup.status.success(), "{notes}");
+    assert!(notes.contains("tuned for") && notes.contains("next: ternion run"), "{notes}");
+    let name = source.path().file_name().unwrap().to_str().unwrap();
+    assert!(place.path().join(format!("{name}.tern")).is_file());
+    assert!(output(&["setup", "--budget", "100ms"]).status.success(), "the embedded model only needs tuning");
+}
+
+#[test]
+fn verify_finds_no_difference_and_always_the_same_digest() {
+    let digest = |arguments: &[&str]| {
+        let report: Value = serde_json::from_str(&stdout(arguments)).expect("JSON");
+        report["digest"].as_str().expect("a digest").to_owned()
+    };
+    let two = digest(&["verify", "-t", "2", "-n", "8", "--json"]);
+    assert_eq!(two, digest(&["verify", "-t", "1", "-n", "8", "--json"]));
+    assert_ne!(two, digest(&["verify", "-t", "1", "-n", "8", "--kv", "f32", "--json"]));
+    assert!(stdout(&["verify", "-t", "1", "-n", "8"]).contains(&two));
+}
+
+#[test]
+fn verify_finds_a_damaged_section() {
+    let place = TempDir::new().unwrap();
+    let file = place.path().join("damaged.tern");
+    let mut bytes = std::fs::read(support::embedded_path()).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    refused(&output(&["verify", file.to_str().unwrap()]), 1, &["damaged.tern", "checksum"]);
+}
+
+#[test]
+fn doctor_knows_the_machine() {
+    let page = stdout(&["doctor"]);
+    for word in ["CPU", "features", "memory read", "GB/s", "huge pages", "cache"] {
+        assert!(page.contains(word), "{word} in {page}");
+    }
+    let findings: Value = serde_json::from_str(&stdout(&["doctor", "--json", "-t", "1"])).expect("JSON");
+    assert!(findings["machine"]["cores"]["available"].as_u64().unwrap() >= 1);
+    assert!(findings["bandwidth"][0]["bytes_per_second"].as_f64().unwrap() > 1e8);
+}
+
+#[test]
+fn what_cannot_be_a_model_is_refused_in_one_line() {
+    let run = |model: &str| output(&["run", model, "-p", "x", "-n", "1"]);
+    refused(&run("/no/such/model"), 1, &["/no/such/model"]);
+    refused(&run("/dev/null"), 1, &["/dev/null"]);
+    let empty = TempDir::new().unwrap();
+    refused(&run(path(&empty)), 1, &["config.json"]);
+    for (damage, words) in [
+        (Damage::UnknownArchitecture, &["unknown architecture"][..]),
+        (Damage::MissingTensor, &["missing"]),
+        (Damage::WrongShape, &["[33, 256]"]),
+        (Damage::Code3, &["code 3"]),
+        (Damage::Truncated, &["model.safetensors"]),
+        (Damage::HeaderBeyondFile, &["model.safetensors"]),
+        (Damage::BrokenConfig, &["config.json"]),
+    ] {
+        let model = directory(HuggingFaceFixture::damaged(damage));
+        refused(&run(path(&model)), 1, words);
+    }
+    let place = TempDir::new().unwrap();
+    for (name, bytes) in
+        [("foreign.tern", &b"GGUF is something else"[..]), ("empty.tern", b""), ("short.tern", b"TERNION\0")]
+    {
+        let file = place.path().join(name);
+        std::fs::write(&file, bytes).unwrap();
+        refused(&run(file.to_str().unwrap()), 1, &[name]);
+    }
+    let whole = std::fs::read(support::embedded_path()).unwrap();
+    for length in [20, 5000, whole.len() - 1] {
+        let file = place.path().join("truncated.tern");
+        std::fs::write(&file, &whole[..length]).unwrap();
+        refused(&run(file.to_str().unwrap()), 1, &["truncated.tern"]);
+    }
+}
+
+#[test]
+fn mistakes_on_the_command_line_exit_with_2() {
+    for (arguments, word) in [
+        (&["run", "-p", "x", "-n", "0"][..], "-n"),
+        (&["run", "-p", "x", "-t", "0"], "--threads"),
+        (&["run"], "--prompt"),
+        (&["run", "-p", "x", "--temp", "-1"], "temp"),
+        (&["run", "-p", "x", "--top-p", "2"], "top-p"),
+        (&["run", "-p", "x", "--top-p", "nan"], "top-p"),
+        (&["run", "-p", "x", "--kernel", "fft"], "--kernel"),
+        (&["run", "-p", "x", "--kernel", "mad/clif128 layout=rows4x64"], "--kernel"),
+        (&["run", "-p", "x", "--kv", "f8"], "--kv"),
+        (&["setup", "--budget", "soon"], "--budget"),
+        (&["fly"], "fly"),
+    ] {
+        let output = output(arguments);
+        refused(&output, 2, &[word]);
+        assert_eq!(text(&output.stderr).lines().count(), 1, "{arguments:?}: {}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn prompts_that_cannot_be_read_are_refused() {
+    let prompt = OsStr::from_bytes(b"caf\xe9");
+    refused(&ternion([OsStr::new("run"), OsStr::new("-p"), prompt]).output().unwrap(), 2, &["UTF-8"]);
+    let long = "word ".repeat(400);
+    refused(&output(&["run", "-p", &long, "-n", "1"]), 1, &["256"]);
+    refused(&output(&["run", "-p", "x", "-c", "100000"]), 1, &["100000", "256"]);
+}
+
+#[test]
+fn a_file_that_cannot_be_written_leaves_nothing_behind() {
+    let source = directory(HuggingFaceFixture::new(Dress::PackedDirect));
+    refused(&output(&["prepare", path(&source), "-o", "/no/such/place/out.tern"]), 1, &["/no/such/place/out.tern"]);
+
+    // A full disk, in the shape of a limit on the size of files.
+    let place = TempDir::new().unwrap();
+    let file = place.path().join("out.tern");
+    let mut command = ternion(["prepare", path(&source), "-o", file.to_str().unwrap()]);
+    // SAFETY: both calls are async-signal-safe and touch nothing of this process.
+    let command = unsafe {
+        command.pre_exec(|| {
+            let limit = libc::rlimit { rlim_cur: 100_000, rlim_max: 100_000 };
+            libc::setrlimit(libc::RLIMIT_FSIZE, &limit);
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+            Ok(())
+        })
+    };
+    refused(&command.output().unwrap(), 1, &["out.tern", "nothing was left behind"]);
+    assert_eq!(std::fs::read_dir(&place).unwrap().count(), 0);
+
+    let own = support::embedded_path();
+    refused(&output(&["prepare", own.to_str().unwrap(), "-o", own.to_str().unwrap()]), 2, &["source itself"]);
+}
+
+#[test]
+fn ctrl_c_ends_generation_and_keeps_what_is_there() {
+    let mut command = ternion(["run", "-p", "Once upon a time", "--temp", "1", "--repeat-penalty", "1"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // The first text is out: the signal's handler is in place.
+    let mut first = [0; 4];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
+    // SAFETY: the child is ours and has not been waited for.
+    unsafe { libc::kill(child.id().try_into().unwrap(), libc::SIGINT) };
+    let output = child.wait_with_output().unwrap();
+    // So short a story may have been over before the signal came.
+    assert!(matches!(output.status.code(), Some(0 | 130)), "{:?}", output.status);
+    assert_eq!(output.status.signal(), None);
+    assert!(text(&output.stderr).contains("tokens/s"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let mut command = ternion(["run", "-p", "Once upon a time"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && !text(&output.stderr).contains("error"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_broken_cache_is_replaced_with_a_warning() {
+    let place = TempDir::new().unwrap();
+    let run = || ternion(["run", "-p", "x", "-n", "1", "-t", "1"]).env("TERNION_CACHE", place.path()).output().unwrap();
+    assert!(run().status.success());
+    for entry in std::fs::read_dir(&place).unwrap() {
+        std::fs::write(entry.unwrap().path(), "{ not a profile").unwrap();
+    }
+    let second = run();
+    assert!(second.status.success());
+    // A busy machine may not have remembered anything; what was there must have been complained about.
+    if std::fs::read_dir(&place).unwrap().any(|entry| entry.unwrap().path().extension() == Some(OsStr::new("json"))) {
+        assert!(text(&second.stderr).contains("warning:"), "{}", text(&second.stderr));
+    }
+}

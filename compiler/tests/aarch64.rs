@@ -1,0 +1,244 @@
+//! The aarch64 kernels, executed: compiled to object files on whatever machine this is, linked with a small C driver and
+//! run under `qemu-aarch64` between guard pages.
+//!
+//! Needs `aarch64-linux-gnu-gcc` and `qemu-aarch64` (Debian: gcc-aarch64-linux-gnu, qemu-user). Without them the
+//! test says so and passes, unless `TERNION_REQUIRE_AARCH64=1` is set.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+use std::process::Command;
+
+use ternion_compiler::harness::{Data, Problem};
+use ternion_compiler::{ActivationFormat, Columns, Cpu, KernelSpec, Layout, Multiply, Schedule, object};
+
+const COMPILER: &str = "aarch64-linux-gnu-gcc";
+const EMULATOR: &str = "qemu-aarch64";
+
+/// Row lengths: one weight byte, tails of every kind, and beyond all flushes of 16-bit sums.
+const ROW_LENGTHS: [usize; 6] = [4, 36, 100, 260, 1028, 2600];
+
+/// Rows of the matrices: whole tiles of every layout and a tail.
+const M: usize = 69;
+
+fn cpu(text: &str) -> Cpu {
+    text.parse().unwrap()
+}
+
+/// Whether `program` can be started.
+fn has(program: &str) -> bool {
+    Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success())
+}
+
+/// Whether the tools are there; complains if they have to be.
+fn tools() -> bool {
+    let missing: Vec<_> = [COMPILER, EMULATOR].into_iter().filter(|program| !has(program)).collect();
+    if missing.is_empty() {
+        return true;
+    }
+    let required = std::env::var("TERNION_REQUIRE_AARCH64").is_ok_and(|value| value == "1");
+    assert!(!required, "TERNION_REQUIRE_AARCH64=1, but there is no {}", missing.join(" and no "));
+    eprintln!("skipped: aarch64 kernels were not run, there is no {}", missing.join(" and no "));
+    false
+}
+
+/// All candidates for `cpu` that `without` cannot have, for all row lengths.
+fn candidates(cpu: &Cpu, without: Option<&Cpu>) -> Vec<(KernelSpec, Schedule)> {
+    let specs =
+        ROW_LENGTHS.into_iter().flat_map(|k| [Columns::One, Columns::Many].map(|columns| KernelSpec { k, columns }));
+    specs
+        .flat_map(|spec| Schedule::candidates(&spec, cpu).into_iter().map(move |schedule| (spec, schedule)))
+        .filter(|(spec, schedule)| without.is_none_or(|lesser| schedule.check(spec, lesser).is_err()))
+        .collect()
+}
+
+#[test]
+fn kernels_for_plain_aarch64_agree_with_the_reference() {
+    // The oldest core there is: it would not know an instruction that the kernels may not use.
+    run("aarch64", "cortex-a53", &candidates(&cpu("aarch64"), None));
+}
+
+#[test]
+fn kernels_for_aarch64_with_dot_products_agree_with_the_reference() {
+    let jobs = candidates(&cpu("aarch64 +dotprod"), Some(&cpu("aarch64")));
+    assert!(jobs.iter().all(|(_, schedule)| schedule.multiply == Multiply::Dot) && !jobs.is_empty());
+    run("aarch64 +dotprod", "neoverse-n1", &jobs);
+}
+
+#[test]
+fn dot_products_change_only_the_schedules_that_ask_for_them() {
+    let spec = KernelSpec { k: 260, columns: Columns::One };
+    let jobs: Vec<_> = Schedule::candidates(&spec, &cpu("aarch64"))
+        .into_iter()
+        .enumerate()
+        .map(|(i, schedule)| (spec, schedule, format!("kernel{i}")))
+        .collect();
+    let jobs: Vec<_> = jobs.iter().map(|(spec, schedule, symbol)| (*spec, *schedule, symbol.as_str())).collect();
+    assert_eq!(object(&jobs, &cpu("aarch64")), object(&jobs, &cpu("aarch64 +dotprod")));
+}
+
+#[test]
+fn multiplications_become_the_instructions_that_are_meant_for_them() {
+    // Vd.4s, Vn.16b, Vm.16b; and smull/smull2 Vd.8h from bytes.
+    let count = |words: &[u8], mask, bits| {
+        let words = words.as_chunks::<4>().0;
+        words.iter().filter(|word| u32::from_le_bytes(**word) & mask == bits).count()
+    };
+    let sdot = |file: &[u8]| count(file, 0xffe0_fc00, 0x4e80_9400);
+    let smull = |file: &[u8]| count(file, 0xbfe0_fc00, 0x0e20_c000);
+    for spec in [Columns::One, Columns::Many].map(|columns| KernelSpec { k: 260, columns }) {
+        for (text, name) in [("aarch64 +dotprod", "multiply=dot"), ("aarch64", "multiply=pairs")] {
+            for schedule in Schedule::candidates(&spec, &cpu(text)) {
+                let file = object(&[(spec, schedule, "kernel")], &cpu(text)).unwrap();
+                let found = (sdot(&file) > 0, smull(&file) > 0);
+                match schedule.to_string() {
+                    line if line.contains("multiply=dot") => assert_eq!(found, (true, false), "{line}"),
+                    line if line.contains("multiply=pairs") => assert_eq!(found, (false, true), "{line}"),
+                    line => assert_eq!(found, (false, false), "{line}"),
+                }
+            }
+            assert!(Schedule::candidates(&spec, &cpu(text)).iter().any(|s| s.to_string().contains(name)));
+        }
+    }
+}
+
+/// Compiles `jobs` for `target` and runs them on an emulated `core`.
+fn run(target: &str, core: &str, jobs: &[(KernelSpec, Schedule)]) {
+    if !tools() {
+        return;
+    }
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(target.replace(" +", "-"));
+    std::fs::create_dir_all(&directory).unwrap();
+    let file = |name: &str| directory.join(name);
+
+    let symbols: Vec<_> = (0..jobs.len()).map(|i| format!("kernel{i}")).collect();
+    let named: Vec<_> =
+        jobs.iter().zip(&symbols).map(|((spec, schedule), symbol)| (*spec, *schedule, symbol.as_str())).collect();
+    std::fs::write(file("kernels.o"), object(&named, &cpu(target)).unwrap()).unwrap();
+    std::fs::write(file("table.c"), table(&named)).unwrap();
+    std::fs::write(file("vectors"), vectors(jobs)).unwrap();
+
+    let driver = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/aarch64/driver.c");
+    let linked = Command::new(COMPILER)
+        .args(["-static", "-O1", "-Wall", "-Werror", "-o"])
+        .args([file("driver"), driver, file("table.c"), file("kernels.o")])
+        .output()
+        .unwrap();
+    assert!(linked.status.success(), "{}", String::from_utf8_lossy(&linked.stderr));
+    let output = Command::new(EMULATOR).args(["-cpu", core]).args([file("driver"), file("vectors")]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{target}: {said}{}", String::from_utf8_lossy(&output.stderr));
+    println!("{target}, {} kernels: {said}", jobs.len());
+}
+
+/// The C table of kernels that the driver declares.
+fn table(kernels: &[(KernelSpec, Schedule, &str)]) -> String {
+    let mut text = String::from("struct kernel { void (*run)(const void *); const char *name; };\n");
+    for (_, _, symbol) in kernels {
+        writeln!(text, "void {symbol}(const void *);").unwrap();
+    }
+    text.push_str("const struct kernel kernels[] = {\n");
+    for (spec, schedule, symbol) in kernels {
+        writeln!(text, "    {{{symbol}, \"{schedule}; {spec}\"}},").unwrap();
+    }
+    text.push_str("};\n");
+    text
+}
+
+/// Words of a case, `struct vector` of the driver.
+const CASE_WORDS: usize = 16;
+
+/// What every kernel runs on: three problems each, so that all kinds of data are met by all kinds of kernels.
+fn vectors(jobs: &[(KernelSpec, Schedule)]) -> Vec<u8> {
+    let mut data = Blobs { start: 8 + jobs.len() * 3 * CASE_WORDS * 8, bytes: Vec::new(), places: BTreeMap::new() };
+    let mut problems: BTreeMap<(usize, Data), Problem> = BTreeMap::new();
+    let mut cases: Vec<u64> = Vec::new();
+    for (kernel, (spec, schedule)) in jobs.iter().enumerate() {
+        for kind in [Data::Random, Data::ALL[1 + kernel % 8], Data::ALL[1 + (kernel + 3) % 8]] {
+            let k = spec.k;
+            let problem = problems.entry((k, kind)).or_insert_with(|| Problem::new(kind, M, k, 9, k as u64));
+            let n = match spec.columns {
+                Columns::One => 1,
+                Columns::Many => usize::from(schedule.ntile) + 1,
+            };
+            let (layout, format) = (schedule.layout, schedule.activation_format());
+            let rows = layout.tiles(M) * layout.tile_rows();
+            let stride = format.bytes(k);
+            let key = |what| Key { k, kind, what };
+            let name = data.place(key(What::Name), || problem.to_string().into_bytes());
+            let weights = data.place(key(What::Weights(layout)), || problem.pack(layout));
+            let activations = data.place(key(What::Activations(format)), || {
+                let mut bytes = vec![0xa5; problem.columns().len() * stride];
+                for (column, target) in problem.columns().iter().zip(bytes.chunks_exact_mut(stride)) {
+                    format.prepare(column.values(), target);
+                }
+                bytes
+            });
+            let sums = data.place(key(What::Sums), || {
+                problem.columns().iter().flat_map(|column| column.sum().to_le_bytes()).collect()
+            });
+            let expected = problem.expected().map_or(0, |expected| {
+                data.place(key(What::Expected), || expected.iter().flat_map(|sum| sum.to_le_bytes()).collect()).0
+            });
+            let case: [usize; CASE_WORDS] = [
+                kernel,
+                name.0,
+                name.1,
+                weights.0,
+                weights.1,
+                layout.tiles(M),
+                activations.0,
+                n * stride,
+                stride,
+                sums.0,
+                n,
+                expected,
+                M,
+                rows,
+                rows + 5,
+                schedule.scratch_bytes(layout.tiles(M)),
+            ];
+            cases.extend(case.map(|word| word as u64));
+        }
+    }
+    let count = (cases.len() / CASE_WORDS) as u64;
+    let mut file: Vec<u8> = [count].iter().chain(&cases).flat_map(|word| word.to_le_bytes()).collect();
+    assert_eq!(file.len(), data.start);
+    file.extend(data.bytes);
+    file
+}
+
+/// Bytes of the file that several cases share.
+struct Blobs {
+    start: usize,
+    bytes: Vec<u8>,
+    places: BTreeMap<Key, (usize, usize)>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    k: usize,
+    kind: Data,
+    what: What,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum What {
+    Name,
+    Weights(Layout),
+    Activations(ActivationFormat),
+    Sums,
+    Expected,
+}
+
+impl Blobs {
+    /// Offset in the file and number of bytes of what `key` stands for.
+    fn place(&mut self, key: Key, bytes: impl FnOnce() -> Vec<u8>) -> (usize, usize) {
+        *self.places.entry(key).or_insert_with(|| {
+            self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
+            let (at, bytes) = (self.start + self.bytes.len(), bytes());
+            self.bytes.extend(&bytes);
+            (at, bytes.len())
+        })
+    }
+}

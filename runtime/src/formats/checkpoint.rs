@@ -1,0 +1,220 @@
+//! One opened model, whatever its source. Tensors are read one at a time when asked for, so that preparing a model
+//! streams and running a prepared one copies nothing.
+
+use std::path::{Path, PathBuf};
+
+use super::hf::HuggingFace;
+use super::tern::Prepared;
+use super::{Bytes, FloatMatrix, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, TernaryTensor};
+use crate::text::{ChatError, ChatTemplate, Tokenizer, TokenizerConfig};
+
+/// An opened model.
+pub struct Checkpoint {
+    path: PathBuf,
+    source: Source,
+}
+
+enum Source {
+    HuggingFace(Box<HuggingFace>),
+    Prepared(Box<Prepared>),
+}
+
+impl Checkpoint {
+    /// Opens a prepared file, or a Hugging Face directory.
+    ///
+    /// # Errors
+    /// If it is neither, or if its headers and configuration are damaged or not supported. Tensors are not read yet.
+    pub fn open(path: &Path) -> Result<Self, FormatError> {
+        let metadata = std::fs::metadata(path).map_err(|source| FormatError::Read { path: path.to_owned(), source })?;
+        let source = if metadata.is_dir() {
+            Source::HuggingFace(Box::new(HuggingFace::open(path)?))
+        } else if metadata.is_file() {
+            Source::Prepared(Box::new(Prepared::open(path, Bytes::map(path)?)?))
+        } else {
+            return Err(FormatError::Foreign { path: path.to_owned() });
+        };
+        Ok(Self { path: path.to_owned(), source })
+    }
+
+    /// Opens a prepared file that is in memory; messages call it `name`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_prepared(name: &str, bytes: Bytes) -> Result<Self, FormatError> {
+        let path = PathBuf::from(name);
+        let source = Source::Prepared(Box::new(Prepared::open(&path, bytes)?));
+        Ok(Self { path, source })
+    }
+
+    /// Sizes and constants.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        match &self.source {
+            Source::HuggingFace(model) => &model.config,
+            Source::Prepared(model) => model.config(),
+        }
+    }
+
+    /// How its authors want it to be sampled.
+    #[must_use]
+    pub fn generation(&self) -> &GenerationDefaults {
+        match &self.source {
+            Source::HuggingFace(model) => &model.generation,
+            Source::Prepared(model) => model.generation(),
+        }
+    }
+
+    /// The chat template (Jinja), if the model has one.
+    #[must_use]
+    pub fn chat_template(&self) -> Option<&str> {
+        match &self.source {
+            Source::HuggingFace(model) => model.chat_template.as_deref(),
+            Source::Prepared(model) => model.chat_template(),
+        }
+    }
+
+    /// The model's chat template, or [`ChatTemplate::plain`] if it has none.
+    ///
+    /// # Errors
+    /// If the model has one that cannot be compiled.
+    pub fn chat(&self) -> Result<ChatTemplate, ChatError> {
+        let TokenizerConfig { bos_token, eos_token, .. } = self.tokenizer_config();
+        match self.chat_template() {
+            Some(template) => ChatTemplate::new(template, bos_token.as_deref(), eos_token.as_deref()),
+            None => Ok(ChatTemplate::plain(bos_token.as_deref())),
+        }
+    }
+
+    /// What the model's files say about its tokenizer, besides the tokenizer itself.
+    #[must_use]
+    pub fn tokenizer_config(&self) -> &TokenizerConfig {
+        match &self.source {
+            Source::HuggingFace(model) => &model.tokenizer,
+            Source::Prepared(model) => model.tokenizer(),
+        }
+    }
+
+    /// The text of the model's `tokenizer.json`.
+    ///
+    /// # Errors
+    /// If the model has none.
+    pub fn tokenizer_json(&self) -> Result<Bytes, FormatError> {
+        match &self.source {
+            Source::HuggingFace(model) => model.tokenizer_json(),
+            Source::Prepared(model) => Ok(model.tokenizer_json()),
+        }
+    }
+
+    /// Builds the tokenizer.
+    ///
+    /// # Errors
+    /// If there is none, or it is damaged, not supported, or has tokens that the model has not.
+    pub fn tokenizer(&self) -> Result<Tokenizer, FormatError> {
+        Tokenizer::new(&self.tokenizer_json()?, self.tokenizer_config(), self.config().vocabulary)
+            .map_err(|source| FormatError::Tokenizer { path: self.path.clone(), source })
+    }
+
+    /// Reads a ternary matrix.
+    ///
+    /// # Errors
+    /// If the layer or the tensor is not there, or the tensor is damaged or in no known dress.
+    pub fn projection(&self, layer: usize, projection: Projection) -> Result<TernaryTensor, FormatError> {
+        self.check_layer(layer)?;
+        match &self.source {
+            Source::HuggingFace(model) => model.projection(layer, projection),
+            Source::Prepared(model) => Ok(model.projection(layer, projection)),
+        }
+    }
+
+    /// Reads the weights of a layer's norm, [`LayerNorm::width`] of them; none if the model has no such norm.
+    ///
+    /// # Errors
+    /// If the layer or the tensor is not there, or the tensor is damaged.
+    pub fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>, FormatError> {
+        self.check_layer(layer)?;
+        if norm.width(self.config()) == 0 {
+            return Ok(Vec::new());
+        }
+        match &self.source {
+            Source::HuggingFace(model) => model.norm(layer, norm),
+            Source::Prepared(model) => Ok(model.norm(layer, norm)),
+        }
+    }
+
+    /// Reads the weights of the norm before the head, `hidden` of them.
+    ///
+    /// # Errors
+    /// If the tensor is not there or damaged.
+    pub fn final_norm(&self) -> Result<Vec<f32>, FormatError> {
+        match &self.source {
+            Source::HuggingFace(model) => model.final_norm(),
+            Source::Prepared(model) => Ok(model.final_norm()),
+        }
+    }
+
+    /// The embedding, `[vocabulary, hidden]`.
+    ///
+    /// # Errors
+    /// If the tensor is not there or damaged.
+    pub fn embedding(&self) -> Result<FloatMatrix, FormatError> {
+        match &self.source {
+            Source::HuggingFace(model) => model.embedding(),
+            Source::Prepared(model) => Ok(model.embedding()),
+        }
+    }
+
+    /// The head, `[vocabulary, hidden]`; `None` if it is tied to the embedding.
+    ///
+    /// # Errors
+    /// If the tensor is not there or damaged.
+    pub fn head(&self) -> Result<Option<FloatMatrix>, FormatError> {
+        match &self.source {
+            Source::HuggingFace(model) => model.head(),
+            Source::Prepared(model) => Ok(model.head()),
+        }
+    }
+
+    fn check_layer(&self, layer: usize) -> Result<(), FormatError> {
+        let layers = self.config().layers;
+        if layer < layers { Ok(()) } else { Err(FormatError::NoSuchLayer { path: self.path.clone(), layer, layers }) }
+    }
+
+    /// Where the model was opened.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A short name for messages: that of the file or directory.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy().into_owned()
+    }
+
+    /// A digest of a prepared file's whole content; `None` for a directory, which has no checksums.
+    #[must_use]
+    pub fn digest(&self) -> Option<u64> {
+        match &self.source {
+            Source::HuggingFace(_) => None,
+            Source::Prepared(model) => Some(model.digest()),
+        }
+    }
+
+    /// Whether this is a prepared file.
+    #[must_use]
+    pub fn is_prepared(&self) -> bool {
+        matches!(self.source, Source::Prepared(_))
+    }
+
+    /// Reads a prepared file completely and compares every section with its checksum; returns their number. A
+    /// Hugging Face directory has none.
+    ///
+    /// # Errors
+    /// The first section that is damaged.
+    pub fn verify_checksums(&self) -> Result<usize, FormatError> {
+        match &self.source {
+            Source::HuggingFace(_) => Ok(0),
+            Source::Prepared(model) => model.verify_checksums(),
+        }
+    }
+}

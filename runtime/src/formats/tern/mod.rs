@@ -1,0 +1,160 @@
+//! The prepared file, `.tern`: a model in one file that is mapped and used as it lies there.
+//!
+//! A preamble of 32 bytes, a JSON header, and sections that each start on a page: tokenizer, norms, embedding, head,
+//! and every ternary matrix in a packed layout of its own. The book's chapter on the prepared file has every byte.
+
+mod read;
+mod write;
+
+pub use write::{WriteSummary, write};
+
+pub(super) use read::Prepared;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use ternion_compiler::Layout;
+
+use super::{FloatType, GenerationDefaults, LayerNorm, ModelConfig, Projection};
+use crate::text::TokenizerConfig;
+
+/// First bytes of every prepared file. Like PNG's they expose a transfer that changed line ends or the eighth bit.
+const MAGIC: [u8; 8] = *b"\x89TERN\r\n\x1a";
+/// The version that is written, and the newest that is read.
+const VERSION: u32 = 1;
+/// Bytes before the JSON header: magic, version, four zeros, header length, header checksum.
+const PREAMBLE: usize = 32;
+/// Where in the preamble the checksum lies, which covers everything before it and the JSON header.
+const CHECKSUM_AT: usize = 24;
+/// What offsets of sections are multiples of.
+const PAGE: u64 = 4096;
+
+/// The JSON header.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    config: ModelConfig,
+    generation: GenerationDefaults,
+    tokenizer: TokenizerConfig,
+    chat_template: Option<String>,
+    sections: Vec<Section>,
+}
+
+/// One row of the section table.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Section {
+    name: String,
+    content: Content,
+    /// Bytes from the first section's first byte.
+    offset: u64,
+    bytes: u64,
+    #[serde(with = "hex")]
+    xxh3: u64,
+}
+
+/// What a section's bytes are.
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+enum Content {
+    Text {},
+    Floats {
+        rows: usize,
+        columns: usize,
+        dtype: FloatType,
+    },
+    Ternary {
+        m: usize,
+        k: usize,
+        layout: Layout,
+        /// Its bits, so that no decimal can change it.
+        #[serde(with = "hex")]
+        scale: f32,
+    },
+}
+
+/// The sections of a model, in the order of the file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Tokenizer,
+    Norms,
+    Embedding,
+    Head,
+    Projection(usize, Projection),
+}
+
+impl Part {
+    fn all(config: &ModelConfig) -> Vec<Self> {
+        let mut parts = vec![Self::Tokenizer, Self::Norms, Self::Embedding];
+        if !config.tied_head {
+            parts.push(Self::Head);
+        }
+        parts.extend((0..config.layers).flat_map(|layer| Projection::ALL.map(|p| Self::Projection(layer, p))));
+        parts
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tokenizer => f.write_str("tokenizer.json"),
+            Self::Norms => f.write_str("norms"),
+            Self::Embedding => f.write_str("embedding"),
+            Self::Head => f.write_str("head"),
+            Self::Projection(layer, projection) => write!(f, "layers.{layer}.{projection}"),
+        }
+    }
+}
+
+/// Where in the norms' section a layer's norm starts, in elements; the final norm follows the last layer.
+fn norm_start(config: &ModelConfig, layer: usize, norm: LayerNorm) -> usize {
+    let widths = LayerNorm::ALL.map(|norm| norm.width(config));
+    layer * widths.iter().sum::<usize>() + widths[..norm as usize].iter().sum::<usize>()
+}
+
+/// Elements of the norms' section.
+fn norms_len(config: &ModelConfig) -> usize {
+    norm_start(config, config.layers, LayerNorm::Input) + config.hidden
+}
+
+/// Numbers as fixed-width hexadecimal strings: exact, and the header's length does not depend on them.
+mod hex {
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    pub(super) trait Bits: Sized {
+        fn to_hex(&self) -> String;
+        fn from_hex(text: &str) -> Option<Self>;
+    }
+
+    impl Bits for u64 {
+        fn to_hex(&self) -> String {
+            format!("{self:016x}")
+        }
+
+        fn from_hex(text: &str) -> Option<Self> {
+            Self::from_str_radix(text, 16).ok()
+        }
+    }
+
+    impl Bits for f32 {
+        fn to_hex(&self) -> String {
+            format!("{:08x}", self.to_bits())
+        }
+
+        fn from_hex(text: &str) -> Option<Self> {
+            u32::from_str_radix(text, 16).ok().map(Self::from_bits)
+        }
+    }
+
+    pub(super) fn serialize<T: Bits, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&value.to_hex())
+    }
+
+    pub(super) fn deserialize<'de, T: Bits, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        T::from_hex(&text)
+            .filter(|value| value.to_hex() == text)
+            .ok_or_else(|| D::Error::custom(format_args!("{text:?} is not a number in hexadecimal")))
+    }
+}

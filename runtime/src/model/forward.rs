@@ -1,0 +1,307 @@
+//! The forward pass on compiled kernels.
+//!
+//! A chunk of tokens goes through the layers together. Each step shares its work among the team in a way that does not
+//! show in the results: products by row tiles, attention by query heads and tokens, everything else by tokens. With one
+//! token the small steps stay on the calling thread: waking the others would take longer.
+
+use ternion_compiler::{ActivationFormat, Kernel, OutRows};
+use ternion_tuner::Workers;
+
+use super::activations::ActivationBuffer;
+use super::kv_cache::{AttentionScratch, KvCache};
+use super::rope::RopeTable;
+use super::weights::{Layer, Linear};
+use super::{Model, ModelError};
+use crate::formats::{LayerNorm, ModelConfig, Projection};
+use crate::ops;
+use crate::team::{SharedSlice, Team, share};
+
+/// Rows of the head that are read for all tokens before the next: they stay in a core's cache.
+const HEAD_ROWS: usize = 32;
+
+/// What a chunk of tokens needs on its way, allocated once per session.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    /// The residual stream, `[tokens, hidden]`.
+    hidden: Vec<f32>,
+    /// The residual stream after the last norm, `[tokens, hidden]`.
+    normed: Vec<f32>,
+    /// `[tokens, heads · head_dim]`
+    queries: Vec<f32>,
+    /// `[tokens, kv_heads · head_dim]`
+    keys: Vec<f32>,
+    /// `[tokens, kv_heads · head_dim]`
+    values: Vec<f32>,
+    /// Attention output, `[tokens, heads · head_dim]`.
+    attention: Vec<f32>,
+    /// `activation(gate) · up`, `[tokens, ffn]`.
+    gated: Vec<f32>,
+    /// Integer sums of up to three projections of the same activations, `[tokens, padded rows]`.
+    sums: [Vec<i32>; 3],
+    activations: ActivationBuffer,
+    /// One per part of the work.
+    heads: Vec<AttentionScratch>,
+}
+
+impl Scratch {
+    /// For chunks of up to `tokens` tokens on `threads` threads.
+    pub(super) fn new(model: &Model, tokens: usize, threads: usize) -> Result<Self, ModelError> {
+        let config = model.config();
+        let (all_heads, kv_heads) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let floats = |width: usize| vec![0.0; tokens * width];
+        let padded = |projections: &[Projection]| {
+            let of = |linear: &Linear| linear.padded_rows();
+            let layers = model.layers.iter();
+            let rows = layers.flat_map(|layer| projections.iter().map(move |p| of(layer.linear(*p)))).max();
+            vec![0; tokens * rows.unwrap_or(0)]
+        };
+        let formats: Vec<ActivationFormat> = model.linears().flat_map(Linear::activation_formats).collect();
+        let longest = all_heads.max(config.hidden).max(config.ffn);
+        let activations = ActivationBuffer::new(tokens, longest, formats.into_iter());
+        let group = config.heads / config.kv_heads;
+        Ok(Self {
+            hidden: floats(config.hidden),
+            normed: floats(config.hidden),
+            queries: floats(all_heads),
+            keys: floats(kv_heads),
+            values: floats(kv_heads),
+            attention: floats(all_heads),
+            gated: floats(config.ffn),
+            sums: [
+                padded(&[Projection::Query, Projection::Output, Projection::Gate, Projection::Down]),
+                padded(&[Projection::Key, Projection::Up]),
+                padded(&[Projection::Value]),
+            ],
+            activations: activations.map_err(|source| ModelError::Memory { bytes: tokens * longest, source })?,
+            heads: vec![AttentionScratch::new(group, config.head_dim); threads],
+        })
+    }
+}
+
+impl Linear {
+    /// Rows including those that fill the last tile.
+    fn padded_rows(&self) -> usize {
+        let layout = self.kernels.one.layout();
+        layout.tiles(self.m) * layout.tile_rows()
+    }
+
+    fn activation_formats(&self) -> [ActivationFormat; 2] {
+        [&self.kernels.one, &self.kernels.many].map(|kernel| kernel.activation_format())
+    }
+
+    /// The kernel for `n` tokens.
+    fn kernel(&self, n: usize) -> &Kernel {
+        if n == 1 { &self.kernels.one } else { &self.kernels.many }
+    }
+
+    /// What an integer sum is multiplied with when its activations have scale `q`.
+    fn step(&self, q: f32) -> f32 {
+        self.scale / q
+    }
+
+    /// One token's rows of `sums`, padding left out.
+    fn row<'a>(&self, sums: &'a [i32], token: usize) -> &'a [i32] {
+        &sums[token * self.padded_rows()..][..self.m]
+    }
+}
+
+/// One forward pass: `n` tokens of one sequence, at positions from `start` on.
+pub(super) struct Forward<'a> {
+    pub(super) model: &'a Model,
+    pub(super) team: &'a Team,
+    pub(super) start: usize,
+    pub(super) n: usize,
+}
+
+impl Forward<'_> {
+    /// Runs `tokens` through all layers. Their keys and values are in `cache` afterwards, their last hidden states in
+    /// `scratch`.
+    pub(super) fn run(&self, tokens: &[u32], cache: &mut KvCache, rope: &mut RopeTable, scratch: &mut Scratch) {
+        let (model, config) = (self.model, self.config());
+        cache.reserve(self.start + self.n);
+        rope.reserve(self.start + self.n, &model.inverse_frequencies);
+        for (token, hidden) in tokens.iter().zip(scratch.hidden.chunks_exact_mut(config.hidden)) {
+            model.embedding.widen_row(*token as usize, hidden);
+        }
+        for (index, layer) in model.layers.iter().enumerate() {
+            self.attention(index, layer, cache, rope, scratch);
+            self.feed_forward(layer, scratch);
+        }
+    }
+
+    /// Logits of the tokens from `first` of the chunk on, `[tokens, vocabulary]`.
+    pub(super) fn logits(&self, first: usize, scratch: &mut Scratch, logits: &mut [f32]) {
+        let (model, config) = (self.model, self.config());
+        let (hidden, vocabulary) = (config.hidden, config.vocabulary);
+        let rows = &scratch.hidden[first * hidden..self.n * hidden];
+        let normed = &mut scratch.normed[..rows.len()];
+        for (row, normed) in rows.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
+            ops::rms_norm(row, &model.final_norm, config.norm_eps, normed);
+        }
+        let (normed, head) = (&*normed, &model.head);
+        let shared = SharedSlice::new(logits);
+        self.team.divide(&|part| {
+            let blocks = share(vocabulary.div_ceil(HEAD_ROWS), self.team.threads(), part);
+            for block in blocks {
+                let rows = block * HEAD_ROWS..vocabulary.min((block + 1) * HEAD_ROWS);
+                let bytes = &head.bytes[rows.start * head.row_bytes()..rows.end * head.row_bytes()];
+                for (token, normed) in normed.chunks_exact(hidden).enumerate() {
+                    let at = token * vocabulary;
+                    // SAFETY: every block of rows is in one part of the work.
+                    let target = unsafe { shared.part(at + rows.start..at + rows.end) };
+                    ops::dot_rows(normed, head.dtype, bytes, target);
+                }
+            }
+        });
+    }
+
+    fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    fn attention(&self, index: usize, layer: &Layer, cache: &mut KvCache, rope: &RopeTable, scratch: &mut Scratch) {
+        let config = self.config();
+        let [query, key, value, output] =
+            [Projection::Query, Projection::Key, Projection::Value, Projection::Output].map(|p| layer.linear(p));
+        let Scratch { hidden, queries, keys, values, attention, sums, activations, heads, .. } = scratch;
+        let [query_sums, key_sums, value_sums] = sums;
+
+        self.quantize(hidden, config.hidden, layer.norm(LayerNorm::Input), &[query, key, value], activations);
+        self.project([(query, query_sums), (key, key_sums), (value, value_sums)], activations);
+        let (all_heads, kv_heads) = (query.m, key.m);
+        let shared = [&mut *queries, &mut *keys, &mut *values].map(|slice| SharedSlice::new(slice));
+        self.each_token(&|token| {
+            let q = activations.scale(token);
+            // SAFETY: every token is in one part of the work, and rows of different tokens are disjoint.
+            let [queries, keys, values] = unsafe {
+                [(0, all_heads), (1, kv_heads), (2, kv_heads)]
+                    .map(|(of, width)| shared[of].part(token * width..(token + 1) * width))
+            };
+            let (cos, sin) = rope.at(self.start + token);
+            ops::dequantize(query.row(query_sums, token), query.step(q), queries);
+            ops::rotate(queries, cos, sin);
+            ops::dequantize(key.row(key_sums, token), key.step(q), keys);
+            ops::rotate(keys, cos, sin);
+            ops::dequantize(value.row(value_sums, token), value.step(q), values);
+        });
+        let rows = keys.chunks_exact(kv_heads).zip(values.chunks_exact(kv_heads)).take(self.n);
+        for (token, (key, value)) in rows.enumerate() {
+            cache.store(index, self.start + token, key, value);
+        }
+        self.attend(index, cache, queries, attention, heads);
+
+        self.quantize(attention, all_heads, layer.norm(LayerNorm::AttentionSub), &[output], activations);
+        self.project([(output, query_sums)], activations);
+        self.add(output, query_sums, activations, hidden);
+    }
+
+    fn feed_forward(&self, layer: &Layer, scratch: &mut Scratch) {
+        let config = self.config();
+        let [gate, up, down] = [Projection::Gate, Projection::Up, Projection::Down].map(|p| layer.linear(p));
+        let Scratch { hidden, gated, sums, activations, .. } = scratch;
+        let [gate_sums, up_sums, _] = sums;
+
+        self.quantize(hidden, config.hidden, layer.norm(LayerNorm::PostAttention), &[gate, up], activations);
+        self.project([(gate, gate_sums), (up, up_sums)], activations);
+        let shared = SharedSlice::new(gated);
+        self.each_token(&|token| {
+            let q = activations.scale(token);
+            // SAFETY: every token is in one part of the work, and rows of different tokens are disjoint.
+            let gated = unsafe { shared.part(token * config.ffn..(token + 1) * config.ffn) };
+            let gate = (gate.row(gate_sums, token), gate.step(q));
+            ops::gated(config.activation, gate, (up.row(up_sums, token), up.step(q)), gated);
+        });
+
+        self.quantize(gated, config.ffn, layer.norm(LayerNorm::FfnSub), &[down], activations);
+        self.project([(down, gate_sums)], activations);
+        self.add(down, gate_sums, activations, hidden);
+    }
+
+    /// Calls `work` once for every token, sharing them among the team.
+    fn each_token(&self, work: &(dyn Fn(usize) + Sync)) {
+        if self.n == 1 {
+            return work(0);
+        }
+        self.team.divide(&|part| share(self.n, self.team.threads(), part).for_each(work));
+    }
+
+    /// Quantises `rows`, `[n, width]`, after the norm with these weights (if there are any), for `readers`.
+    fn quantize(
+        &self,
+        rows: &[f32],
+        width: usize,
+        norm: &[f32],
+        readers: &[&Linear],
+        activations: &mut ActivationBuffer,
+    ) {
+        let writer = activations.writer(width, readers.iter().map(|linear| linear.kernel(self.n)));
+        let eps = self.config().norm_eps;
+        self.each_token(&|token| {
+            let row = &rows[token * width..(token + 1) * width];
+            let quantize = |target: &mut [i8]| match norm {
+                [] => ops::quantize(row, target),
+                weights => ops::rms_norm_quantize(row, weights, eps, target),
+            };
+            // SAFETY: every token is in one part of the work.
+            unsafe { writer.write(token, quantize) }
+        });
+    }
+
+    /// Integer sums of some projections of the same activations, shared by row tiles.
+    fn project<const P: usize>(&self, linears: [(&Linear, &mut Vec<i32>); P], activations: &ActivationBuffer) {
+        let jobs = linears.map(|(linear, sums)| (linear, OutRows::new(sums, linear.padded_rows())));
+        let threads = self.team.threads();
+        self.team.divide(&|part| {
+            for (linear, out) in &jobs {
+                let kernel = linear.kernel(self.n);
+                let tiles = share(kernel.layout().tiles(linear.m), threads, part);
+                let activations = activations.read(self.n, kernel);
+                // SAFETY: every tile is in one part of the work, and nobody reads the sums before all parts are done.
+                unsafe { kernel.run(self.model.weights(linear), tiles, &activations, out) }
+            }
+        });
+    }
+
+    /// Adds a projection's result to the residual stream.
+    fn add(&self, linear: &Linear, sums: &[i32], activations: &ActivationBuffer, hidden: &mut [f32]) {
+        let width = linear.m;
+        let shared = SharedSlice::new(hidden);
+        self.each_token(&|token| {
+            // SAFETY: every token is in one part of the work, and rows of different tokens are disjoint.
+            let hidden = unsafe { shared.part(token * width..(token + 1) * width) };
+            ops::add_dequantized(linear.row(sums, token), linear.step(activations.scale(token)), hidden);
+        });
+    }
+
+    /// Attention of every query head of every token over the positions up to its own.
+    ///
+    /// Work is shared query head by query head, ordered so that those of one token that read the same keys follow each
+    /// other: they are done together, and a thread stays with few key-value heads.
+    fn attend(
+        &self,
+        layer: usize,
+        cache: &KvCache,
+        queries: &[f32],
+        output: &mut [f32],
+        scratch: &mut [AttentionScratch],
+    ) {
+        let ModelConfig { heads, kv_heads, head_dim, .. } = *self.config();
+        let group = heads / kv_heads;
+        let (shared, scratch) = (SharedSlice::new(output), SharedSlice::new(scratch));
+        self.team.divide(&|part| {
+            let mut items = share(heads * self.n, self.team.threads(), part);
+            while !items.is_empty() {
+                let (kv_head, token) = (items.start / group / self.n, items.start / group % self.n);
+                let first = items.start % group;
+                let count = (group - first).min(items.len());
+                let at = (token * heads + kv_head * group + first) * head_dim;
+                let range = at..at + count * head_dim;
+                let positions = self.start + token + 1;
+                // SAFETY: every item, so every head of every token, is in one part of the work, and each has its scratch.
+                let (output, scratch) = unsafe { (shared.part(range.clone()), &mut scratch.part(part..part + 1)[0]) };
+                cache.attend(layer, kv_head, positions, &queries[range], output, scratch);
+                items.start += count;
+            }
+        });
+    }
+}

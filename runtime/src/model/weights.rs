@@ -1,0 +1,276 @@
+//! A model's weights in memory: ternary matrices in the layout of their kernels, everything else as in the file.
+//!
+//! A matrix that a prepared file already holds in its kernel's layout is used where it is mapped. All others are
+//! repacked into one buffer on huge pages, each by whichever thread is free.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ternion_compiler::Cpu;
+use ternion_kernels_ref::PackedMatrix;
+use ternion_kernels_ref::rope::inverse_frequencies;
+use ternion_tuner::Workers;
+
+use super::kernels::{Kernels, compile_all};
+use super::{KernelChoice, ModelError};
+use crate::formats::{Bytes, Checkpoint, FloatMatrix, LayerNorm, ModelConfig, Projection, TernaryTensor};
+use crate::memory::PageBuffer;
+use crate::team::SharedSlice;
+
+/// Where repacked matrices begin in their buffer: a multiple of every vector and of a page.
+const ALIGNMENT: usize = 4096;
+
+/// How far loading has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// Matrices that are ready.
+    pub done: usize,
+    /// Matrices in all.
+    pub matrices: usize,
+}
+
+/// What loading did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadReport {
+    /// Time to compile and check all kernels.
+    pub compile: Duration,
+    /// Time to read and repack all weights.
+    pub weights: Duration,
+    /// Different kernels.
+    pub kernels: usize,
+    /// Bytes of machine code.
+    pub code_bytes: usize,
+    /// Bytes of ternary matrices that were repacked into memory of our own.
+    pub packed_bytes: usize,
+    /// Bytes of ternary matrices that are used where the file is mapped.
+    pub mapped_bytes: usize,
+}
+
+/// Where a matrix lies.
+#[derive(Debug)]
+enum Place {
+    File(Bytes),
+    Buffer(Range<usize>),
+}
+
+/// One ternary projection, bound to its kernels.
+#[derive(Debug)]
+pub(super) struct Linear {
+    pub(super) m: usize,
+    pub(super) scale: f32,
+    pub(super) kernels: Kernels,
+    place: Place,
+}
+
+/// The weights of one layer.
+#[derive(Debug)]
+pub(super) struct Layer {
+    norms: [Vec<f32>; 4],
+    projections: Vec<Linear>,
+}
+
+impl Layer {
+    /// Weights of a norm; empty if the model has no such norm.
+    pub(super) fn norm(&self, norm: LayerNorm) -> &[f32] {
+        &self.norms[norm as usize]
+    }
+
+    pub(super) fn linear(&self, projection: Projection) -> &Linear {
+        &self.projections[projection as usize]
+    }
+}
+
+/// A model that is ready to run: immutable, shared by any number of sessions.
+#[derive(Debug)]
+pub struct Model {
+    config: ModelConfig,
+    pub(super) embedding: FloatMatrix,
+    pub(super) head: FloatMatrix,
+    pub(super) final_norm: Vec<f32>,
+    pub(super) layers: Vec<Layer>,
+    pub(super) inverse_frequencies: Vec<f32>,
+    packed: PageBuffer,
+    report: LoadReport,
+}
+
+impl Model {
+    /// Loads a checkpoint for `cpu`, with all threads of `workers`. `progress` is called from any of them.
+    ///
+    /// # Errors
+    /// If the checkpoint is damaged, a kernel cannot be compiled, or memory runs out.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        kernels: &KernelChoice,
+        cpu: &Cpu,
+        workers: &dyn Workers,
+        progress: &(dyn Fn(LoadProgress) + Sync),
+    ) -> Result<Self, ModelError> {
+        let config = checkpoint.config().clone();
+        let start = Instant::now();
+        let kernels = compile_all(&config, kernels, cpu)?;
+        let compile = start.elapsed();
+
+        let start = Instant::now();
+        let embedding = checkpoint.embedding()?;
+        let head = checkpoint.head()?.unwrap_or_else(|| embedding.clone());
+        for (what, matrix) in [("embedding", &embedding), ("head", &head)] {
+            let (rows, columns) = (config.vocabulary, config.hidden);
+            check_elements(what, matrix.bytes.len() / matrix.dtype.bytes(), rows * columns)?;
+            check_elements(what, matrix.rows, rows)?;
+        }
+        let final_norm = checkpoint.final_norm()?;
+        check_elements("final norm", final_norm.len(), config.hidden)?;
+        let (packed, mut linears) = pack_all(checkpoint, &kernels, workers, progress)?;
+        let mut layers = Vec::with_capacity(config.layers);
+        for layer in 0..config.layers {
+            let mut norms = LayerNorm::ALL.map(|_| Vec::new());
+            for (norm, weights) in LayerNorm::ALL.into_iter().zip(&mut norms) {
+                *weights = checkpoint.norm(layer, norm)?;
+                check_elements("layer norm", weights.len(), norm.width(&config))?;
+            }
+            let projections = linears.by_ref().take(Projection::ALL.len()).collect();
+            layers.push(Layer { norms, projections });
+        }
+        let mut report = LoadReport { compile, weights: start.elapsed(), ..LoadReport::default() };
+        for kernel in kernels.values().flat_map(|kernels| [&kernels.one, &kernels.many]) {
+            report.kernels += 1;
+            report.code_bytes += kernel.code_bytes();
+        }
+        for linear in layers.iter().flat_map(|layer| &layer.projections) {
+            match &linear.place {
+                Place::File(bytes) => report.mapped_bytes += bytes.len(),
+                Place::Buffer(range) => report.packed_bytes += range.len(),
+            }
+        }
+        let inverse_frequencies = inverse_frequencies(config.head_dim, config.rope_theta);
+        Ok(Self { config, embedding, head, final_norm, layers, inverse_frequencies, packed, report })
+    }
+
+    /// Sizes and constants.
+    #[must_use]
+    pub const fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What loading it did and how long it took.
+    #[must_use]
+    pub const fn report(&self) -> LoadReport {
+        self.report
+    }
+
+    /// The packed bytes of a projection, in the layout of its kernels.
+    pub(super) fn weights<'a>(&'a self, linear: &'a Linear) -> &'a [u8] {
+        match &linear.place {
+            Place::File(bytes) => bytes,
+            Place::Buffer(range) => &self.packed[range.clone()],
+        }
+    }
+
+    /// All projections.
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.layers.iter().flat_map(|layer| &layer.projections)
+    }
+}
+
+fn check_elements(what: &'static str, found: usize, expected: usize) -> Result<(), ModelError> {
+    if found == expected { Ok(()) } else { Err(ModelError::Elements { what, found, expected }) }
+}
+
+/// One matrix to load: which, and the part of the buffer that it gets if it has to be repacked.
+struct Plan<'a> {
+    layer: usize,
+    projection: Projection,
+    m: usize,
+    k: usize,
+    kernels: &'a Kernels,
+    room: Range<usize>,
+}
+
+/// Loads all projections, layer by layer in the order of [`Projection::ALL`].
+fn pack_all(
+    checkpoint: &Checkpoint,
+    kernels: &BTreeMap<(usize, usize), Kernels>,
+    workers: &dyn Workers,
+    progress: &(dyn Fn(LoadProgress) + Sync),
+) -> Result<(PageBuffer, impl Iterator<Item = Linear>), ModelError> {
+    let config = checkpoint.config();
+    let mut plans = Vec::new();
+    let mut end = 0usize;
+    for layer in 0..config.layers {
+        for projection in Projection::ALL {
+            let (m, k) = projection.shape(config);
+            let kernels = kernels.get(&(m, k)).ok_or(ModelError::NotChosen { m, k })?;
+            let layout = kernels.one.layout();
+            // A prepared file's tensors are views; a directory's would have to be decoded just to look.
+            let fits = checkpoint.is_prepared() && checkpoint.projection(layer, projection)?.layout == layout;
+            let bytes = if fits { 0 } else { layout.bytes(m, k).ok_or(ModelError::NotChosen { m, k })? };
+            let start = end.next_multiple_of(ALIGNMENT);
+            end = start.saturating_add(bytes);
+            plans.push(Plan { layer, projection, m, k, kernels, room: start..end });
+        }
+    }
+    let mut buffer = PageBuffer::zeroed(end).map_err(|source| ModelError::Memory { bytes: end, source })?;
+
+    let shared = SharedSlice::new(&mut buffer);
+    let (next, done, failed) = (AtomicUsize::new(0), AtomicUsize::new(0), Mutex::new(None));
+    let loaded: Vec<Mutex<Option<Linear>>> = plans.iter().map(|_| Mutex::new(None)).collect();
+    workers.run(&|_| {
+        while let Some(at) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|at| *at < plans.len()) {
+            let plan = &plans[at];
+            // SAFETY: the rooms of different plans are disjoint, and each plan is taken by one thread.
+            let room = unsafe { shared.part(plan.room.clone()) };
+            match load(checkpoint, plan, room) {
+                Ok(linear) => {
+                    *loaded[at].lock().unwrap_or_else(PoisonError::into_inner) = Some(linear);
+                    let done = done.fetch_add(1, Ordering::Relaxed) + 1;
+                    progress(LoadProgress { done, matrices: plans.len() });
+                }
+                Err(error) => {
+                    next.store(plans.len(), Ordering::Relaxed);
+                    failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                }
+            }
+        }
+    });
+    if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        return Err(error);
+    }
+    // Without an error every plan has been carried out.
+    let linears = loaded.into_iter().filter_map(|linear| linear.into_inner().unwrap_or_else(PoisonError::into_inner));
+    Ok((buffer, linears))
+}
+
+fn load(checkpoint: &Checkpoint, plan: &Plan<'_>, room: &mut [u8]) -> Result<Linear, ModelError> {
+    let Plan { layer, projection, m, k, kernels, .. } = plan;
+    let (layer, projection, m, k) = (*layer, *projection, *m, *k);
+    let tensor = checkpoint.projection(layer, projection)?;
+    if (tensor.m, tensor.k) != (m, k) || tensor.layout.bytes(m, k) != Some(tensor.bytes.len()) {
+        return Err(ModelError::Shape { layer, projection, m, k, bytes: tensor.bytes.len() });
+    }
+    let place = if room.is_empty() {
+        Place::File(tensor.bytes.clone())
+    } else {
+        repack(&tensor, kernels, room);
+        Place::Buffer(plan.room.clone())
+    };
+    Ok(Linear { m, scale: tensor.scale, kernels: (*kernels).clone(), place })
+}
+
+/// Brings a tensor into the layout of its kernels.
+fn repack(tensor: &TernaryTensor, kernels: &Kernels, room: &mut [u8]) {
+    let TernaryTensor { m, k, layout, bytes, .. } = tensor;
+    let target = kernels.one.layout();
+    let tiles = 0..target.tiles(*m);
+    match PackedMatrix::new(*m, *k, bytes).filter(|_| *layout == ternion_compiler::Layout::Canonical) {
+        Some(canonical) => target.pack_tiles(canonical, tiles, room),
+        None => {
+            let mut canonical = vec![0; m * PackedMatrix::row_bytes(*k)];
+            layout.unpack_rows(*m, *k, bytes, 0..*m, &mut canonical);
+            let canonical = PackedMatrix::new(*m, *k, &canonical).expect("the size it was just made with");
+            target.pack_tiles(canonical, tiles, room);
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! IEEE half precision without a branch, so that sixteen conversions are a few vector instructions everywhere.
+
+use ternion_kernels_ref::lanes::LANES;
+
+use super::lanes::Lanes;
+
+/// Exponent of `f32` less that of half precision, in place.
+const REBIAS: u32 = (127 - 15) << 23;
+
+/// Half to `f32`, always exact. NaN becomes quiet and keeps its payload.
+#[must_use]
+#[inline(always)]
+pub fn f16_to_f32(bits: u16) -> f32 {
+    let sign = u32::from(bits & 0x8000) << 16;
+    let magnitude = u32::from(bits & 0x7fff);
+    let shifted = magnitude << 13;
+    let normal = shifted + REBIAS;
+    // Infinity and NaN keep an exponent of all ones; NaN gets its quiet bit.
+    let special = (shifted + 2 * REBIAS) | if magnitude > 0x7c00 { 1 << 22 } else { 0 };
+    // A subnormal is what its mantissa adds to the smallest normal number.
+    let smallest = REBIAS + (1 << 23);
+    let subnormal = (f32::from_bits(shifted + smallest) - f32::from_bits(smallest)).to_bits();
+    let finite = if magnitude < 0x0400 { subnormal } else { normal };
+    f32::from_bits(sign | if magnitude < 0x7c00 { finite } else { special })
+}
+
+/// `f32` to half, rounding half to even. NaN becomes quiet and keeps the upper bits of its payload.
+#[must_use]
+#[inline(always)]
+pub fn f32_to_f16(x: f32) -> u16 {
+    /// The smallest `f32` that rounds to infinity, 65520.
+    const OVERFLOW: u32 = 0x477f_f000;
+    /// The smallest normal half, 2⁻¹⁴.
+    const NORMAL: u32 = REBIAS + (1 << 23);
+    /// 0.5: its last bit is worth 2⁻²⁴, the smallest half, so that adding it rounds to subnormals.
+    const HALF: u32 = 0x3f00_0000;
+
+    let bits = x.to_bits();
+    let sign = (bits >> 16) & 0x8000;
+    let magnitude = bits & 0x7fff_ffff;
+    let odd = (magnitude >> 13) & 1;
+    let normal = magnitude.wrapping_sub(REBIAS).wrapping_add(0x0fff + odd) >> 13;
+    let subnormal = (f32::from_bits(magnitude) + f32::from_bits(HALF)).to_bits().wrapping_sub(HALF);
+    let nan = 0x7e00 | ((magnitude >> 13) & 0x03ff);
+    let finite = if magnitude < NORMAL { subnormal } else { normal };
+    let ordered = if magnitude < OVERFLOW { finite } else { 0x7c00 };
+    (sign | if magnitude > 0x7f80_0000 { nan } else { ordered }) as u16
+}
+
+/// Widens sixteen halves.
+#[inline(always)]
+pub(super) fn widen_lanes(bits: &[u16; LANES]) -> Lanes {
+    let mut lanes = Lanes::ZERO;
+    for (lane, bits) in lanes.0.iter_mut().zip(bits) {
+        *lane = f16_to_f32(*bits);
+    }
+    lanes
+}
+
+#[inline(always)]
+fn widen_body(source: &[u16], target: &mut [f32]) {
+    assert_eq!(source.len(), target.len(), "widen_f16: equal lengths");
+    for (bits, target) in source.iter().zip(target) {
+        *target = f16_to_f32(*bits);
+    }
+}
+
+#[inline(always)]
+fn narrow_body(source: &[f32], target: &mut [u16]) {
+    assert_eq!(source.len(), target.len(), "narrow_f16: equal lengths");
+    for (x, target) in source.iter().zip(target) {
+        *target = f32_to_f16(*x);
+    }
+}
+
+for_every_level! {
+    /// [`f16_to_f32`] of every element.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn widen_f16(source: &[u16], target: &mut [f32]) = widen_body;
+
+    /// [`f32_to_f16`] of every element.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn narrow_f16(source: &[f32], target: &mut [u16]) = narrow_body;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ternion_kernels_ref::widen;
+
+    fn all_halves() -> Vec<u16> {
+        (0..=u16::MAX).collect()
+    }
+
+    #[test]
+    fn all_65536_halves_widen_as_the_reference_does() {
+        let mut wide = vec![0.0; 1 << 16];
+        widen_f16(&all_halves(), &mut wide);
+        for (bits, wide) in all_halves().into_iter().zip(wide) {
+            assert_eq!(wide.to_bits(), widen::f16_to_f32(bits).to_bits(), "{bits:#06x}");
+        }
+    }
+
+    #[test]
+    fn every_half_and_everything_around_the_middle_of_two_narrows_as_the_reference_does() {
+        let mut floats = Vec::new();
+        for bits in all_halves() {
+            let at = widen::f16_to_f32(bits).to_bits();
+            // Neighbours in half precision are 2¹³ apart in the bits of `f32`, and much further below 2⁻¹⁴.
+            for middle in [at, at.wrapping_add(1 << 12), at.wrapping_add(1 << 22), at.wrapping_sub(1 << 12)] {
+                floats.extend((0..5).map(|step| f32::from_bits(middle.wrapping_add(step).wrapping_sub(2))));
+            }
+        }
+        // Below 2⁻¹⁴ the middles are odd multiples of 2⁻²⁵.
+        for step in 0..=2048u32 {
+            let at = (step as f32 * 2f32.powi(-25)).to_bits();
+            floats.extend(
+                [at, at + 1, at.wrapping_sub(1)]
+                    .into_iter()
+                    .flat_map(|bits| [f32::from_bits(bits), f32::from_bits(bits | 0x8000_0000)]),
+            );
+        }
+        let mut state = 1u64;
+        floats.extend((0..200_000).map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            f32::from_bits((state >> 32) as u32)
+        }));
+        let mut narrow = vec![0; floats.len()];
+        narrow_f16(&floats, &mut narrow);
+        for (x, narrow) in floats.into_iter().zip(narrow) {
+            assert_eq!(narrow, widen::f32_to_f16(x), "{x:e} = {:#010x}", x.to_bits());
+        }
+    }
+}

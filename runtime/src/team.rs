@@ -1,0 +1,457 @@
+//! A team of threads that live as long as it does and start work within a microsecond.
+//!
+//! The caller is one of the team. Between two calls the others spin for a short while, since the next call of a forward
+//! pass is microseconds away, and then park. A call allocates nothing and takes no lock that is ever waited for.
+//!
+//! Work comes in as many shares as there are threads. [`Team::divide`] lets a thread that is done take over the share of
+//! one that has not come yet, so that a core which another program holds delays nothing; [`Workers::run`] gives every
+//! thread its own share whatever happens, which is what measuring needs.
+//!
+//! [`SharedSlice`] lets the threads write to disjoint parts of one slice.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{JoinHandle, Thread};
+
+pub use ternion_tuner::Workers;
+
+/// Turns of the waiting loop before a thread offers its core to others: a few microseconds.
+const SPINS: usize = 256;
+/// Turns in which it does so before it parks: some tens of microseconds if nobody else wants the core. Where another
+/// program, or a thread of this very team, does want it, it gets it at once instead of at the end of a time slice.
+const YIELDS: usize = 128;
+
+/// Threads that this process may run at the same time: its affinity and its cgroup's quota, at least 1.
+#[must_use]
+pub fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// The part of `0..total` that belongs to `thread` when `threads` share it evenly and in order.
+#[must_use]
+pub fn share(total: usize, threads: usize, thread: usize) -> Range<usize> {
+    let at = |thread: usize| (total as u128 * thread as u128 / threads.max(1) as u128) as usize;
+    at(thread)..at(thread + 1)
+}
+
+/// Why a team could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum TeamError {
+    /// A team of nobody.
+    #[error("0 threads cannot run anything: ask for at least 1")]
+    NoThreads,
+    /// The operating system refused a thread.
+    #[error("cannot start thread {thread} of {threads}: {source}; ask for fewer")]
+    Spawn {
+        /// The thread that could not be started, from 1.
+        thread: usize,
+        /// Threads asked for.
+        threads: usize,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// Work of one call.
+#[derive(Clone, Copy)]
+struct Job {
+    /// What is called with the number of every share. Its lifetime is erased; see [`Team::call`].
+    work: *const (dyn Fn(usize) + Sync),
+    /// Whether threads may take over shares of others.
+    taking_over: bool,
+}
+
+struct Shared {
+    /// Counts calls; a thread that sees a new number looks for work.
+    epoch: AtomicUsize,
+    /// The work of the current epoch. Written only while no share is left to do.
+    job: UnsafeCell<Option<Job>>,
+    /// The last epoch in which each share has been claimed: one behind the epoch for a share that still can be.
+    claims: Vec<AtomicUsize>,
+    /// Shares of the current epoch that are not finished.
+    remaining: AtomicUsize,
+    stop: AtomicBool,
+    /// Whether each worker is parked, or about to be.
+    parked: Vec<AtomicBool>,
+    /// Whether the caller is parked, or about to be, and who that is.
+    caller_parked: AtomicBool,
+    caller: Mutex<Option<Thread>>,
+    /// What the first share to panic said.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+// SAFETY: `job` is the only part that is not `Sync` by itself. It is written by the one caller (which holds
+// `Team::calling`) before it publishes a new epoch, and read by threads that have claimed a share of that epoch and not
+// yet finished it. A share can be claimed once, and the caller waits until all are finished before it returns.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; the pointer in `job` is to a `Sync` closure.
+unsafe impl Send for Shared {}
+
+/// A team of threads, the caller included.
+pub struct Team {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// Held during a call, so that calls from several threads take turns.
+    calling: Mutex<()>,
+}
+
+impl Team {
+    /// A team of `threads`: the caller and `threads − 1` new ones.
+    ///
+    /// # Errors
+    /// If `threads` is 0 or the operating system refuses a thread.
+    pub fn new(threads: usize) -> Result<Self, TeamError> {
+        if threads == 0 {
+            return Err(TeamError::NoThreads);
+        }
+        let shared = Arc::new(Shared {
+            epoch: AtomicUsize::new(0),
+            job: UnsafeCell::new(None),
+            claims: (0..threads).map(|_| AtomicUsize::new(0)).collect(),
+            remaining: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+            caller_parked: AtomicBool::new(false),
+            caller: Mutex::new(None),
+            panic: Mutex::new(None),
+        });
+        let mut team = Self { shared, workers: Vec::new(), calling: Mutex::new(()) };
+        for thread in 1..threads {
+            let shared = Arc::clone(&team.shared);
+            let worker = std::thread::Builder::new()
+                .name(format!("ternion-{thread}"))
+                .spawn(move || shared.work(thread))
+                // What has been started stops when `team` is dropped.
+                .map_err(|source| TeamError::Spawn { thread, threads, source })?;
+            team.workers.push(worker);
+        }
+        Ok(team)
+    }
+
+    /// Publishes a new epoch and wakes whoever is parked.
+    fn announce(&self) {
+        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        for (worker, parked) in self.workers.iter().zip(&self.shared.parked) {
+            if parked.load(Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+    }
+
+    /// Calls `work(0)`, `work(1)`, … once each, on as many threads as are there to do it. `work` must not wait for
+    /// another share, nor call the same team again. Calls from several threads take turns.
+    ///
+    /// # Panics
+    /// If `work` panics for one of the shares, once all of them are finished.
+    pub fn divide(&self, work: &(dyn Fn(usize) + Sync)) {
+        self.call(work, true);
+    }
+
+    fn call(&self, work: &(dyn Fn(usize) + Sync), taking_over: bool) {
+        if self.workers.is_empty() {
+            return work(0);
+        }
+        let turn = lock(&self.calling);
+        // SAFETY: the lifetime is erased so that threads that outlive this call can hold the pointer. They follow it
+        // only for a share that they have claimed, and this function does not return before all are finished.
+        let work = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(work) };
+        // SAFETY: `turn` makes this the only caller, and all shares of the last call are finished, so nobody reads it.
+        unsafe { *self.shared.job.get() = Some(Job { work, taking_over }) };
+        self.shared.remaining.store(self.threads(), Ordering::SeqCst);
+        self.announce();
+        self.shared.do_shares(self.shared.epoch.load(Ordering::SeqCst), 0);
+        self.shared.wait_for_shares();
+        let panic = lock(&self.shared.panic).take();
+        drop(turn);
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Workers for Team {
+    fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `work(0)` on the calling thread and `work(1)`, … on the others, at the same time. Calls from several
+    /// threads take turns; `work` must not call the same team again.
+    ///
+    /// # Panics
+    /// If `work` panics on one of the threads, once all of them have finished.
+    fn run(&self, work: &(dyn Fn(usize) + Sync)) {
+        self.call(work, false);
+    }
+}
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.announce();
+        for worker in self.workers.drain(..) {
+            // A worker catches what its work panics with, so it ends well.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl std::fmt::Debug for Team {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Team({} threads)", self.threads())
+    }
+}
+
+impl Shared {
+    /// The life of one worker.
+    fn work(&self, thread: usize) {
+        let mut seen = 0;
+        loop {
+            seen = self.wait_for_epoch_after(seen, thread);
+            if self.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            self.do_shares(seen, thread);
+        }
+    }
+
+    /// Does this thread's share of an epoch if nobody else has, and then what else is left if that is allowed.
+    fn do_shares(&self, epoch: usize, thread: usize) {
+        let shares = self.claims.len();
+        for share in (thread..shares).chain(0..thread) {
+            let before = epoch.wrapping_sub(1);
+            let claim = self.claims[share].compare_exchange(before, epoch, Ordering::SeqCst, Ordering::SeqCst);
+            let taking_over = match claim {
+                Ok(_) => self.do_share(share),
+                // Its own share is gone: the others needed no help, and perhaps the whole call is over.
+                Err(_) if share == thread => false,
+                Err(_) => continue,
+            };
+            if !taking_over {
+                return;
+            }
+        }
+    }
+
+    /// Does a share that this thread has claimed; returns whether it may take over others.
+    fn do_share(&self, share: usize) -> bool {
+        // SAFETY: `job` was written before the epoch was published, and is not written again before this share is
+        // finished below. It is there, since only stopping publishes an epoch without.
+        let Some(Job { work, taking_over }) = (unsafe { *self.job.get() }) else { return false };
+        // SAFETY: the caller keeps the closure alive until this share is finished.
+        let work = unsafe { &*work };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(share))) {
+            lock(&self.panic).get_or_insert(panic);
+        }
+        if self.remaining.fetch_sub(1, Ordering::SeqCst) == 1
+            && self.caller_parked.load(Ordering::SeqCst)
+            && let Some(caller) = &*lock(&self.caller)
+        {
+            caller.unpark();
+        }
+        taking_over
+    }
+
+    fn wait_for_epoch_after(&self, seen: usize, thread: usize) -> usize {
+        let is_new = || self.epoch.load(Ordering::SeqCst) != seen;
+        if !waits_briefly(&is_new) {
+            // Announcing sets the epoch and then looks at the flag; here it is the other way round. One of the two
+            // sees what the other did, so nobody sleeps through an epoch.
+            let parked = &self.parked[thread - 1];
+            parked.store(true, Ordering::SeqCst);
+            while !is_new() {
+                std::thread::park();
+            }
+            parked.store(false, Ordering::SeqCst);
+        }
+        self.epoch.load(Ordering::SeqCst)
+    }
+
+    fn wait_for_shares(&self) {
+        let done = || self.remaining.load(Ordering::SeqCst) == 0;
+        if waits_briefly(&done) {
+            return;
+        }
+        *lock(&self.caller) = Some(std::thread::current());
+        self.caller_parked.store(true, Ordering::SeqCst);
+        while !done() {
+            std::thread::park();
+        }
+        self.caller_parked.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Waits for `condition` without giving up the core for long; false if it has not come true.
+fn waits_briefly(condition: &impl Fn() -> bool) -> bool {
+    for _ in 0..SPINS {
+        if condition() {
+            return true;
+        }
+        std::hint::spin_loop();
+    }
+    for _ in 0..YIELDS {
+        if condition() {
+            return true;
+        }
+        std::thread::yield_now();
+    }
+    false
+}
+
+/// Locks, whoever may have panicked before: what these mutexes hold is never left half changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A slice that threads of a team write to, each in parts of its own.
+#[derive(Debug)]
+pub struct SharedSlice<'a, T> {
+    first: *mut T,
+    len: usize,
+    _slice: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it is a `&mut [T]` whose parts are handed to threads; that parts are disjoint is the contract of `part`.
+unsafe impl<T: Send> Send for SharedSlice<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedSlice<'_, T> {}
+
+impl<'a, T> SharedSlice<'a, T> {
+    /// Shares `slice` for as long as it is borrowed.
+    #[must_use]
+    pub fn new(slice: &'a mut [T]) -> Self {
+        Self { first: slice.as_mut_ptr(), len: slice.len(), _slice: PhantomData }
+    }
+
+    /// One part.
+    ///
+    /// # Safety
+    /// While the result lives, no other part that overlaps `range` may be alive on any thread.
+    ///
+    /// # Panics
+    /// If `range` does not lie inside the slice.
+    #[must_use]
+    #[allow(clippy::mut_from_ref)] // the contract above is what makes it exclusive
+    pub unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "part: a range of the slice");
+        // SAFETY: the range lies inside the slice, which is mutably borrowed by this value; the caller keeps it to
+        // itself.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(range.start), range.len()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn every_thread_works_once_per_call_and_calls_follow_each_other() {
+        for threads in [1, 2, 3, 5] {
+            let team = Team::new(threads).unwrap();
+            assert_eq!(team.threads(), threads);
+            let counts: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
+            for call in 1..=2000 {
+                team.run(&|thread| {
+                    counts[thread].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == call));
+            }
+        }
+    }
+
+    #[test]
+    fn every_share_is_done_once_whoever_does_it() {
+        for threads in [1, 2, 5] {
+            let team = Team::new(threads).unwrap();
+            let counts: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
+            for call in 1..=2000 {
+                let work = |share: usize| {
+                    counts[share].fetch_add(1, Ordering::Relaxed);
+                };
+                // Both kinds of calls may follow each other.
+                if call % 3 == 0 {
+                    team.run(&work)
+                } else {
+                    team.divide(&work)
+                }
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == call));
+            }
+        }
+    }
+
+    #[test]
+    fn parked_threads_wake_up_and_a_parked_caller_is_woken() {
+        let team = Team::new(3).unwrap();
+        for slow in 0..3 {
+            std::thread::sleep(Duration::from_millis(20));
+            let done = AtomicUsize::new(0);
+            team.run(&|thread| {
+                if thread == slow {
+                    std::thread::sleep(Duration::from_millis(30));
+                }
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(done.into_inner(), 3);
+        }
+    }
+
+    #[test]
+    fn a_panic_of_any_thread_reaches_the_caller_and_the_team_works_on() {
+        let team = Team::new(3).unwrap();
+        for bad in 0..3 {
+            let panic = catch_unwind(AssertUnwindSafe(|| {
+                team.run(&|thread| assert!(thread != bad, "thread {thread} fails"));
+            }));
+            let message = panic.expect_err("it panicked");
+            assert_eq!(message.downcast_ref::<String>(), Some(&format!("thread {bad} fails")));
+            let done = AtomicUsize::new(0);
+            team.run(&|_| {
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(done.into_inner(), 3);
+        }
+    }
+
+    #[test]
+    fn calls_from_several_threads_take_turns() {
+        let team = Team::new(2).unwrap();
+        let inside = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        team.run(&|thread| {
+                            assert!(inside.fetch_add(1, Ordering::SeqCst) < 2);
+                            std::hint::black_box(thread);
+                            inside.fetch_sub(1, Ordering::SeqCst);
+                        });
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_team_of_nobody_is_refused() {
+        assert!(matches!(Team::new(0), Err(TeamError::NoThreads)));
+    }
+
+    #[test]
+    fn threads_fill_their_parts_of_a_shared_slice() {
+        let team = Team::new(3).unwrap();
+        let mut numbers = vec![0; 100];
+        let shared = SharedSlice::new(&mut numbers);
+        team.run(&|thread| {
+            let range = share(100, 3, thread);
+            // SAFETY: shares of different threads are disjoint.
+            let part = unsafe { shared.part(range.clone()) };
+            part.iter_mut().zip(range).for_each(|(number, i)| *number = i);
+        });
+        assert!(numbers.iter().enumerate().all(|(i, number)| i == *number));
+    }
+}

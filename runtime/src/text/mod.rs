@@ -1,0 +1,10 @@
+//! Text in and out of a model: tokenizer, incremental detokenisation, chat templates.
+
+mod chat;
+mod detokenize;
+mod python_json;
+mod tokenizer;
+
+pub use chat::{ChatError, ChatTemplate, Message};
+pub use detokenize::Detokenizer;
+pub use tokenizer::{Tokenizer, TokenizerConfig, TokenizerError};

@@ -1,0 +1,307 @@
+//! Text to token ids and back, through the `tokenizers` crate.
+//!
+//! Decoding does not go through it: in a byte-level vocabulary every token stands for fixed bytes, so they are looked
+//! up once and text is their concatenation, whole or token by token.
+
+use std::collections::HashSet;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::Detokenizer;
+
+/// Why a tokenizer cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TokenizerError {
+    /// The JSON is damaged or describes something the `tokenizers` crate does not know.
+    #[error("damaged or unknown tokenizer.json ({0}): get the file again")]
+    Invalid(String),
+    /// Not a byte-level vocabulary.
+    #[error("the tokenizer's decoder is {0}, but only ByteLevel is supported: convert the tokenizer")]
+    NotByteLevel(String),
+    /// The tokenizer belongs to another model.
+    #[error(
+        "the tokenizer has token {largest}, but the model's vocabulary ends at {vocabulary}: they belong to different models"
+    )]
+    TooLarge {
+        /// The largest token id.
+        largest: u32,
+        /// Rows of the model's embedding.
+        vocabulary: usize,
+    },
+    /// A special token is named that the vocabulary has not.
+    #[error(
+        "the tokenizer's {role} token is {token:?}, which its vocabulary does not have: get the model's files again"
+    )]
+    NoSuchToken {
+        /// Which token.
+        role: &'static str,
+        /// Its text.
+        token: String,
+    },
+    /// A text that cannot be encoded.
+    #[error("this text cannot be encoded: {0}")]
+    Encode(String),
+}
+
+/// What a model's files say about its tokenizer, besides the tokenizer itself (`tokenizer_config.json`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerConfig {
+    /// Whether texts begin with the BOS token; if unknown, the tokenizer's own post-processor tells.
+    pub add_bos: Option<bool>,
+    /// Text of the token that begins a text.
+    pub bos_token: Option<String>,
+    /// Text of the token that ends a text.
+    pub eos_token: Option<String>,
+}
+
+impl TokenizerConfig {
+    /// Reads a `tokenizer_config.json`. A token is its text, or an object with its `content`.
+    pub(crate) fn from_json(json: &Value) -> Self {
+        let token = |field: &str| {
+            let token = &json[field];
+            token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
+        };
+        Self { add_bos: json["add_bos_token"].as_bool(), bos_token: token("bos_token"), eos_token: token("eos_token") }
+    }
+}
+
+/// A byte-level tokenizer.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// The bytes that each token stands for, one after the other.
+    bytes: Vec<u8>,
+    /// Where each token's bytes end.
+    ends: Vec<usize>,
+    special: HashSet<u32>,
+    add_bos: bool,
+    bos: Option<u32>,
+    eos: Option<u32>,
+}
+
+impl Tokenizer {
+    /// Builds a tokenizer from the text of its `tokenizer.json`, for a model with `vocabulary` tokens.
+    ///
+    /// # Errors
+    /// If it is damaged, not byte-level, or has tokens that the model has not.
+    pub fn new(json: &[u8], config: &TokenizerConfig, vocabulary: usize) -> Result<Self, TokenizerError> {
+        let invalid = |error: &dyn std::fmt::Display| TokenizerError::Invalid(one_line(&error.to_string()));
+        let json = std::str::from_utf8(json).map_err(|error| invalid(&error))?;
+        let outline: Outline = serde_json::from_str(json).map_err(|error| invalid(&error))?;
+        if outline.decoder["type"] != "ByteLevel" {
+            return Err(TokenizerError::NotByteLevel(outline.decoder["type"].to_string()));
+        }
+        if mentions_precompiled(&outline.normalizer) {
+            return Err(TokenizerError::Invalid("a byte-level vocabulary with a Precompiled normalizer".to_owned()));
+        }
+        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|error| invalid(&error))?;
+        // A prompt is never cut or padded to suit a batch.
+        inner.with_truncation(None).map_err(|error| invalid(&error))?;
+        inner.with_padding(None);
+
+        let vocab = inner.get_vocab(true);
+        let largest = vocab.values().copied().max().unwrap_or(0);
+        if largest as usize >= vocabulary {
+            return Err(TokenizerError::TooLarge { largest, vocabulary });
+        }
+        let mut tokens = vec![""; largest as usize + 1];
+        for (token, id) in &vocab {
+            tokens[*id as usize] = token;
+        }
+        let (mut bytes, mut ends) = (Vec::new(), Vec::with_capacity(tokens.len()));
+        for token in tokens {
+            push_bytes(token, &mut bytes);
+            ends.push(bytes.len());
+        }
+
+        let added = inner.get_added_tokens_decoder().into_iter();
+        let special = added.filter_map(|(id, token)| token.special.then_some(id)).collect();
+        let find = |role, token: &Option<String>| match token {
+            None => Ok(None),
+            Some(token) => match inner.token_to_id(token) {
+                Some(id) => Ok(Some(id)),
+                None => Err(TokenizerError::NoSuchToken { role, token: token.clone() }),
+            },
+        };
+        let (named, eos) = (find("BOS", &config.bos_token)?, find("EOS", &config.eos_token)?);
+        let processed = first_special(&outline.post_processor)
+            .and_then(|token| inner.token_to_id(token))
+            .filter(|first| named.is_none_or(|bos| bos == *first));
+        let add_bos = config.add_bos.unwrap_or(processed.is_some());
+        Ok(Self { special, bytes, ends, add_bos, bos: named.or(processed), eos, inner })
+    }
+
+    /// Token ids of `text`, preceded by the BOS token if `add_bos` is set and the model has one. Special tokens
+    /// written out in the text become those tokens.
+    ///
+    /// # Errors
+    /// If the vocabulary has no tokens for some of the text.
+    pub fn encode(&self, text: &str, add_bos: bool) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self
+            .inner
+            .encode_fast(text, false)
+            .map_err(|error| TokenizerError::Encode(one_line(&error.to_string())))?;
+        let bos = self.bos.filter(|_| add_bos);
+        Ok(bos.into_iter().chain(encoding.get_ids().iter().copied()).collect())
+    }
+
+    /// The text of `tokens`, without special ones. Bytes that are no UTF-8 become U+FFFD.
+    #[must_use]
+    pub fn decode(&self, tokens: &[u32]) -> String {
+        let bytes: Vec<u8> = tokens
+            .iter()
+            .filter(|token| !self.is_special(**token))
+            .flat_map(|token| self.token_bytes(*token))
+            .copied()
+            .collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// A detokenizer for the text that continues here.
+    #[must_use]
+    pub fn detokenizer(&self) -> Detokenizer<'_> {
+        Detokenizer::new(self)
+    }
+
+    /// The bytes that a token stands for, possibly a part of a character; a special token's are its name. Empty for
+    /// ids that the vocabulary does not have.
+    #[must_use]
+    pub fn token_bytes(&self, token: u32) -> &[u8] {
+        let at = token as usize;
+        let Some(end) = self.ends.get(at) else { return &[] };
+        let start = if at == 0 { 0 } else { self.ends[at - 1] };
+        &self.bytes[start..*end]
+    }
+
+    /// The id of the token with this very text, for example `<|eot_id|>`.
+    #[must_use]
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Whether a token controls the model and is no text.
+    #[must_use]
+    pub fn is_special(&self, token: u32) -> bool {
+        self.special.contains(&token)
+    }
+
+    /// Whether the model wants prompts to begin with the BOS token.
+    #[must_use]
+    pub fn adds_bos(&self) -> bool {
+        self.add_bos && self.bos.is_some()
+    }
+
+    /// The token that begins a text.
+    #[must_use]
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The token that ends a text, as the tokenizer's configuration names it.
+    #[must_use]
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Number of token ids, gaps included.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there are no tokens.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+}
+
+/// The parts of a `tokenizer.json` that are looked at before the `tokenizers` crate sees it: it panics on some of what
+/// they may hold, and does not tell what its post-processor adds.
+#[derive(Deserialize)]
+struct Outline {
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    post_processor: Value,
+    #[serde(default)]
+    decoder: Value,
+}
+
+fn mentions_precompiled(normalizer: &Value) -> bool {
+    match normalizer {
+        Value::Object(fields) => {
+            fields.get("type").is_some_and(|kind| kind == "Precompiled") || fields.values().any(mentions_precompiled)
+        }
+        Value::Array(items) => items.iter().any(mentions_precompiled),
+        _ => false,
+    }
+}
+
+/// The special token that a post-processor puts before a text.
+fn first_special(post_processor: &Value) -> Option<&str> {
+    match post_processor["type"].as_str()? {
+        "TemplateProcessing" => post_processor["single"][0]["SpecialToken"]["id"].as_str(),
+        "Sequence" => post_processor["processors"].as_array()?.iter().find_map(first_special),
+        _ => None,
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Appends the bytes of a byte-level token. A token with a character outside the byte alphabet is plain text.
+fn push_bytes(token: &str, bytes: &mut Vec<u8>) {
+    let start = bytes.len();
+    for char in token.chars() {
+        match byte_of(char) {
+            Some(byte) => bytes.push(byte),
+            None => {
+                bytes.truncate(start);
+                bytes.extend(token.bytes());
+                return;
+            }
+        }
+    }
+}
+
+/// The byte that a character of GPT-2's byte alphabet stands for. Printable Latin-1 characters stand for themselves;
+/// the other bytes are numbered in order from U+0100.
+fn byte_of(char: char) -> Option<u8> {
+    match u32::from(char) {
+        code @ (0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff) => Some(code as u8),
+        code @ 0x100..=0x120 => Some((code - 0x100) as u8),
+        code @ 0x121..=0x142 => Some((code - 0x121 + 0x7f) as u8),
+        0x143 => Some(0xad),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+
+    #[test]
+    fn the_byte_alphabet_is_the_tokenizers_crates_own() {
+        let alphabet = ByteLevel::alphabet();
+        assert_eq!(alphabet.len(), 256);
+        let mut bytes: Vec<u8> = alphabet.iter().filter_map(|char| byte_of(*char)).collect();
+        bytes.sort_unstable();
+        assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
+        assert_eq!((0..=0x200).filter_map(char::from_u32).filter(|char| byte_of(*char).is_some()).count(), 256);
+        assert_eq!(byte_of('Ġ'), Some(b' '));
+        assert_eq!(byte_of('Ċ'), Some(b'\n'));
+    }
+
+    #[test]
+    fn a_special_token_is_a_string_or_an_object() {
+        let json = serde_json::json!({"bos_token": {"content": "<s>", "lstrip": false}, "eos_token": "</s>"});
+        let config = TokenizerConfig::from_json(&json);
+        assert_eq!((config.bos_token.as_deref(), config.eos_token.as_deref()), (Some("<s>"), Some("</s>")));
+        assert_eq!(config.add_bos, None);
+    }
+}

@@ -1,0 +1,251 @@
+//! The prepared file: what is written comes back, damage is always noticed, and a failed write leaves nothing.
+
+mod support;
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::LazyLock;
+
+use proptest::prelude::*;
+use serde_json::Value;
+use support::{Dress, HuggingFaceFixture, embedded, embedded_path};
+use ternion_compiler::Layout;
+use ternion_runtime::formats::{Bytes, Checkpoint, FormatError, LayerNorm, Projection, tern};
+use xxhash_rust::xxh3::xxh3_64;
+
+static EMBEDDED: LazyLock<Vec<u8>> = LazyLock::new(|| std::fs::read(embedded_path()).unwrap());
+
+fn open(bytes: Vec<u8>) -> Result<Checkpoint, FormatError> {
+    Checkpoint::from_prepared("model.tern", Bytes::from(bytes))
+}
+
+fn error(bytes: Vec<u8>) -> String {
+    open(bytes).map(drop).expect_err("a damaged file").to_string()
+}
+
+/// Opens a model and reads all that running it would read; the bytes of every section are touched.
+fn read_all(bytes: Vec<u8>) -> Result<u64, FormatError> {
+    let model = open(bytes)?;
+    let mut sum = 0;
+    let mut touch = |bytes: &[u8]| sum += bytes.iter().map(|byte| u64::from(*byte)).sum::<u64>();
+    touch(&model.tokenizer_json()?);
+    touch(&model.embedding()?.bytes);
+    touch(&model.head()?.map_or_else(Vec::new, |head| head.bytes.to_vec()));
+    for layer in 0..model.config().layers {
+        for projection in Projection::ALL {
+            let tensor = model.projection(layer, projection)?;
+            touch(&tensor.bytes);
+            // Codes of a damaged section may be invalid, but that is an error, too.
+            let _ = tensor.to_matrix();
+        }
+        for norm in LayerNorm::ALL {
+            assert_eq!(model.norm(layer, norm)?.len(), norm.width(model.config()));
+        }
+    }
+    assert_eq!(model.final_norm()?.len(), model.config().hidden);
+    let _ = model.verify_checksums();
+    Ok(sum)
+}
+
+/// A different layout for every projection of a layer.
+fn mixed_layouts(layer: usize, projection: Projection, _m: usize, _k: usize) -> Layout {
+    match (layer % 2, projection) {
+        (_, Projection::Query) => Layout::Rows { rows: 4, chunk: 64 },
+        (0, Projection::Key) => Layout::Rows { rows: 3, chunk: 16 },
+        (_, Projection::Value) => Layout::Lanes { rows: 32 },
+        (1, Projection::Gate) => Layout::Lanes { rows: 48 },
+        _ => Layout::Canonical,
+    }
+}
+
+fn canonical(_: usize, _: Projection, _: usize, _: usize) -> Layout {
+    Layout::Canonical
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.collect()
+}
+
+#[test]
+fn what_is_written_in_any_layout_comes_back_and_can_be_turned_into_the_original() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mixed, again) = (directory.path().join("mixed.tern"), directory.path().join("again.tern"));
+    let original = embedded();
+    let mut steps = Vec::new();
+    let summary = tern::write(&original, &mixed, &mixed_layouts, &mut |done, total| {
+        steps.push((done, total));
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(summary.bytes, std::fs::metadata(&mixed).unwrap().len());
+    assert_eq!(summary.matrices, 42);
+    assert_eq!((steps[0], *steps.last().unwrap()), ((0, summary.bytes), (summary.bytes, summary.bytes)));
+    assert!(steps.is_sorted());
+
+    let model = Checkpoint::open(&mixed).unwrap();
+    assert_eq!(model.digest(), Some(summary.digest));
+    assert_eq!(model.verify_checksums().unwrap(), 3 + 42);
+    for layer in 0..6 {
+        for projection in Projection::ALL {
+            let (tensor, expected) =
+                (model.projection(layer, projection).unwrap(), original.projection(layer, projection).unwrap());
+            assert_eq!(tensor.layout, mixed_layouts(layer, projection, tensor.m, tensor.k));
+            assert_eq!(tensor.scale.to_bits(), expected.scale.to_bits());
+            assert!(tensor.to_matrix() == expected.to_matrix());
+        }
+    }
+    tern::write(&model, &again, &canonical, &mut |_, _| ControlFlow::Continue(())).unwrap();
+    assert!(std::fs::read(&again).unwrap() == *EMBEDDED);
+}
+
+#[test]
+fn a_head_of_its_own_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let fixture = HuggingFaceFixture { untied: true, ..HuggingFaceFixture::new(Dress::PackedDirect) };
+    fixture.write(&embedded(), directory.path());
+    let output = directory.path().join("untied.tern");
+    let model = Checkpoint::open(directory.path()).unwrap();
+    tern::write(&model, &output, &canonical, &mut |_, _| ControlFlow::Continue(())).unwrap();
+    let model = Checkpoint::open(&output).unwrap();
+    assert_eq!(model.verify_checksums().unwrap(), 4 + 42);
+    let (head, embedding) = (model.head().unwrap().unwrap(), model.embedding().unwrap());
+    assert!(!model.config().tied_head);
+    assert_eq!(head.row(0), embedding.row(embedding.rows - 1));
+    assert_eq!(
+        model.projection(5, Projection::Down).unwrap().scale,
+        embedded().projection(5, Projection::Down).unwrap().scale
+    );
+}
+
+#[test]
+fn a_file_cut_off_anywhere_is_refused() {
+    let whole = &*EMBEDDED;
+    for length in [0, 1, 7].into_iter().chain((8..64).step_by(7)).chain((64..whole.len()).step_by(9973)) {
+        let message = error(whole[..length].to_vec());
+        let words = if length < 8 { "not a prepared model" } else { "cut off" };
+        assert!(message.contains(words), "{length}: {message}");
+    }
+    assert!(error(whole[..whole.len() - 1].to_vec()).contains("cut off"));
+    assert!(error([whole, &[0][..]].concat()).contains("damaged"));
+}
+
+#[test]
+fn foreign_and_newer_files_are_told_apart_from_damaged_ones() {
+    assert!(
+        error(b"GGUF\x03\0\0\0 and so on, for long enough to be a header".to_vec()).contains("not a prepared model")
+    );
+    let mut newer = EMBEDDED.clone();
+    newer[8] = 2;
+    let message = error(newer);
+    assert!(message.contains("version 2") && message.contains("update ternion"), "{message}");
+    let mut damaged = EMBEDDED.clone();
+    damaged[40] ^= 1;
+    assert!(error(damaged).contains("checksum"));
+}
+
+#[test]
+fn damage_is_not_prepared_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut damaged = EMBEDDED.clone();
+    let at = damaged.len() - 5;
+    damaged[at] ^= 0x10;
+    let output = directory.path().join("out.tern");
+    let result = tern::write(&open(damaged).unwrap(), &output, &canonical, &mut |_, _| ControlFlow::Continue(()));
+    assert!(result.unwrap_err().to_string().contains("layers.5.mlp.down_proj"));
+    assert_eq!(names(directory.path()), [""; 0]);
+}
+
+#[test]
+fn a_write_that_fails_or_is_cancelled_leaves_what_was_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out.tern");
+    std::fs::write(&output, "before").unwrap();
+    let cancelled = tern::write(&embedded(), &output, &canonical, &mut |done, total| {
+        if done > total / 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    assert!(matches!(cancelled, Err(FormatError::Cancelled { .. })));
+    assert_eq!(std::fs::read(&output).unwrap(), b"before");
+    assert_eq!(names(directory.path()), ["out.tern"]);
+
+    // A model that turns out to be damaged while it is read.
+    let source = tempfile::tempdir().unwrap();
+    HuggingFaceFixture::damaged(support::Damage::Code3).write(&embedded(), source.path());
+    let model = Checkpoint::open(source.path()).unwrap();
+    let failed = tern::write(&model, &output, &canonical, &mut |_, _| ControlFlow::Continue(()));
+    assert!(failed.unwrap_err().to_string().contains("code 3"));
+    assert_eq!(std::fs::read(&output).unwrap(), b"before");
+    assert_eq!(names(directory.path()), ["out.tern"]);
+
+    for unwritable in [directory.path().join("missing/out.tern"), directory.path().to_owned(), "/dev/null".into()] {
+        let result = tern::write(&embedded(), &unwritable, &canonical, &mut |_, _| ControlFlow::Continue(()));
+        let message = result.unwrap_err().to_string();
+        assert!(message.starts_with("cannot write") && message.contains(unwritable.to_str().unwrap()), "{message}");
+    }
+}
+
+/// The file with another header, its length and checksum put right.
+fn with_header(json: &[u8]) -> Vec<u8> {
+    let length = u64::from_le_bytes(EMBEDDED[16..24].try_into().unwrap()) as usize;
+    let data = (32 + length).next_multiple_of(4096);
+    let mut bytes = EMBEDDED[..16].to_vec();
+    bytes.extend((json.len() as u64).to_le_bytes());
+    let checksum = xxh3_64(&[&bytes, json].concat());
+    bytes.extend(checksum.to_le_bytes());
+    bytes.extend(json);
+    bytes.resize(bytes.len().next_multiple_of(4096), 0);
+    bytes.extend(&EMBEDDED[data..]);
+    bytes
+}
+
+fn header() -> Value {
+    let length = u64::from_le_bytes(EMBEDDED[16..24].try_into().unwrap()) as usize;
+    serde_json::from_slice(&EMBEDDED[32..32 + length]).unwrap()
+}
+
+#[test]
+fn a_header_that_was_not_changed_is_accepted_again() {
+    assert!(open(with_header(&serde_json::to_vec(&header()).unwrap())).is_ok());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn one_changed_byte_is_always_noticed(at in any::<prop::sample::Index>(), change in 1u8..) {
+        let mut bytes = EMBEDDED.clone();
+        // Half of the changes hit the header.
+        let at = if change % 2 == 0 { at.index(bytes.len()) } else { at.index(8192) };
+        bytes[at] ^= change;
+        if let Ok(model) = open(bytes) {
+            prop_assert!(model.verify_checksums().is_err(), "byte {}", at);
+        }
+    }
+
+    #[test]
+    fn a_header_with_any_value_replaced_never_panics(
+        changes in prop::collection::vec(
+            (any::<prop::sample::Index>(), prop::sample::select(vec![
+                "0", "1", "2", "3", "4095", "4096", "1048576", "4294967296", "9223372036854775807",
+                "18446744073709551615", "-1", "1e300", "0.5", "null", "true", "\"\"", "\"norms\"", "\"f32\"", "\"bf16\"",
+                "\"canonical\"", "\"rows1x16\"", "\"lanes240\"", "\"7f800000\"", "\"3f800000\"", "[]", "{}",
+            ])),
+            1..4,
+        ),
+    ) {
+        let mut header = header();
+        for (at, replacement) in changes {
+            let mut all = Vec::new();
+            support::pointers(&header, String::new(), &mut all);
+            *header.pointer_mut(&all[at.index(all.len())]).unwrap() = serde_json::from_str(replacement).unwrap();
+        }
+        if let Err(error) = read_all(with_header(&serde_json::to_vec(&header).unwrap())) {
+            prop_assert!(!error.to_string().contains('\n'), "{}", error);
+        }
+    }
+
+    #[test]
+    fn a_header_of_random_bytes_never_panics(json in prop::collection::vec(any::<u8>(), 0..200)) {
+        prop_assert!(open(with_header(&json)).is_err());
+    }
+}

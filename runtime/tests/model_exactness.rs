@@ -1,0 +1,134 @@
+//! One sequence of logits, bit for bit, whatever computes it.
+
+mod support;
+
+use std::sync::Arc;
+
+use ternion_compiler::{Cpu, Family};
+use ternion_runtime::formats::Checkpoint;
+use ternion_runtime::model::reference::{Precision, Reference};
+use ternion_runtime::model::{KernelChoice, KvType, Model, ModelError, Session, SessionOptions};
+use ternion_runtime::team::Team;
+
+const FAMILIES: [Family; 2] = [Family::Mad, Family::Tl1];
+
+fn model(checkpoint: &Checkpoint, family: Family) -> Arc<Model> {
+    let cpu = Cpu::host().expect("a CPU that ternion compiles for");
+    let team = Team::new(2).unwrap();
+    Arc::new(Model::load(checkpoint, &KernelChoice::Family(family), &cpu, &team, &|_| {}).unwrap())
+}
+
+fn session(model: &Arc<Model>, threads: usize, options: SessionOptions) -> Session {
+    Session::new(Arc::clone(model), Arc::new(Team::new(threads).unwrap()), &options).unwrap()
+}
+
+/// Some 80 tokens of held-out text: more than one block of attention, no whole number of chunks.
+fn tokens(checkpoint: &Checkpoint) -> Vec<u32> {
+    let text = std::fs::read_to_string(support::fixture("val.txt")).unwrap();
+    let mut tokens = checkpoint.tokenizer().unwrap().encode(&text[..400], true).unwrap();
+    tokens.truncate(83);
+    assert!(tokens.len() > 70);
+    tokens
+}
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|logit| logit.to_bits()).collect()
+}
+
+#[test]
+fn logits_are_those_of_the_reference_for_all_kernels_threads_chunks_and_caches() {
+    let checkpoint = support::embedded();
+    let reference = Reference::load(&checkpoint).unwrap();
+    let tokens = tokens(&checkpoint);
+    let models = FAMILIES.map(|family| model(&checkpoint, family));
+    for kv in KvType::ALL {
+        let mut scalar = reference.session(kv, Precision::Int8);
+        let expected: Vec<Vec<u32>> = tokens.iter().map(|token| bits(&scalar.step(*token).unwrap())).collect();
+        for (family, model) in FAMILIES.into_iter().zip(&models) {
+            for threads in [1, 2, 3] {
+                for chunk in [1, 7, 64] {
+                    let mut session = session(model, threads, SessionOptions { kv, chunk, context: None });
+                    let mut seen = 0;
+                    let mut compare = |position: usize, logits: &[f32]| {
+                        assert!(
+                            bits(logits) == expected[position],
+                            "kv {kv}, {family}, {threads} threads, chunks of {chunk}: position {position}"
+                        );
+                        seen += 1;
+                    };
+                    session.prefill_all(&tokens, &mut compare).unwrap();
+                    assert_eq!(seen, tokens.len());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn prompts_and_single_steps_end_at_the_same_logits() {
+    let checkpoint = support::embedded();
+    let model = model(&checkpoint, Family::Mad);
+    let tokens = tokens(&checkpoint);
+    let mut whole = session(&model, 2, SessionOptions::default());
+    let expected = bits(whole.prefill(&tokens).unwrap());
+    let mut steps = session(&model, 1, SessionOptions::default());
+    steps.prefill(&tokens[..40]).unwrap();
+    for token in &tokens[40..] {
+        steps.step(*token).unwrap();
+    }
+    assert_eq!(bits(steps.logits()), expected);
+}
+
+#[test]
+fn a_session_that_goes_back_gives_the_same_logits_again() {
+    let checkpoint = support::embedded();
+    let model = model(&checkpoint, Family::Tl1);
+    let tokens = tokens(&checkpoint);
+    let mut session = session(&model, 2, SessionOptions::default());
+    let expected = bits(session.prefill(&tokens).unwrap());
+
+    session.truncate(20);
+    session.prefill(&[7; 60]).unwrap();
+    let kept = session.reuse(&tokens);
+    assert_eq!(kept, 20);
+    assert_eq!(bits(session.prefill(&tokens[kept..]).unwrap()), expected);
+    // The same prompt once more: all but its last token are there.
+    let kept = session.reuse(&tokens);
+    assert_eq!(kept, tokens.len() - 1);
+    assert_eq!(bits(session.prefill(&tokens[kept..]).unwrap()), expected);
+}
+
+#[test]
+fn what_a_session_cannot_read_is_refused_and_changes_nothing() {
+    let checkpoint = support::embedded();
+    let model = model(&checkpoint, Family::Mad);
+    let mut session = session(&model, 1, SessionOptions { context: Some(10), ..SessionOptions::default() });
+    session.prefill(&[0, 5]).unwrap();
+    let logits = bits(session.logits());
+    assert!(matches!(session.prefill(&[]), Err(ModelError::EmptyPrompt)));
+    assert!(matches!(session.prefill(&[1; 9]), Err(ModelError::PromptTooLong { tokens: 9, used: 2, context: 10 })));
+    assert!(matches!(session.step(2048), Err(ModelError::NoSuchToken { token: 2048, vocabulary: 2048 })));
+    assert_eq!((session.tokens(), bits(session.logits())), (&[0, 5][..], logits));
+    session.prefill(&[1; 8]).unwrap();
+    assert_eq!(session.room(), 0);
+    assert!(matches!(session.step(1), Err(ModelError::PromptTooLong { tokens: 1, used: 10, context: 10 })));
+    for context in [0, 257] {
+        let options = SessionOptions { context: Some(context), ..SessionOptions::default() };
+        let error = Session::new(Arc::clone(&model), Arc::new(Team::new(1).unwrap()), &options).unwrap_err();
+        assert!(matches!(error, ModelError::Context { limit: 256, .. }));
+    }
+}
+
+#[test]
+fn memory_of_the_cache_follows_the_text() {
+    let checkpoint = support::embedded();
+    let model = model(&checkpoint, Family::Mad);
+    let mut session = session(&model, 1, SessionOptions::default());
+    assert_eq!(session.kv_bytes(), 0);
+    session.step(0).unwrap();
+    // 64 positions in 6 layers of 2 heads of 64: keys and values of two bytes.
+    let block = 64 * 6 * 2 * 64 * 2 * 2;
+    assert_eq!(session.kv_bytes(), block);
+    session.prefill(&[3; 64]).unwrap();
+    assert_eq!(session.kv_bytes(), 2 * block);
+}

@@ -1,0 +1,177 @@
+//! Taking samples: compiled kernels run on all threads over weights as cold as the model will meet them.
+
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use ternion_compiler::{
+    ActivationFormat, Activations, Columns, CompileError, Cpu, Kernel, KernelSpec, OutRows, Schedule, compile_each,
+};
+
+use crate::buffer::Buffer;
+use crate::contest::PROMPT_COLUMNS;
+use crate::workers::share;
+use crate::{Problem, Stopwatch, Workers};
+
+/// What a race needs to know of the outside: kernels that compile and take time.
+pub(crate) trait Bench {
+    /// Whether a kernel has been compiled.
+    fn is_ready(&self, job: (KernelSpec, Schedule)) -> bool;
+
+    /// Makes the kernels of `jobs` ready; returns the errors of those that cannot be.
+    fn compile(&mut self, jobs: &[(KernelSpec, Schedule)]) -> Vec<CompileError>;
+
+    /// Takes one sample of a kernel that is ready: the time of one product of `problem`'s matrix with the columns of
+    /// its class. `None` if it cannot be measured here.
+    fn sample(&mut self, problem: &Problem, job: (KernelSpec, Schedule)) -> Option<Duration>;
+}
+
+/// A sample does at least this many multiply-adds, so that starting the threads and reading the clock hardly count.
+const SAMPLE_MACS: usize = 1 << 21;
+
+/// A sample of a prompt does no more than about this many: its weights are used again and again, so a part of the
+/// matrix tells the speed of the whole.
+const PROMPT_SAMPLE_MACS: usize = 1 << 24;
+
+/// Matrices of a layer per activation that they read: seven projections, four different inputs. Preparing an
+/// activation counts that much less.
+const MATRICES_PER_ACTIVATION: f64 = 7.0 / 4.0;
+
+/// Times that an activation is prepared; the fastest counts.
+const PREPARATIONS: usize = 3;
+
+/// Kernels on this machine.
+pub(crate) struct KernelBench<'a> {
+    cpu: Cpu,
+    workers: &'a dyn Workers,
+    stopwatch: &'a dyn Stopwatch,
+    /// Any bytes are weights of any layout, and their values do not change the time: one buffer serves all.
+    weights: Buffer,
+    /// Where in the weights the next matrix lies: in what was read longest ago.
+    cursor: usize,
+    kernels: BTreeMap<(KernelSpec, Schedule), Kernel>,
+    inputs: BTreeMap<(KernelSpec, ActivationFormat), Input>,
+    out: Vec<i32>,
+}
+
+/// Activations of all columns, in one format.
+struct Input {
+    bytes: Vec<u8>,
+    /// Where the first column starts: at a cache line.
+    start: usize,
+    stride: usize,
+    sums: Vec<i32>,
+    /// What preparing one column takes.
+    preparing: Duration,
+}
+
+impl<'a> KernelBench<'a> {
+    /// Measures over `weights`: as many bytes as the model reads between two uses of a matrix.
+    pub(crate) fn new(cpu: Cpu, workers: &'a dyn Workers, stopwatch: &'a dyn Stopwatch, weights: Buffer) -> Self {
+        let (kernels, inputs) = (BTreeMap::new(), BTreeMap::new());
+        Self { cpu, workers, stopwatch, weights, cursor: 0, kernels, inputs, out: Vec::new() }
+    }
+}
+
+impl Bench for KernelBench<'_> {
+    fn is_ready(&self, job: (KernelSpec, Schedule)) -> bool {
+        self.kernels.contains_key(&job)
+    }
+
+    fn compile(&mut self, jobs: &[(KernelSpec, Schedule)]) -> Vec<CompileError> {
+        let mut errors = Vec::new();
+        for result in compile_each(jobs, &self.cpu) {
+            match result {
+                Ok(kernel) => drop(self.kernels.insert((kernel.spec(), kernel.schedule()), kernel)),
+                Err(error) => errors.push(error),
+            }
+        }
+        errors
+    }
+
+    fn sample(&mut self, problem: &Problem, job: (KernelSpec, Schedule)) -> Option<Duration> {
+        let kernel = self.kernels.get(&job)?;
+        let (k, layout) = (kernel.spec().k, kernel.layout());
+        let columns = columns(kernel.spec().columns);
+        let format = kernel.activation_format();
+        let input = self
+            .inputs
+            .entry((kernel.spec(), format))
+            .or_insert_with(|| Input::new(k, columns, format, self.stopwatch));
+
+        let threads = self.workers.threads().max(1);
+        let all_tiles = layout.tiles(problem.m).max(1);
+        let tile_macs = layout.tile_rows().saturating_mul(k).saturating_mul(columns).max(1);
+        let mut tiles = all_tiles;
+        if columns > 1 {
+            tiles = tiles.min((PROMPT_SAMPLE_MACS / tile_macs / threads).max(1).saturating_mul(threads));
+        }
+        let bytes = self.weights.bytes();
+        tiles = tiles.min(bytes.len() / layout.tile_bytes(k).max(1));
+        if tiles == 0 {
+            return None;
+        }
+        let repeats = (SAMPLE_MACS / tiles.saturating_mul(tile_macs)).max(1);
+        let matrix_bytes = tiles * layout.tile_bytes(k);
+        let stride = matrix_bytes.next_multiple_of(64);
+        let places = (bytes.len() / stride).max(1);
+        let first = self.cursor / stride;
+
+        let rows = tiles * layout.tile_rows();
+        self.out.resize(self.out.len().max(rows * columns), 0);
+        let out = OutRows::new(&mut self.out, rows);
+        let activations = Activations { columns: &input.bytes[input.start..], stride: input.stride, sums: &input.sums };
+        let taken: Vec<AtomicBool> = (0..threads).map(|_| AtomicBool::new(false)).collect();
+        let start = self.stopwatch.elapsed();
+        self.workers.run(&|thread| {
+            if taken.get(thread).is_none_or(|taken| taken.swap(true, Ordering::Relaxed)) {
+                return;
+            }
+            let tiles = share(tiles, threads, thread);
+            for repeat in 0..repeats {
+                let weights = &bytes[(first + repeat) % places * stride..][..matrix_bytes];
+                // SAFETY: `taken` admits every thread number once, and shares of different numbers are disjoint; nobody
+                // else has `out`.
+                unsafe { kernel.run(weights, tiles.clone(), &activations, &out) };
+            }
+        });
+        let time = self.stopwatch.elapsed().saturating_sub(start);
+        black_box(&self.out);
+        self.cursor = (first + repeats) % places * stride;
+
+        // The thread with most tiles decides, in the sample as in the whole matrix.
+        let whole = all_tiles.div_ceil(threads) as f64 / tiles.div_ceil(threads) as f64;
+        let shared = if columns > 1 { threads } else { 1 };
+        let preparing = input.preparing.as_secs_f64() * columns as f64 / shared as f64 / MATRICES_PER_ACTIVATION;
+        Duration::try_from_secs_f64(time.as_secs_f64() / repeats as f64 * whole + preparing).ok()
+    }
+}
+
+impl Input {
+    fn new(k: usize, columns: usize, format: ActivationFormat, stopwatch: &dyn Stopwatch) -> Self {
+        let stride = format.bytes(k);
+        let mut bytes = vec![0; columns * stride + 64];
+        let start = bytes.as_ptr().align_offset(64).min(64);
+        let mut preparing = Duration::MAX;
+        let mut sums = Vec::with_capacity(columns);
+        for (column, target) in bytes[start..][..columns * stride].chunks_exact_mut(stride.max(1)).enumerate() {
+            let values: Vec<i8> = (0..k).map(|at| (((at * 31 + column * 17) % 255) as i16 - 127) as i8).collect();
+            sums.push(values.iter().map(|value| i32::from(*value)).sum());
+            for _ in 0..PREPARATIONS {
+                let begin = stopwatch.elapsed();
+                format.prepare(&values, target);
+                preparing = preparing.min(stopwatch.elapsed().saturating_sub(begin));
+            }
+        }
+        Self { bytes, start, stride, sums, preparing }
+    }
+}
+
+/// Columns of a sample.
+fn columns(columns: Columns) -> usize {
+    match columns {
+        Columns::One => 1,
+        Columns::Many => PROMPT_COLUMNS,
+    }
+}

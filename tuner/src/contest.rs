@@ -1,0 +1,472 @@
+//! Who wins a race: the decisions, apart from everything that is measured.
+//!
+//! Entrants run in interleaved rounds, so that drift (heat, clock, neighbours) hits all of them alike, and every other
+//! round backwards, so that it does not favour the first. After each stage the slower half retires. One
+//! copy of the weights serves decode and prompts, so what is ranked is not a schedule but a pair of schedules that share
+//! a layout, by their weighted total time.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use ternion_compiler::{Columns, Layout, Schedule};
+
+use crate::Stopwatch;
+
+/// Prompt tokens per generated token that a choice is made for: in a chat the key-value cache holds the conversation so
+/// far, so only the user's last words are a prompt, and answers are longer than questions.
+pub const PROMPT_TOKENS_PER_GENERATED: f64 = 0.5;
+
+/// Columns of a prompt with which kernels for many columns are measured.
+pub const PROMPT_COLUMNS: usize = 32;
+
+/// Rounds of a stage: at least, since fewer decide nothing, and at most, since more teach nothing.
+const MIN_ROUNDS: usize = 3;
+const MAX_ROUNDS: usize = 40;
+
+/// Rounds after which a leader that has won every single one of them has won.
+const CLEAR_ROUNDS: usize = 6;
+
+/// A median so many times the minimum means that samples are interrupted all the time: the machine is busy. Ordinary
+/// noise stays far below.
+const DISTURBED: f64 = 2.0;
+
+/// A schedule in the race, for one of the two classes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entrant {
+    pub(crate) columns: Columns,
+    pub(crate) schedule: Schedule,
+}
+
+impl Entrant {
+    fn layout(&self) -> Layout {
+        self.schedule.layout
+    }
+}
+
+/// What was measured of a schedule: times of one matrix product in microseconds, its part of preparing the activations
+/// included.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Figures {
+    /// Fastest sample.
+    pub minimum_us: f64,
+    /// Median sample.
+    pub median_us: f64,
+    /// Number of samples.
+    pub samples: usize,
+}
+
+/// The winning pair, as indices of entrants, and its figures.
+#[derive(Debug)]
+pub(crate) struct Verdict {
+    pub(crate) one: usize,
+    pub(crate) many: usize,
+    pub(crate) figures: [Figures; 2],
+}
+
+/// Times of one entrant.
+#[derive(Default)]
+struct Record {
+    /// The samples of each stage, one per complete round, in seconds.
+    stages: Vec<Vec<f64>>,
+    /// What taking a sample last cost, which is what the next one is expected to cost.
+    cost: Option<Duration>,
+}
+
+impl Record {
+    /// The time that counts, in seconds: `typical` times of the stages, each weighted by its rounds and twice as much as
+    /// the one before, so that who gets slower cannot live on a fast start. Rivals have the same rounds in the same
+    /// stages, so drift is the same for all.
+    fn time(&self, typical: fn(&[f64]) -> f64) -> f64 {
+        let (mut sum, mut weights, mut weight) = (0.0, 0.0, 1.0);
+        for samples in self.stages.iter().filter(|samples| !samples.is_empty()) {
+            let weighted = weight * samples.len() as f64;
+            (sum, weights, weight) = (sum + weighted * typical(&sorted(samples)), weights + weighted, 2.0 * weight);
+        }
+        sum / weights
+    }
+
+    fn samples(&self) -> impl Iterator<Item = f64> {
+        self.stages.iter().flatten().copied()
+    }
+
+    fn slowest(&self) -> f64 {
+        self.samples().fold(0.0, f64::max)
+    }
+
+    fn fastest(&self) -> f64 {
+        self.samples().fold(f64::INFINITY, f64::min)
+    }
+
+    fn figures(&self) -> Figures {
+        let sorted = sorted(&self.stages.concat());
+        Figures { minimum_us: sorted[0] * 1e6, median_us: sorted[sorted.len() / 2] * 1e6, samples: sorted.len() }
+    }
+}
+
+/// The mean of the middle half: nearly as precise as a mean, and blind to interruptions. They only ever slow a sample
+/// down, so of few samples it is the slow end that is left out.
+fn middle(sorted: &[f64]) -> f64 {
+    let quarter = sorted.len() / 4;
+    let slow = sorted.len().div_ceil(4).min(sorted.len().saturating_sub(1));
+    mean(&sorted[quarter..sorted.len() - slow])
+}
+
+/// The mean of the fastest quarter, where most samples are interrupted: less precise, and all that is left.
+fn fast_end(sorted: &[f64]) -> f64 {
+    mean(&sorted[..sorted.len().div_ceil(4)])
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+fn sorted(samples: &[f64]) -> Vec<f64> {
+    let mut sorted = samples.to_vec();
+    sorted.sort_unstable_by(f64::total_cmp);
+    sorted
+}
+
+/// The race of one shape.
+struct Contest<'a> {
+    entrants: &'a [Entrant],
+    records: Vec<Record>,
+    /// Indices of those still racing.
+    alive: Vec<usize>,
+    stopwatch: &'a dyn Stopwatch,
+    deadline: Duration,
+}
+
+/// How a round ended.
+enum Round {
+    Complete,
+    OutOfTime,
+}
+
+/// Lets `entrants` race until `deadline` (as `stopwatch` counts) at the latest, or until a winner is clear. `sample`
+/// takes one sample of the entrant with this index and returns the time of one product; `None` ends the race. `alive` is
+/// told how many still race. `None` if time ended before every entrant had run a few times: there is nothing to compare then.
+pub(crate) fn contest(
+    entrants: &[Entrant],
+    stopwatch: &dyn Stopwatch,
+    deadline: Duration,
+    sample: &mut dyn FnMut(usize) -> Option<Duration>,
+    alive: &mut dyn FnMut(usize),
+) -> Option<Verdict> {
+    let mut contest = Contest {
+        entrants,
+        records: entrants.iter().map(|_| Record::default()).collect(),
+        alive: (0..entrants.len()).collect(),
+        stopwatch,
+        deadline,
+    };
+    contest.retire_the_lonely();
+    let mut first = true;
+    loop {
+        alive(contest.alive.len());
+        let stage = contest.stage(sample);
+        let winners = contest.pairs().first().copied()?;
+        // A stage that looks clear is not enough: the next one must look the same.
+        let clear = !first && contest.is_clear(winners);
+        first = false;
+        contest.halve();
+        if matches!(stage, Round::OutOfTime) || clear || contest.alive.len() <= 2 {
+            let [one, many] = winners;
+            return Some(Verdict { one, many, figures: winners.map(|winner| contest.records[winner].figures()) });
+        }
+    }
+}
+
+impl Contest<'_> {
+    /// Rounds until the stage's part of the time is used up.
+    fn stage(&mut self, sample: &mut dyn FnMut(usize) -> Option<Duration>) -> Round {
+        let begin = self.stopwatch.elapsed();
+        let stages = self.alive.len().next_power_of_two().trailing_zeros().saturating_sub(1).max(1);
+        let end = begin + self.deadline.saturating_sub(begin) / stages;
+        self.alive.iter().for_each(|entrant| self.records[*entrant].stages.push(Vec::new()));
+        for round in 0..MAX_ROUNDS {
+            if let Round::OutOfTime = self.round(round, sample) {
+                return Round::OutOfTime;
+            }
+            let cost: Duration = self.alive.iter().filter_map(|entrant| self.records[*entrant].cost).sum();
+            let late = self.stopwatch.elapsed() + cost > end;
+            let clear = || self.pairs().first().is_some_and(|winners| self.is_clear(*winners));
+            if round + 1 >= MIN_ROUNDS && (late || clear()) {
+                break;
+            }
+        }
+        Round::Complete
+    }
+
+    /// One sample of everyone. A round that the deadline cuts short leaves no samples: they would compare unequal
+    /// moments.
+    fn round(&mut self, round: usize, sample: &mut dyn FnMut(usize) -> Option<Duration>) -> Round {
+        let mut order = self.alive.clone();
+        if round % 2 == 1 {
+            order.reverse();
+        }
+        let mut taken = Vec::with_capacity(order.len());
+        for entrant in order {
+            let start = self.stopwatch.elapsed();
+            // Who has not run yet is expected to cost what the costliest so far did.
+            let known = self.records.iter().filter_map(|record| record.cost).max();
+            let expected = self.records[entrant].cost.or(known).unwrap_or_default();
+            if start + expected >= self.deadline {
+                return Round::OutOfTime;
+            }
+            let Some(time) = sample(entrant) else { return Round::OutOfTime };
+            taken.push((entrant, time));
+            self.records[entrant].cost = Some(self.stopwatch.elapsed().saturating_sub(start));
+        }
+        for (entrant, time) in taken {
+            if let Some(stage) = self.records[entrant].stages.last_mut() {
+                stage.push(time.as_secs_f64());
+            }
+        }
+        Round::Complete
+    }
+
+    /// Which of a stage's samples tell the time: the middle ones, or on a busy machine the fast ones. The same for all.
+    fn typical(&self) -> fn(&[f64]) -> f64 {
+        let figures = self.alive.iter().map(|entrant| self.records[*entrant].figures());
+        let ratios: Vec<f64> = figures.map(|figures| figures.median_us / figures.minimum_us).collect();
+        let usual = sorted(&ratios).get(ratios.len() / 2).copied();
+        if usual.is_some_and(|ratio| ratio > DISTURBED) { fast_end } else { middle }
+    }
+
+    fn class(&self, columns: Columns) -> impl Iterator<Item = usize> {
+        self.alive.iter().copied().filter(move |entrant| self.entrants[*entrant].columns == columns)
+    }
+
+    /// All pairs that share a layout, best first: by their weighted total in seconds per generated token. None before
+    /// there are enough rounds to say so.
+    fn pairs(&self) -> Vec<[usize; 2]> {
+        if self.alive.iter().any(|entrant| self.records[*entrant].samples().count() < MIN_ROUNDS) {
+            return Vec::new();
+        }
+        let typical = self.typical();
+        let mut pairs = Vec::new();
+        for one in self.class(Columns::One) {
+            let layout = self.entrants[one].layout();
+            for many in self.class(Columns::Many).filter(|many| self.entrants[*many].layout() == layout) {
+                let [one_time, many_time] = [one, many].map(|entrant| self.records[entrant].time(typical));
+                let total = one_time + PROMPT_TOKENS_PER_GENERATED / PROMPT_COLUMNS as f64 * many_time;
+                pairs.push((total, [one, many]));
+            }
+        }
+        pairs.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+        pairs.into_iter().map(|(_, pair)| pair).collect()
+    }
+
+    /// Whether every sample of the winners is faster than every sample of their rivals: more rounds would change
+    /// nothing.
+    fn is_clear(&self, winners: [usize; 2]) -> bool {
+        winners.into_iter().all(|winner| {
+            let record = &self.records[winner];
+            let columns = self.entrants[winner].columns;
+            record.samples().count() >= CLEAR_ROUNDS
+                && self.class(columns).all(|rival| rival == winner || self.records[rival].fastest() > record.slowest())
+        })
+    }
+
+    /// Retires the slower half. An entrant is as good as the best pair it belongs to.
+    fn halve(&mut self) {
+        let keep = self.alive.len().div_ceil(2);
+        let mut kept: Vec<usize> = Vec::new();
+        for pair in self.pairs() {
+            if kept.len() >= keep {
+                break;
+            }
+            kept.extend(pair);
+            kept.sort_unstable();
+            kept.dedup();
+        }
+        self.alive = kept;
+    }
+
+    /// Retires who has no partner of the same layout left.
+    fn retire_the_lonely(&mut self) {
+        let entrants = self.entrants;
+        let racing: Vec<Entrant> = self.alive.iter().map(|entrant| entrants[*entrant]).collect();
+        self.alive.retain(|entrant| {
+            let this = entrants[*entrant];
+            racing.iter().any(|other| other.layout() == this.layout() && other.columns != this.columns)
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stopwatch::scripted::{Noise, ScriptedStopwatch};
+    use ternion_compiler::{Cpu, KernelSpec};
+
+    /// Eight entrants over three layouts as a short race has them; entrant 4 belongs to the fastest pair, (4, 5).
+    struct Script {
+        entrants: Vec<Entrant>,
+        /// True time of each, in microseconds.
+        times: [f64; 8],
+    }
+
+    const WINNERS: [usize; 2] = [4, 5];
+
+    fn script() -> Script {
+        let cpu: Cpu = "x86-64 +ssse3 +avxvnni".parse().unwrap();
+        let schedule = |columns, layout: usize, nth: usize| {
+            let mut schedules = Schedule::candidates(&KernelSpec { k: 2560, columns }, &cpu);
+            let mut layouts: Vec<Layout> = Vec::new();
+            schedules.iter().for_each(|one| {
+                if !layouts.contains(&one.layout) {
+                    layouts.push(one.layout)
+                }
+            });
+            schedules.retain(|one| one.layout == layouts[layout]);
+            Entrant { columns, schedule: schedules[nth] }
+        };
+        let (one, many) = (Columns::One, Columns::Many);
+        let entrants = vec![
+            schedule(one, 0, 0),
+            schedule(many, 0, 0),
+            schedule(one, 1, 0),
+            schedule(many, 1, 0),
+            schedule(one, 2, 0),
+            schedule(many, 2, 0),
+            schedule(one, 0, 1),
+            schedule(one, 1, 1),
+        ];
+        // The pair (4, 5) is a tenth faster than the next best; entrant 3 is the fastest of its class, with slow company.
+        let times = [300.0, 600.0, 340.0, 500.0, 270.0, 540.0, 320.0, 360.0];
+        Script { entrants, times }
+    }
+
+    /// Runs the script with a budget of 75 ms, what one of four shapes has in a short race, minus its compiling.
+    fn run(script: &Script, distort: &mut dyn FnMut(usize, f64, usize) -> f64) -> (Option<Verdict>, Duration) {
+        run_for(script, Duration::from_millis(45), distort)
+    }
+
+    /// `distort(entrant, part of the time gone, samples taken)` multiplies a true time.
+    fn run_for(
+        script: &Script,
+        deadline: Duration,
+        distort: &mut dyn FnMut(usize, f64, usize) -> f64,
+    ) -> (Option<Verdict>, Duration) {
+        let clock = ScriptedStopwatch::default();
+        let mut taken = 0;
+        let mut sample = |entrant: usize| {
+            let gone = clock.elapsed().as_secs_f64() / deadline.as_secs_f64();
+            let time = Duration::from_secs_f64(script.times[entrant] * distort(entrant, gone, taken) * 1e-6);
+            taken += 1;
+            clock.advance(time);
+            Some(time)
+        };
+        let verdict = contest(&script.entrants, &clock, deadline, &mut sample, &mut |_| {});
+        (verdict, clock.elapsed())
+    }
+
+    fn wins_of_100(distort: impl Fn(usize, f64, usize, &mut Noise) -> f64) -> usize {
+        let script = script();
+        let run = |seed| {
+            let mut noise = Noise::new(seed);
+            let (verdict, _) = run(&script, &mut |entrant, gone, taken| distort(entrant, gone, taken, &mut noise));
+            verdict.is_some_and(|verdict| [verdict.one, verdict.many] == WINNERS)
+        };
+        (0..100).filter(|seed| run(*seed)).count()
+    }
+
+    #[test]
+    fn the_best_pair_wins_at_ten_percent_noise() {
+        let wins = wins_of_100(|_, _, _, noise| 1.0 + 0.1 * noise.normal());
+        assert!(wins >= 99, "{wins}");
+    }
+
+    #[test]
+    fn the_best_pair_wins_while_everything_drifts_by_half() {
+        let wins = wins_of_100(|_, gone, _, noise| (1.0 + 0.5 * gone) * (1.0 + 0.1 * noise.normal()));
+        assert!(wins >= 99, "{wins}");
+        let wins = wins_of_100(|_, gone, _, noise| (1.5 - 0.5 * gone) * (1.0 + 0.1 * noise.normal()));
+        assert!(wins >= 99, "{wins}");
+    }
+
+    #[test]
+    fn the_best_pair_wins_through_spikes() {
+        let wins = wins_of_100(|_, _, _, noise| {
+            let spike = if noise.uniform() < 0.05 { 8.0 } else { 1.0 };
+            spike * (1.0 + 0.05 * noise.normal())
+        });
+        assert!(wins >= 99, "{wins}");
+    }
+
+    #[test]
+    fn a_machine_so_busy_that_most_samples_are_interrupted_still_finds_a_good_pair() {
+        let script = script();
+        let good = (0..100).filter(|seed| {
+            let mut noise = Noise::new(*seed);
+            let (verdict, _) = run_for(&script, Duration::from_secs(5), &mut |_, _, _| {
+                let interruption = if noise.uniform() < 0.6 { 2.0 + 20.0 * noise.uniform() } else { 1.0 };
+                interruption * (1.0 + 0.05 * noise.normal())
+            });
+            verdict.is_some_and(|verdict| script.times[verdict.one] <= 1.12 * script.times[WINNERS[0]])
+        });
+        let good = good.count();
+        assert!(good >= 99, "{good}");
+    }
+
+    #[test]
+    fn a_slow_start_does_not_decide() {
+        let wins = wins_of_100(|_, _, taken, noise| {
+            let cold = if taken < 5 { 4.0 } else { 1.0 };
+            cold * (1.0 + 0.05 * noise.normal())
+        });
+        assert!(wins >= 99, "{wins}");
+    }
+
+    #[test]
+    fn a_candidate_that_starts_fast_and_gets_slower_loses() {
+        // Entrant 0 and its partner look best by far until a third of the time is gone.
+        let wins = wins_of_100(|entrant, gone, _, noise| {
+            let own = match entrant {
+                0 | 1 if gone < 0.33 => 0.7,
+                _ => 1.0,
+            };
+            own * (1.0 + 0.05 * noise.normal())
+        });
+        assert!(wins >= 99, "{wins}");
+    }
+
+    #[test]
+    fn a_clear_winner_ends_the_race_early() {
+        let mut script = script();
+        script.times = [900.0, 900.0, 900.0, 900.0, 200.0, 300.0, 900.0, 900.0];
+        let (verdict, time) = run_for(&script, Duration::from_secs(20), &mut |_, _, _| 1.0);
+        let verdict = verdict.unwrap();
+        assert_eq!([verdict.one, verdict.many], WINNERS);
+        assert_eq!(verdict.figures[0].samples, CLEAR_ROUNDS + MIN_ROUNDS);
+        assert!(time < Duration::from_millis(50), "{time:?}");
+    }
+
+    #[test]
+    fn the_deadline_holds_whatever_a_sample_takes() {
+        for deadline in [0, 1, 3, 5, 10, 45] {
+            let deadline = Duration::from_millis(deadline);
+            let (_, time) = run_for(&script(), deadline, &mut |_, _, _| 1.0);
+            // The very first sample is the one whose cost nobody can foretell.
+            assert!(time <= deadline.max(Duration::from_micros(300)), "{time:?} of {deadline:?}");
+        }
+    }
+
+    #[test]
+    fn without_a_few_complete_rounds_there_is_no_verdict() {
+        let (verdict, _) = run_for(&script(), Duration::from_millis(7), &mut |_, _, _| 1.0);
+        assert!(verdict.is_none());
+        let script = Script { entrants: Vec::new(), times: [0.0; 8] };
+        assert!(run(&script, &mut |_, _, _| 1.0).0.is_none());
+    }
+
+    #[test]
+    fn the_winners_share_a_layout_even_if_others_are_faster_alone() {
+        let mut script = script();
+        script.times = [100.0, 90_000.0, 90_000.0, 100.0, 270.0, 540.0, 110.0, 90_000.0];
+        let (verdict, _) = run_for(&script, Duration::from_secs(20), &mut |_, _, _| 1.0);
+        let verdict = verdict.unwrap();
+        assert_eq!([verdict.one, verdict.many], WINNERS);
+    }
+}
