@@ -3,7 +3,8 @@
 use std::process::Command;
 
 use super::*;
-use crate::compile::compile_unchecked;
+use crate::compile::{compile_anything, compile_unchecked};
+use crate::emit::vlut;
 use crate::{Cpu, KernelSpec, Schedule, compile};
 
 fn host() -> Cpu {
@@ -44,6 +45,18 @@ fn sums_at_their_bound_are_right_and_beyond_it_the_harness_says_so() {
         let before_use = crate::check::check_each(&[kernel]);
         assert_eq!(before_use[0].is_ok(), fits, "the check before first use, {text}");
     }
+}
+
+#[test]
+fn sums_of_more_lookups_than_vlut_adds_up_in_16_bits_overflow() {
+    let spec = KernelSpec { k: 4096, columns: Columns::Many };
+    let schedule = schedule("vlut/clif128 layout=lanes16x4 unroll=8 ntile=8");
+    let outcome = |groups| {
+        let kernel = compile_anything(spec, schedule, &host(), |m| vlut::emit_with(m, &spec, &schedule, groups));
+        check(&kernel, &Problem::new(Data::SameSign, 3, spec.k, 9, 1), Placement::Heap)
+    };
+    assert_eq!(outcome(vlut::MAX_GROUPS), Ok(()));
+    assert!(matches!(outcome(2 * vlut::MAX_GROUPS), Err(Fault::Mismatch(_))));
 }
 
 #[test]
