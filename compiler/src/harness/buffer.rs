@@ -58,8 +58,8 @@ enum Pages {
 /// Memory as aligned as any element may ask for.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-#[expect(dead_code, reason = "only its size and alignment matter")]
-struct Line([u8; 64]);
+#[expect(dead_code, reason = "its bytes are reached through pointers")]
+pub(super) struct Line([u8; 64]);
 
 impl Pages {
     fn first(&self) -> *const u8 {
@@ -94,6 +94,8 @@ pub(super) unsafe trait Plain: Copy {}
 unsafe impl Plain for u8 {}
 // SAFETY: any four bytes are an `i32`.
 unsafe impl Plain for i32 {}
+// SAFETY: bytes.
+unsafe impl Plain for Line {}
 // SAFETY: integers and raw pointers, which may hold any address.
 unsafe impl Plain for crate::kernel::KernelArgs {}
 
