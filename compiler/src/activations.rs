@@ -6,7 +6,9 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ActivationFormat {
     /// Four planes, plane j holding the activations of the j-th weight of every byte: `a[j], a[4+j], a[8+j] …`. A
-    /// vector of any width then meets its weights without a shuffle. Planes are padded with zeros to 64 bytes.
+    /// vector of any width then meets its weights without a shuffle. Planes are padded with zeros to 64 bytes, and 64
+    /// bytes more make a column an odd number of cache lines: columns side by side then fall into different sets of
+    /// the cache.
     Planes,
     /// For each pair of activations `(x, y)` a table over the 4-bit index `c₀ + 4·c₁` of two codes: entry
     /// `b = (c₀−1)·x + (c₁−1)·y + 254` in 0..=508, as 16 bytes `b mod 64` and then 16 bytes `b / 64`. Indices with a
@@ -22,7 +24,7 @@ impl ActivationFormat {
     #[must_use]
     pub const fn bytes(self, k: usize) -> usize {
         match self {
-            Self::Planes => 4 * plane_bytes(k),
+            Self::Planes => 4 * plane_bytes(k) + 64,
             Self::PairTables => k.div_ceil(4) * 64,
         }
     }
@@ -49,7 +51,9 @@ fn planes(values: &[i8], target: &mut [u8]) {
     let plane_bytes = plane_bytes(values.len());
     let (p0, rest) = target.split_at_mut(plane_bytes);
     let (p1, rest) = rest.split_at_mut(plane_bytes);
-    let (p2, p3) = rest.split_at_mut(plane_bytes);
+    let (p2, rest) = rest.split_at_mut(plane_bytes);
+    let (p3, padding) = rest.split_at_mut(plane_bytes);
+    padding.fill(0);
     let whole = values.len() / 4;
     let quads = values.as_chunks::<4>().0;
     for ((((quad, p0), p1), p2), p3) in

@@ -10,8 +10,8 @@ use cranelift_module::{Linkage, Module};
 use crate::check::{Mismatch, check_each};
 use crate::harness::Fault;
 use crate::kernel::{Kernel, place};
-use crate::machine::clif;
-use crate::{Cpu, KernelSpec, MachineKind, Schedule, ScheduleError, emit};
+use crate::machine::{Code, Machine, clif, disassembly, wide};
+use crate::{Arch, Cpu, KernelSpec, Schedule, ScheduleError, emit};
 
 /// Why a kernel was not handed out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -96,23 +96,35 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
 }
 
 /// The code of a kernel whose schedule is legal, not yet placed anywhere.
-pub(crate) fn machine_code(&spec: &KernelSpec, &schedule: &Schedule, cpu: &Cpu) -> Result<clif::Code, CompileError> {
+pub(crate) fn machine_code(&spec: &KernelSpec, &schedule: &Schedule, cpu: &Cpu) -> Result<Code, CompileError> {
     schedule.check(&spec, cpu).map_err(|error| CompileError::Schedule { spec, schedule, error })?;
-    emitted(&spec, &schedule, cpu).map_err(|reason| CompileError::Code { spec, schedule, reason })
+    let emit = |m: &mut dyn Machine| emit::emit(m, &spec, &schedule);
+    emitted(&schedule, cpu, emit).map_err(|reason| CompileError::Code { spec, schedule, reason })
 }
 
-/// The code of a kernel, legal or not.
-fn emitted(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<clif::Code, String> {
-    let code = match schedule.machine {
-        MachineKind::Clif128 => clif::compile(cpu, |m| emit::emit(m, spec, schedule)),
-    };
-    code.map_err(|error| error.to_string())
+/// The code of what `emit` describes, by the machine of `schedule`.
+fn emitted(schedule: &Schedule, cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<Code, String> {
+    match wide::Target::new(schedule.machine, cpu) {
+        None => clif::compile(cpu, emit).map_err(|error| error.to_string()),
+        Some(target) => wide::compile(target, emit),
+    }
 }
 
 /// A kernel that nothing has checked, so that tests can show what the checks prevent.
 #[cfg(test)]
 pub(crate) fn compile_unchecked(spec: KernelSpec, schedule: Schedule, cpu: &Cpu) -> Kernel {
-    let code = emitted(&spec, &schedule, cpu).expect("code");
+    compile_anything(spec, schedule, cpu, |m| emit::emit(m, &spec, &schedule))
+}
+
+/// As [`compile_unchecked`], but with code that is not the schedule's.
+#[cfg(test)]
+pub(crate) fn compile_anything(
+    spec: KernelSpec,
+    schedule: Schedule,
+    cpu: &Cpu,
+    emit: impl FnOnce(&mut dyn Machine),
+) -> Kernel {
+    let code = emitted(&schedule, cpu, emit).expect("code");
     load(&[((spec, schedule), code)], cpu).expect("memory for code").remove(0)
 }
 
@@ -130,8 +142,17 @@ pub fn clif_text(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<St
     })
 }
 
+/// The machine code of a kernel as text, for reading; `None` for a CPU that is not x86-64.
+///
+/// # Errors
+/// If the schedule is not legal or the code generator refuses.
+pub fn asm_text(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Option<String>, CompileError> {
+    let code = machine_code(spec, schedule, cpu)?;
+    Ok((cpu.arch() == Arch::X86_64).then(|| disassembly::text(&code)))
+}
+
 /// Copies code into memory that becomes executable once it is no longer writable.
-fn load(codes: &[((KernelSpec, Schedule), clif::Code)], cpu: &Cpu) -> Result<Vec<Kernel>, String> {
+fn load(codes: &[((KernelSpec, Schedule), Code)], cpu: &Cpu) -> Result<Vec<Kernel>, String> {
     if codes.is_empty() {
         return Ok(Vec::new());
     }

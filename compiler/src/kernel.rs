@@ -1,5 +1,6 @@
 //! Compiled kernels: their calling convention, their memory, and the safe side of calling them.
 
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
@@ -17,11 +18,12 @@ pub(crate) struct KernelArgs {
     weights: *const u8,
     tiles: u64,
     activations: *const u8,
-    activation_stride: u64,
     columns: u64,
     sums: *const i32,
     out: *mut i32,
     out_stride: u64,
+    last_column: *const u8,
+    scratch: *mut u8,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -61,7 +63,7 @@ pub struct Kernel {
 pub struct Activations<'a> {
     /// The columns, one every `stride` bytes.
     pub columns: &'a [u8],
-    /// Bytes from one column to the next.
+    /// Bytes from one column to the next, which kernels take to be [`ActivationFormat::bytes`].
     pub stride: usize,
     /// `Σ a` of each column; its length is the number of columns.
     pub sums: &'a [i32],
@@ -137,9 +139,17 @@ impl Kernel {
     /// If a slice is too short for the tiles, columns and strides that are asked for, or the number of columns is not
     /// what the kernel was compiled for.
     pub unsafe fn run(&self, weights: &[u8], tiles: Range<usize>, activations: &Activations<'_>, out: &OutRows<'_>) {
-        if let Some(args) = self.arguments(weights, tiles, activations, out) {
-            // SAFETY: `arguments` has checked the slices, and the caller keeps other threads off these rows.
-            unsafe { self.enter(&raw const args) }
+        let mut start = tiles.start;
+        for count in self.parts(tiles) {
+            let part = start..start + count;
+            start = part.end;
+            with_scratch(self.schedule.scratch_bytes(count), |scratch| {
+                if let Some(args) = self.arguments(weights, part, activations, out, scratch) {
+                    // SAFETY: `arguments` has checked the slices, the scratch is as long as it has to be, and the
+                    // caller keeps other threads off these rows.
+                    unsafe { self.enter(&raw const args) }
+                }
+            });
         }
     }
 
@@ -153,6 +163,7 @@ impl Kernel {
         tiles: Range<usize>,
         activations: &Activations<'_>,
         out: &OutRows<'_>,
+        scratch: *mut u8,
     ) -> Option<KernelArgs> {
         let (layout, k) = (self.schedule.layout, self.spec.k);
         let columns = activations.sums.len();
@@ -170,7 +181,7 @@ impl Kernel {
         let rows = tiles.end.checked_mul(layout.tile_rows()).expect("rows of the tiles");
         assert!(fits(tiles.end, tile_bytes, 0, weights.len()), "weights of all tiles");
         let column_bytes = self.activation_format().bytes(k);
-        assert!(activations.stride >= column_bytes || columns == 1, "columns do not overlap");
+        assert!(activations.stride == column_bytes || columns == 1, "one column right after the other");
         assert!(fits(columns - 1, activations.stride, column_bytes, activations.columns.len()), "all columns");
         assert!(out.stride >= rows || columns == 1, "columns of results do not overlap");
         assert!(fits(columns - 1, out.stride, rows, out.len), "results of all rows and columns");
@@ -178,25 +189,60 @@ impl Kernel {
             weights: weights[tiles.start * tile_bytes..].as_ptr(),
             tiles: tiles.len() as u64,
             activations: activations.columns.as_ptr(),
-            activation_stride: activations.stride as u64,
             columns: columns as u64,
             sums: activations.sums.as_ptr(),
             out: out.first.wrapping_add(tiles.start * layout.tile_rows()),
             out_stride: 4 * out.stride as u64,
+            last_column: activations.columns[(columns - 1) * column_bytes..].as_ptr(),
+            scratch,
         })
     }
 
     /// Runs the code.
     ///
     /// # Safety
-    /// `args` points to what [`arguments`](Self::arguments) returned for slices that still exist, and the contract of
-    /// [`run`](Self::run) holds.
+    /// `args` points to what [`arguments`](Self::arguments) returned for slices that still exist, its scratch has
+    /// [`scratch_bytes`](Schedule::scratch_bytes) that nothing else uses, and the contract of [`run`](Self::run) holds.
     pub(crate) unsafe fn enter(&self, args: *const KernelArgs) {
         // SAFETY: the code was compiled for this CPU and checked; it reads `tiles.len()` tiles of weights, `columns`
         // columns of activations and sums, and writes whole tiles of rows in every column, all of which the assertions
-        // of `arguments` place inside their slices whatever the bytes are. The caller keeps other threads off these rows.
+        // of `arguments` place inside their slices whatever the bytes are, and the scratch that its schedule says it
+        // needs. The caller keeps other threads off these rows.
         unsafe { (self.entry)(args) }
     }
+
+    /// How many tiles to pass to the code at a time: all of them, or, if it keeps sums of all rows in its scratch, as
+    /// many as leave that in the second-level cache.
+    fn parts(&self, tiles: Range<usize>) -> impl Iterator<Item = usize> {
+        let most =
+            if self.schedule.scratch_bytes(1) == 0 { usize::MAX } else { SCRATCH_ROWS / self.layout().tile_rows() };
+        let parts = tiles.len().div_ceil(most.max(1));
+        (0..parts).map(move |part| (part + 1) * tiles.len() / parts - part * tiles.len() / parts)
+    }
+}
+
+/// Rows that a kernel keeps sums of at a time.
+const SCRATCH_ROWS: usize = 2048;
+
+/// Calls `work` with the address of at least `bytes` bytes that this thread may write until it returns.
+fn with_scratch(bytes: usize, work: impl FnOnce(*mut u8)) {
+    /// 64 bytes, aligned as kernels expect.
+    #[derive(Clone, Copy)]
+    #[repr(align(64))]
+    struct Line {
+        _bytes: [u8; 64],
+    }
+
+    thread_local! {
+        static SCRATCH: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    }
+    SCRATCH.with_borrow_mut(|lines| {
+        let needed = bytes.div_ceil(64);
+        if lines.len() < needed {
+            lines.resize(needed, Line { _bytes: [0; 64] });
+        }
+        work(lines.as_mut_ptr().cast());
+    });
 }
 
 impl std::fmt::Debug for Kernel {

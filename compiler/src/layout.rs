@@ -25,10 +25,13 @@ pub enum Layout {
         /// Bytes of one row before the next row's: 16, 32 or 64.
         chunk: u8,
     },
-    /// `lanes32`: tiles of `rows` rows, transposed: one byte of each row in turn, so that a vector lane is a row.
+    /// `lanes32` and `lanes16x4`: tiles of `rows` rows, transposed: a group of 1 or 4 bytes of each row in turn, so that
+    /// a vector lane of 8 or 32 bits is a row.
     Lanes {
-        /// Rows of a tile, a multiple of 16.
+        /// Rows of a tile; a multiple of 16 bytes of them lies together.
         rows: u8,
+        /// Bytes of one row before the next row's: 1 or 4.
+        group: u8,
     },
 }
 
@@ -38,7 +41,7 @@ impl Layout {
     pub const fn tile_rows(self) -> usize {
         match self {
             Self::Canonical => 1,
-            Self::Rows { rows, .. } | Self::Lanes { rows } => rows as usize,
+            Self::Rows { rows, .. } | Self::Lanes { rows, .. } => rows as usize,
         }
     }
 
@@ -53,8 +56,8 @@ impl Layout {
     pub const fn row_bytes(self, k: usize) -> usize {
         let bytes = PackedMatrix::row_bytes(k);
         match self {
-            Self::Canonical | Self::Lanes { .. } => bytes,
-            Self::Rows { chunk, .. } => bytes.next_multiple_of(chunk as usize),
+            Self::Canonical => bytes,
+            Self::Rows { chunk: part, .. } | Self::Lanes { group: part, .. } => bytes.next_multiple_of(part as usize),
         }
     }
 
@@ -86,11 +89,11 @@ impl Layout {
             let rows = tile * tile_rows..source.m().min((tile + 1) * tile_rows);
             match self {
                 Self::Canonical => target.copy_from_slice(source.row(tile)),
-                Self::Rows { chunk, .. } => {
+                Self::Rows { chunk: part, .. } | Self::Lanes { group: part @ 2.., .. } => {
                     target.fill(ZERO_BYTE);
                     for (r, row) in rows.enumerate() {
-                        for (c, bytes) in source.row(row).chunks(chunk.into()).enumerate() {
-                            target[(c * tile_rows + r) * usize::from(chunk)..][..bytes.len()].copy_from_slice(bytes);
+                        for (c, bytes) in source.row(row).chunks(part.into()).enumerate() {
+                            target[(c * tile_rows + r) * usize::from(part)..][..bytes.len()].copy_from_slice(bytes);
                         }
                     }
                 }
@@ -133,9 +136,9 @@ impl Layout {
             let r = row % tile_rows;
             match self {
                 Self::Canonical => target.copy_from_slice(tile),
-                Self::Rows { chunk, .. } => {
-                    for (c, target) in target.chunks_mut(chunk.into()).enumerate() {
-                        target.copy_from_slice(&tile[(c * tile_rows + r) * usize::from(chunk)..][..target.len()]);
+                Self::Rows { chunk: part, .. } | Self::Lanes { group: part @ 2.., .. } => {
+                    for (c, target) in target.chunks_mut(part.into()).enumerate() {
+                        target.copy_from_slice(&tile[(c * tile_rows + r) * usize::from(part)..][..target.len()]);
                     }
                 }
                 Self::Lanes { .. } => {
@@ -166,14 +169,15 @@ impl fmt::Display for Layout {
         match self {
             Self::Canonical => f.write_str("canonical"),
             Self::Rows { rows, chunk } => write!(f, "rows{rows}x{chunk}"),
-            Self::Lanes { rows } => write!(f, "lanes{rows}"),
+            Self::Lanes { rows, group: 1 } => write!(f, "lanes{rows}"),
+            Self::Lanes { rows, group } => write!(f, "lanes{rows}x{group}"),
         }
     }
 }
 
 /// A word that names no layout.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no layout: expected canonical, rows<R>x<16|32|64> or lanes<R>")]
+#[error("`{0}` is no layout: expected canonical, rows<R>x<16|32|64>, lanes<R> or lanes<R>x4")]
 pub struct ParseLayoutError(String);
 
 impl FromStr for Layout {
@@ -188,8 +192,13 @@ impl FromStr for Layout {
                 _ => None,
             }
         } else {
-            match text.strip_prefix("lanes").map(str::parse) {
-                Some(Ok(rows @ 16..)) if rows % 16 == 0 => Some(Self::Lanes { rows }),
+            let sizes = text.strip_prefix("lanes").map(|sizes| sizes.split_once('x').unwrap_or((sizes, "1")));
+            match sizes.map(|(rows, group)| (rows.parse(), group.parse())) {
+                Some((Ok(rows @ 1_u8..), Ok(group @ (1 | 4))))
+                    if (usize::from(rows) * usize::from(group)) % 16 == 0 =>
+                {
+                    Some(Self::Lanes { rows, group })
+                }
                 _ => None,
             }
         };
@@ -222,7 +231,8 @@ mod tests {
         prop_oneof![
             Just(Layout::Canonical),
             (1u8..=16, prop::sample::select(vec![16, 32, 64])).prop_map(|(rows, chunk)| Layout::Rows { rows, chunk }),
-            (1u8..=4).prop_map(|groups| Layout::Lanes { rows: 16 * groups }),
+            (1u8..=4).prop_map(|groups| Layout::Lanes { rows: 16 * groups, group: 1 }),
+            (1u8..=8).prop_map(|groups| Layout::Lanes { rows: 4 * groups, group: 4 }),
         ]
     }
 
@@ -254,8 +264,21 @@ mod tests {
 
     #[test]
     fn words_that_name_no_layout_are_refused() {
-        for text in ["", "rows", "rows0x16", "rows4x15", "rows04x16", "rows4x", "lanes", "lanes8", "lanes272", "tiles"]
-        {
+        for text in [
+            "",
+            "rows",
+            "rows0x16",
+            "rows4x15",
+            "rows04x16",
+            "rows4x",
+            "lanes",
+            "lanes8",
+            "lanes272",
+            "lanes16x1",
+            "lanes16x2",
+            "lanes6x4",
+            "tiles",
+        ] {
             assert!(text.parse::<Layout>().is_err(), "{text}");
         }
     }
@@ -263,6 +286,6 @@ mod tests {
     #[test]
     fn sizes_that_overflow_are_none() {
         assert_eq!(Layout::Canonical.bytes(usize::MAX, 8), None);
-        assert_eq!(Layout::Lanes { rows: 16 }.bytes(16, usize::MAX), None);
+        assert_eq!(Layout::Lanes { rows: 16, group: 1 }.bytes(16, usize::MAX), None);
     }
 }

@@ -7,6 +7,7 @@
 //! Emitters ([`emit`]) are written over the few operations of [`machine::Machine`] and know no instruction set.
 
 pub mod activations;
+mod candidates;
 pub mod check;
 pub mod compile;
 mod emit;
@@ -20,7 +21,7 @@ pub mod spec;
 pub mod target;
 
 pub use activations::ActivationFormat;
-pub use compile::{CompileError, clif_text, compile, compile_each};
+pub use compile::{CompileError, asm_text, clif_text, compile, compile_each};
 pub use kernel::{Activations, Kernel, OutRows};
 pub use layout::Layout;
 pub use object::object;

@@ -3,7 +3,7 @@
 //! The code is what [`compile`](crate::compile) would place in memory, but nobody has run it: unlike a
 //! [`Kernel`](crate::Kernel) it has not been checked against `kernels-ref`. Every symbol is a function
 //! `void symbol(const struct kernel_args *)` in the C convention of its architecture (System V on x86-64). The record's
-//! eight fields of eight bytes are those of [`Argument`](crate::machine::Argument), in that order.
+//! nine fields of eight bytes are those of [`Argument`](crate::machine::Argument), in that order.
 
 use cranelift_module::{Linkage, Module, default_libcall_names};
 use cranelift_object::{ObjectBuilder, ObjectModule};

@@ -6,8 +6,10 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::activations::ActivationFormat;
+use crate::emit::mad_lanes::MAX_PAIR_GROUPS;
 use crate::emit::tl1::MAX_UNROLL;
-use crate::{Arch, Columns, Cpu, Feature, KernelSpec, Layout};
+use crate::machine::wide;
+use crate::{Arch, Columns, Cpu, Feature, KernelSpec, Layout, emit};
 
 /// The idea behind a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -16,11 +18,13 @@ pub enum Family {
     Mad,
     /// Two trits are an index into a table of their sums, looked up by byte shuffles.
     Tl1,
+    /// For many columns at once: the weight byte is the row of a table of the sums of four activations.
+    Vlut,
 }
 
 impl Family {
     /// All families.
-    pub const ALL: [Self; 2] = [Self::Mad, Self::Tl1];
+    pub const ALL: [Self; 3] = [Self::Mad, Self::Tl1, Self::Vlut];
 }
 
 impl fmt::Display for Family {
@@ -28,6 +32,7 @@ impl fmt::Display for Family {
         f.write_str(match self {
             Self::Mad => "mad",
             Self::Tl1 => "tl1",
+            Self::Vlut => "vlut",
         })
     }
 }
@@ -37,7 +42,7 @@ impl FromStr for Family {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let known = Self::ALL.into_iter().find(|family| family.to_string() == text);
-        known.ok_or_else(|| ParseScheduleError(format!("family `{text}`: expected mad or tl1")))
+        known.ok_or_else(|| ParseScheduleError(format!("family `{text}`: expected mad, tl1 or vlut")))
     }
 }
 
@@ -46,13 +51,47 @@ impl FromStr for Family {
 pub enum MachineKind {
     /// Cranelift's 128-bit vectors: runs everywhere.
     Clif128,
+    /// 256-bit vectors of AVX2.
+    Avx2,
+    /// 512-bit vectors of AVX-512 (F, BW, DQ and VL).
+    Avx512,
+}
+
+impl MachineKind {
+    /// All machines.
+    pub const ALL: [Self; 3] = [Self::Clif128, Self::Avx2, Self::Avx512];
+
+    /// Bytes of a vector.
+    #[must_use]
+    pub const fn vector_bytes(self) -> usize {
+        match self {
+            Self::Clif128 => 16,
+            Self::Avx2 => 32,
+            Self::Avx512 => 64,
+        }
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Clif128 => "clif128",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// The features without which it runs nothing.
+    const fn features(self) -> &'static [Feature] {
+        match self {
+            Self::Clif128 => &[],
+            Self::Avx2 => &[Feature::Avx2],
+            Self::Avx512 => &[Feature::Avx512f, Feature::Avx512bw, Feature::Avx512dq, Feature::Avx512vl],
+        }
+    }
 }
 
 impl fmt::Display for MachineKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Clif128 => "clif128",
-        })
+        f.write_str(self.name())
     }
 }
 
@@ -60,10 +99,8 @@ impl FromStr for MachineKind {
     type Err = ParseScheduleError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "clif128" => Ok(Self::Clif128),
-            _ => Err(ParseScheduleError(format!("machine `{text}`: expected clif128"))),
-        }
+        let known = Self::ALL.into_iter().find(|machine| machine.name() == text);
+        known.ok_or_else(|| ParseScheduleError(format!("machine `{text}`: expected clif128, avx2 or avx512")))
     }
 }
 
@@ -92,11 +129,16 @@ pub struct Schedule {
     pub layout: Layout,
     /// The multiplication of `mad`; [`Multiply::Pairs`] where nothing is multiplied.
     pub multiply: Multiply,
-    /// Steps per loop iteration: chunks of a row for `mad`, bytes of a row for `tl1`.
+    /// Steps per loop iteration: chunks or groups of a row for `mad`, bytes of a row for `tl1` and `vlut`.
     pub unroll: u8,
-    /// Columns that share one pass over a tile.
+    /// Columns that share one pass over a tile; the 16-bit lanes of a vector for `vlut`.
     pub ntile: u8,
+    /// How many bytes ahead of the weights in use the cache is asked for more; 0 for not at all.
+    pub prefetch: u16,
 }
+
+/// The most columns that may share a pass over a tile.
+const MAX_NTILE: u8 = 32;
 
 /// Largest sum of `vectors` vectors of codes, each four `pmaddubsw` pairs of code ≤ 2 and |activation| ≤ 127.
 const fn pairs_bound(vectors: usize) -> usize {
@@ -139,6 +181,32 @@ pub enum ScheduleError {
         /// What is allowed.
         expected: &'static str,
     },
+    /// The layout is narrower than the machine's vectors.
+    #[error("layout {layout} under {machine}: {bytes} bytes of it must fill whole vectors of {vector_bytes} bytes")]
+    VectorWidth {
+        /// The layout.
+        layout: Layout,
+        /// The machine.
+        machine: MachineKind,
+        /// Bytes that lie together in the layout.
+        bytes: usize,
+        /// Bytes of a vector.
+        vector_bytes: usize,
+    },
+    /// The kernel keeps more values at hand than the machine has registers.
+    #[error(
+        "{machine} has {available} {kind} registers, this schedule needs {needed}: lower ntile or the rows of a tile"
+    )]
+    Registers {
+        /// The machine.
+        machine: MachineKind,
+        /// `vector` or `general-purpose`.
+        kind: &'static str,
+        /// Registers that are in use at once.
+        needed: usize,
+        /// Registers that there are.
+        available: usize,
+    },
     /// 16-bit sums could overflow.
     #[error(
         "{vectors} vectors between flushes sum to up to {bound}, more than 16 bits hold (32767): lower unroll or the chunk"
@@ -160,51 +228,55 @@ impl Schedule {
         if spec.k == 0 || spec.k > KernelSpec::MAX_K {
             return Err(ScheduleError::RowLength(spec.k));
         }
+        self.check_machine(cpu)?;
         let parameter =
             |name, value: u8, expected| Err(ScheduleError::Parameter { name, value: value.into(), expected });
         match (spec.columns, self.ntile) {
-            (Columns::One, 1) | (Columns::Many, 1..=8) => {}
+            (Columns::One, 1) | (Columns::Many, 1..=MAX_NTILE) => {}
             (Columns::One, ntile) => return parameter("ntile", ntile, "1 for n=1"),
-            (Columns::Many, ntile) => return parameter("ntile", ntile, "1 to 8"),
+            (Columns::Many, ntile) => return parameter("ntile", ntile, "1 to 32"),
+        }
+        if self.prefetch != 0 && self.family != Family::Mad {
+            let expected = "0: only mad prefetches";
+            return Err(ScheduleError::Parameter { name: "prefetch", value: self.prefetch.into(), expected });
+        }
+        if self.multiply != Multiply::Pairs && self.family != Family::Mad {
+            return parameter("multiply", self.multiply as u8, "none: only mad multiplies");
         }
         match self.family {
             Family::Mad => {
-                let Layout::Rows { rows: 4 | 8, chunk } = self.layout else {
-                    let needs = "rows4x… or rows8x…";
-                    return Err(ScheduleError::Layout { family: self.family, layout: self.layout, needs });
+                // Vectors of codes whose products 16-bit sums take before they are widened.
+                let vectors = match self.layout {
+                    Layout::Rows { rows: 4 | 8, chunk } => {
+                        self.check_width(chunk.into())?;
+                        usize::from(chunk) / self.machine.vector_bytes() * usize::from(self.unroll)
+                    }
+                    Layout::Lanes { rows: rows @ 1..=64, group: 4 } => {
+                        self.check_width(4 * usize::from(rows))?;
+                        MAX_PAIR_GROUPS
+                    }
+                    _ => return Err(self.layout_error("rows4x…, rows8x… or lanes4x4 to lanes64x4")),
                 };
                 if !matches!(self.unroll, 1 | 2 | 4) {
-                    return parameter("unroll", self.unroll, "1, 2 or 4 chunks");
+                    return parameter("unroll", self.unroll, "1, 2 or 4 chunks or groups");
                 }
+                let bound = pairs_bound(vectors);
                 match self.multiply {
-                    Multiply::Pairs => {
-                        let vectors = usize::from(chunk) / 16 * usize::from(self.unroll);
-                        let bound = pairs_bound(vectors);
-                        if bound > i16::MAX as usize {
-                            return Err(ScheduleError::Overflow { vectors, bound });
-                        }
+                    Multiply::Pairs if bound > i16::MAX as usize => {
+                        return Err(ScheduleError::Overflow { vectors, bound });
                     }
-                    Multiply::Dot if !cpu.has_dot() => {
-                        let needs = match cpu.arch() {
-                            Arch::X86_64 => "AVX-VNNI, or AVX-512 VNNI with VL",
-                            Arch::Aarch64 => "the dot product extension",
-                        };
-                        return Err(ScheduleError::MissingFeature { what: "multiply=dot", needs, cpu: *cpu });
-                    }
-                    Multiply::Dot => {}
+                    Multiply::Pairs => {}
+                    Multiply::Dot => self.check_dot(cpu)?,
                 }
             }
             Family::Tl1 => {
-                let Layout::Lanes { rows: 16 | 32 | 48 | 64 } = self.layout else {
-                    let needs = "lanes16 to lanes64";
-                    return Err(ScheduleError::Layout { family: self.family, layout: self.layout, needs });
+                let Layout::Lanes { rows: rows @ (16 | 32 | 48 | 64 | 128), group: 1 } = self.layout else {
+                    return Err(self.layout_error("lanes16, lanes32, lanes48, lanes64 or lanes128"));
                 };
+                self.check_width(rows.into())?;
                 if !cpu.has_table_lookup() {
                     let needs = Feature::Ssse3.name();
                     return Err(ScheduleError::MissingFeature { what: "tl1", needs, cpu: *cpu });
-                }
-                if self.multiply != Multiply::Pairs {
-                    return parameter("multiply", self.multiply as u8, "none: tl1 looks up");
                 }
                 if self.unroll == 0 || !self.unroll.is_multiple_of(2) || usize::from(self.unroll) > MAX_UNROLL {
                     return parameter("unroll", self.unroll, "an even number of bytes up to 18");
@@ -213,57 +285,88 @@ impl Schedule {
                     return parameter("ntile", self.ntile, "1: a table serves one column");
                 }
             }
+            Family::Vlut => {
+                let Layout::Lanes { rows: 1..=32, .. } = self.layout else {
+                    return Err(self.layout_error("lanes<R> or lanes<R>x4 with at most 32 rows"));
+                };
+                if usize::from(self.ntile) != self.machine.vector_bytes() / 2 {
+                    return parameter("ntile", self.ntile, "8, 16 or 32: the 16-bit lanes of the machine's vectors");
+                }
+                if !matches!(self.unroll, 4 | 8 | 16 | 32) {
+                    return parameter("unroll", self.unroll, "4, 8, 16 or 32 groups");
+                }
+            }
         }
-        Ok(())
+        self.check_registers(spec, cpu)
+    }
+
+    /// Whether the machine runs on `cpu` and can do what every family asks of it.
+    fn check_machine(&self, cpu: &Cpu) -> Result<(), ScheduleError> {
+        if let Some(missing) = self.machine.features().iter().find(|feature| !cpu.has(**feature)) {
+            let (what, needs) = (self.machine.name(), missing.name());
+            return Err(ScheduleError::MissingFeature { what, needs, cpu: *cpu });
+        }
+        let expected = match self.machine {
+            MachineKind::Clif128 if self.prefetch != 0 => "0: clif128 cannot prefetch",
+            _ if !self.prefetch.is_multiple_of(64) => "a multiple of 64 bytes",
+            _ => return Ok(()),
+        };
+        Err(ScheduleError::Parameter { name: "prefetch", value: self.prefetch.into(), expected })
+    }
+
+    /// Whether `bytes` that lie together fill whole vectors.
+    fn check_width(&self, bytes: usize) -> Result<(), ScheduleError> {
+        let vector_bytes = self.machine.vector_bytes();
+        if bytes.is_multiple_of(vector_bytes) {
+            return Ok(());
+        }
+        Err(ScheduleError::VectorWidth { layout: self.layout, machine: self.machine, bytes, vector_bytes })
+    }
+
+    /// Whether `cpu` multiplies and adds four bytes at once in vectors of the machine's width.
+    fn check_dot(&self, cpu: &Cpu) -> Result<(), ScheduleError> {
+        let (has, needs) = match (self.machine, cpu.arch()) {
+            (MachineKind::Avx512, _) => (cpu.has(Feature::Avx512vnni), Feature::Avx512vnni.name()),
+            (_, Arch::X86_64) => (cpu.has_dot(), "AVX-VNNI, or AVX-512 VNNI with VL"),
+            (_, Arch::Aarch64) => (cpu.has_dot(), "the dot product extension"),
+        };
+        if has { Ok(()) } else { Err(ScheduleError::MissingFeature { what: "multiply=dot", needs, cpu: *cpu }) }
+    }
+
+    /// Whether the wide machines have enough registers, by assigning them. Cranelift spills instead.
+    fn check_registers(&self, spec: &KernelSpec, cpu: &Cpu) -> Result<(), ScheduleError> {
+        let Some(target) = wide::Target::new(self.machine, cpu) else { return Ok(()) };
+        wide::fits(target, |m| emit::emit(m, spec, self)).map_err(|wide::OutOfRegisters { kind, needed, available }| {
+            ScheduleError::Registers { machine: self.machine, kind, needed, available }
+        })
+    }
+
+    fn layout_error(&self, needs: &'static str) -> ScheduleError {
+        ScheduleError::Layout { family: self.family, layout: self.layout, needs }
+    }
+
+    /// Bytes of scratch memory, aligned to 64, that a call for `tiles` tiles needs.
+    #[must_use]
+    pub fn scratch_bytes(&self, tiles: usize) -> usize {
+        match self.family {
+            Family::Mad | Family::Tl1 => 0,
+            Family::Vlut => emit::vlut::scratch_bytes(self, tiles),
+        }
     }
 
     /// How the activations of one column must be laid out for this schedule.
     #[must_use]
     pub const fn activation_format(&self) -> ActivationFormat {
         match self.family {
-            Family::Mad => ActivationFormat::Planes,
+            Family::Mad | Family::Vlut => ActivationFormat::Planes,
             Family::Tl1 => ActivationFormat::PairTables,
         }
-    }
-
-    /// The schedules for `spec` on `cpu` that are worth measuring, the ones that most often win first.
-    ///
-    /// All are legal. Left out are those that Cranelift turns into spills: with `multiply=dot`, more than one vector of
-    /// a row per turn.
-    #[must_use]
-    pub fn candidates(spec: &KernelSpec, cpu: &Cpu) -> Vec<Self> {
-        let ntiles: &[u8] = match spec.columns {
-            Columns::One => &[1],
-            Columns::Many => &[4, 2, 8, 1],
-        };
-        let machine = MachineKind::Clif128;
-        let mad = |multiply, unroll, ntile, rows, chunk| {
-            let layout = Layout::Rows { rows, chunk };
-            Self { family: Family::Mad, machine, layout, multiply, unroll, ntile }
-        };
-        let mut candidates = Vec::new();
-        for ntile in ntiles {
-            candidates.extend([8, 4].map(|rows| mad(Multiply::Dot, 1, *ntile, rows, 16)));
-        }
-        for (unroll, chunk) in [(2, 16), (1, 32), (4, 16), (1, 16), (2, 32), (1, 64), (4, 32), (2, 64), (4, 64)] {
-            for ntile in ntiles {
-                candidates.extend([8, 4].map(|rows| mad(Multiply::Pairs, unroll, *ntile, rows, chunk)));
-            }
-        }
-        for unroll in [4, 2, 8, 16] {
-            candidates.extend([64, 32, 48, 16].map(|rows| {
-                let layout = Layout::Lanes { rows };
-                Self { family: Family::Tl1, machine, layout, multiply: Multiply::Pairs, unroll, ntile: 1 }
-            }));
-        }
-        candidates.retain(|schedule| schedule.check(spec, cpu).is_ok());
-        candidates
     }
 }
 
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { family, machine, layout, multiply, unroll, ntile } = self;
+        let Self { family, machine, layout, multiply, unroll, ntile, prefetch } = self;
         write!(f, "{family}/{machine} layout={layout}")?;
         if *family == Family::Mad {
             let multiply = match multiply {
@@ -272,7 +375,8 @@ impl fmt::Display for Schedule {
             };
             write!(f, " multiply={multiply}")?;
         }
-        write!(f, " unroll={unroll} ntile={ntile}")
+        write!(f, " unroll={unroll} ntile={ntile}")?;
+        if *prefetch == 0 { Ok(()) } else { write!(f, " prefetch={prefetch}") }
     }
 }
 
@@ -290,9 +394,12 @@ impl FromStr for Schedule {
             .next()
             .and_then(|word| word.split_once('/'))
             .ok_or_else(|| ParseScheduleError(format!("`{text}` does not start with family/machine")))?;
-        let (mut layout, mut multiply, mut unroll, mut ntile) = (None, None, None, None);
+        let (mut layout, mut multiply, mut unroll, mut ntile, mut prefetch) = (None, None, None, None, None);
         for word in words {
-            let bad = || ParseScheduleError(format!("`{word}` is no parameter (layout=, multiply=, unroll=, ntile=)"));
+            let bad = || {
+                let names = "layout=, multiply=, unroll=, ntile=, prefetch=";
+                ParseScheduleError(format!("`{word}` is no parameter ({names})"))
+            };
             let (name, value) = word.split_once('=').ok_or_else(bad)?;
             let set = match name {
                 "layout" => {
@@ -309,6 +416,7 @@ impl FromStr for Schedule {
                 }
                 "unroll" => unroll.replace(value.parse().map_err(|_| bad())?).is_none(),
                 "ntile" => ntile.replace(value.parse().map_err(|_| bad())?).is_none(),
+                "prefetch" => prefetch.replace(value.parse().map_err(|_| bad())?).is_none(),
                 _ => return Err(bad()),
             };
             if !set {
@@ -319,8 +427,8 @@ impl FromStr for Schedule {
         let missing = |name| ParseScheduleError(format!("{name}= is missing"));
         let multiply = match (family, multiply) {
             (Family::Mad, multiply) => multiply.ok_or_else(|| missing("multiply"))?,
-            (Family::Tl1, None) => Multiply::Pairs,
-            (Family::Tl1, Some(_)) => return Err(ParseScheduleError("tl1 has no multiply=".to_owned())),
+            (_, None) => Multiply::Pairs,
+            (_, Some(_)) => return Err(ParseScheduleError(format!("{family} has no multiply="))),
         };
         Ok(Self {
             family,
@@ -329,6 +437,7 @@ impl FromStr for Schedule {
             multiply,
             unroll: unroll.ok_or_else(|| missing("unroll"))?,
             ntile: ntile.ok_or_else(|| missing("ntile"))?,
+            prefetch: prefetch.unwrap_or(0),
         })
     }
 }

@@ -146,7 +146,7 @@ fn table(kernels: &[(KernelSpec, Schedule, &str)]) -> String {
 }
 
 /// Words of a case, `struct vector` of the driver.
-const CASE_WORDS: usize = 15;
+const CASE_WORDS: usize = 16;
 
 /// What every kernel runs on: three problems each, so that all kinds of data are met by all kinds of kernels.
 fn vectors(jobs: &[(KernelSpec, Schedule)]) -> Vec<u8> {
@@ -156,21 +156,22 @@ fn vectors(jobs: &[(KernelSpec, Schedule)]) -> Vec<u8> {
     for (kernel, (spec, schedule)) in jobs.iter().enumerate() {
         for kind in [Data::Random, Data::ALL[1 + kernel % 8], Data::ALL[1 + (kernel + 3) % 8]] {
             let k = spec.k;
-            let problem = problems.entry((k, kind)).or_insert_with(|| Problem::new(kind, M, k, 9, k as u64));
+            let problem = problems.entry((k, kind)).or_insert_with(|| Problem::new(kind, M, k, 17, k as u64));
             let n = match spec.columns {
                 Columns::One => 1,
                 Columns::Many => usize::from(schedule.ntile) + 1,
             };
+            assert!(n <= problem.columns().len());
             let (layout, format) = (schedule.layout, schedule.activation_format());
             let rows = layout.tiles(M) * layout.tile_rows();
-            let stride = format.bytes(k) + 48;
+            let stride = format.bytes(k);
             let key = |what| Key { k, kind, what };
             let name = data.place(key(What::Name), || problem.to_string().into_bytes());
             let weights = data.place(key(What::Weights(layout)), || problem.pack(layout));
             let activations = data.place(key(What::Activations(format)), || {
                 let mut bytes = vec![0xa5; problem.columns().len() * stride];
                 for (column, target) in problem.columns().iter().zip(bytes.chunks_exact_mut(stride)) {
-                    format.prepare(column.values(), &mut target[..format.bytes(k)]);
+                    format.prepare(column.values(), target);
                 }
                 bytes
             });
@@ -188,7 +189,7 @@ fn vectors(jobs: &[(KernelSpec, Schedule)]) -> Vec<u8> {
                 weights.1,
                 layout.tiles(M),
                 activations.0,
-                (n - 1) * stride + format.bytes(k),
+                n * stride,
                 stride,
                 sums.0,
                 n,
@@ -196,6 +197,7 @@ fn vectors(jobs: &[(KernelSpec, Schedule)]) -> Vec<u8> {
                 M,
                 rows,
                 rows + 5,
+                schedule.scratch_bytes(layout.tiles(M)).next_multiple_of(64),
             ];
             cases.extend(case.map(|word| word as u64));
         }

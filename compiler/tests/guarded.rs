@@ -63,7 +63,8 @@ fn run_cases() {
         for (kernel, (spec, schedule)) in compile_each(&jobs, &cpu).into_iter().zip(jobs) {
             let kernel = kernel.unwrap_or_else(|error| panic!("{cpu}: {error}"));
             for _ in 0..CASES_PER_KERNEL {
-                let (m, n) = (rows(&mut random), 1 + random.below(9));
+                let n = if random.below(4) == 0 { 1 + random.below(40) } else { 1 + random.below(9) };
+                let m = rows(&mut random);
                 let data = random.of(&Data::ALL);
                 let placement = random.of(&[Placement::BeforeGuard, Placement::AfterGuard, Placement::Unaligned]);
                 let problem = Problem::new(data, m, spec.k, n, random.next());
@@ -107,11 +108,12 @@ fn job(random: &mut Random, cpu: &Cpu) -> (KernelSpec, Schedule) {
     let changed = Schedule {
         layout: match candidate.layout {
             Layout::Rows { .. } => Layout::Rows { rows, chunk: random.of(&[16, 32, 64]) },
-            Layout::Lanes { .. } => Layout::Lanes { rows: 16 * (1 + random.below(4)) as u8 },
+            Layout::Lanes { group: 1, .. } => Layout::Lanes { rows: 16 * (1 + random.below(4)) as u8, group: 1 },
+            Layout::Lanes { group, .. } => Layout::Lanes { rows: 4 * (1 + random.below(8)) as u8, group },
             other => other,
         },
-        unroll: random.of(&[1, 2, 4, 6, 10, 12, 14, 18]),
-        ntile: 1 + random.below(8) as u8,
+        unroll: random.of(&[1, 2, 4, 6, 8, 10, 12, 14, 16, 18]),
+        ntile: if candidate.family == Family::Vlut { candidate.ntile } else { 1 + random.below(12) as u8 },
         ..candidate
     };
     let change = random.below(2) == 0 && changed.check(&spec, cpu).is_ok();

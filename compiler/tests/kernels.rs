@@ -15,7 +15,9 @@ fn every_candidate_compiles_and_agrees_with_the_reference_on_awkward_shapes() {
         for columns in [Columns::One, Columns::Many] {
             let spec = KernelSpec { k, columns };
             let jobs: Vec<_> = Schedule::candidates(&spec, &host()).into_iter().map(|s| (spec, s)).collect();
-            assert!(jobs.iter().any(|(_, s)| s.family == Family::Tl1), "the host runs all families");
+            for family in Family::ALL.into_iter().filter(|family| *family != Family::Vlut || columns == Columns::Many) {
+                assert!(jobs.iter().any(|(_, s)| s.family == family), "the host runs {family}");
+            }
             for kernel in compile_each(&jobs, &host()) {
                 kernel.unwrap_or_else(|error| panic!("{error}"));
             }
@@ -41,17 +43,60 @@ fn kernels_agree_whatever_features_the_cpu_lacks() {
 #[test]
 fn a_feature_that_is_missing_is_refused_by_name() {
     let spec = KernelSpec { k: 256, columns: Columns::One };
-    let plain: Cpu = "x86-64".parse().unwrap();
-    for (text, what) in [
-        ("mad/clif128 layout=rows4x64 multiply=dot unroll=1 ntile=1", "multiply=dot"),
-        ("tl1/clif128 layout=lanes32 unroll=8 ntile=1", "tl1"),
+    for (cpu, text, what) in [
+        ("x86-64", "mad/clif128 layout=rows4x64 multiply=dot unroll=1 ntile=1", "multiply=dot"),
+        ("x86-64", "tl1/clif128 layout=lanes32 unroll=8 ntile=1", "tl1"),
+        ("x86-64 +avx", "mad/avx2 layout=rows4x64 multiply=pairs unroll=1 ntile=1", "avx2"),
+        ("x86-64 +avx +avx2", "mad/avx2 layout=rows4x64 multiply=dot unroll=1 ntile=1", "multiply=dot"),
+        ("x86-64 +avx2 +avx512f", "mad/avx512 layout=rows4x64 multiply=pairs unroll=1 ntile=1", "avx512"),
+        (
+            "x86-64 +avx2 +avx512f +avx512bw +avx512dq +avx512vl +avxvnni",
+            "mad/avx512 layout=rows4x64 multiply=dot unroll=1 ntile=1",
+            "multiply=dot",
+        ),
+        ("aarch64", "mad/avx2 layout=rows4x64 multiply=pairs unroll=1 ntile=1", "avx2"),
     ] {
-        let schedule: Schedule = text.parse().unwrap();
-        match schedule.check(&spec, &plain) {
+        let (cpu, schedule): (Cpu, Schedule) = (cpu.parse().unwrap(), text.parse().unwrap());
+        match schedule.check(&spec, &cpu) {
             Err(ScheduleError::MissingFeature { what: found, .. }) => assert_eq!(found, what),
-            other => panic!("{other:?}"),
+            other => panic!("{text}: {other:?}"),
         }
-        assert!(matches!(compile(&[(spec, schedule)], &plain), Err(CompileError::Schedule { .. })));
+        assert!(matches!(compile(&[(spec, schedule)], &cpu), Err(CompileError::Schedule { .. })));
+    }
+}
+
+#[test]
+fn a_schedule_that_a_machine_cannot_carry_out_is_refused_with_the_reason() {
+    let cpu: Cpu = "x86-64 +ssse3 +avx2 +avx512f +avx512bw +avx512dq +avx512vl".parse().unwrap();
+    let check = |text: &str| {
+        let columns = if text.contains("ntile=1") { Columns::One } else { Columns::Many };
+        let error = text.parse::<Schedule>().unwrap().check(&KernelSpec { k: 2560, columns }, &cpu).unwrap_err();
+        assert!(!error.to_string().contains('\n'), "{error}");
+        error
+    };
+    for text in [
+        "mad/avx512 layout=rows4x32 multiply=pairs unroll=1 ntile=1",
+        "mad/avx2 layout=rows4x16 multiply=pairs unroll=1 ntile=1",
+        "tl1/avx2 layout=lanes48 unroll=8 ntile=1",
+    ] {
+        assert!(matches!(check(text), ScheduleError::VectorWidth { .. }), "{text}");
+    }
+    for (text, kind) in [
+        ("mad/avx2 layout=rows8x64 multiply=pairs unroll=1 ntile=2", "vector"),
+        ("mad/avx512 layout=rows4x64 multiply=pairs unroll=1 ntile=8", "vector"),
+    ] {
+        match check(text) {
+            ScheduleError::Registers { kind: found, needed, available, .. } => {
+                assert!(found == kind && needed > available, "{text}: {found} {needed} of {available}");
+            }
+            other => panic!("{text}: {other}"),
+        }
+    }
+    for text in [
+        "mad/clif128 layout=rows4x64 multiply=pairs unroll=1 ntile=1 prefetch=64",
+        "mad/avx2 layout=rows4x64 multiply=pairs unroll=1 ntile=1 prefetch=100",
+    ] {
+        assert!(matches!(check(text), ScheduleError::Parameter { name: "prefetch", .. }), "{text}");
     }
 }
 
@@ -67,6 +112,11 @@ fn sums_of_16_bits_are_legal_up_to_their_bound_and_not_beyond() {
     let mut beyond = schedule(64, 4);
     beyond.unroll = 8;
     assert!(beyond.check(&spec, &host()).is_err());
+    // Lanes flush after 16 groups, 64 pairs, whatever is unrolled.
+    for unroll in [1, 2, 4] {
+        let text = format!("mad/clif128 layout=lanes8x4 multiply=pairs unroll={unroll} ntile=1");
+        compile(&[(spec, text.parse().unwrap())], &host()).unwrap();
+    }
 }
 
 #[test]
@@ -86,6 +136,7 @@ fn a_schedule_prints_and_parses_back() {
         "mad/clif128 layout=rows4x64 multiply=pairs unroll=x ntile=1",
         "tl1/clif128 layout=lanes32 multiply=dot unroll=8 ntile=1",
         "mad/avx9 layout=rows4x64 multiply=pairs unroll=1 ntile=1",
+        "vlut/clif128 layout=lanes16x4 multiply=pairs unroll=8 ntile=8",
         "fft/clif128 layout=rows4x64 multiply=pairs unroll=1 ntile=1",
         "mad/clif128 layout=rows4x64 multiply=pairs unroll=1 ntile=1 speed=9",
     ] {
@@ -113,5 +164,22 @@ fn the_ir_of_the_smallest_kernels_is_what_was_reviewed() {
         ("tl1", "tl1/clif128 layout=lanes16 unroll=2 ntile=1"),
     ] {
         insta::assert_snapshot!(name, ternion_compiler::clif_text(&spec, &text.parse().unwrap(), &cpu).unwrap());
+    }
+}
+
+#[test]
+fn the_machine_code_of_the_smallest_wide_kernels_is_what_was_reviewed() {
+    let avx2: Cpu = "x86-64 +ssse3 +avx2".parse().unwrap();
+    let avx512: Cpu = "x86-64 +avx512f +avx512bw +avx512dq +avx512vl +avx512vnni".parse().unwrap();
+    let spec = KernelSpec { k: 1024, columns: Columns::One };
+    for (name, cpu, text) in [
+        ("mad_avx2", avx2, "mad/avx2 layout=rows4x32 multiply=pairs unroll=1 ntile=1"),
+        ("mad_avx512", avx512, "mad/avx512 layout=rows4x64 multiply=dot unroll=1 ntile=1 prefetch=1024"),
+        ("mad_lanes_avx2", avx2, "mad/avx2 layout=lanes8x4 multiply=pairs unroll=1 ntile=1"),
+        ("mad_lanes_avx512", avx512, "mad/avx512 layout=lanes16x4 multiply=dot unroll=1 ntile=1"),
+        ("tl1_avx2", avx2, "tl1/avx2 layout=lanes32 unroll=2 ntile=1"),
+    ] {
+        let text = ternion_compiler::asm_text(&spec, &text.parse().unwrap(), &cpu).unwrap();
+        insta::assert_snapshot!(name, text.expect("the CPU is an x86-64"));
     }
 }

@@ -1,15 +1,96 @@
 //! Kernel families, one file each, written once over the [`Machine`](crate::machine::Machine).
 
 mod mad;
+pub(crate) mod mad_lanes;
 pub(crate) mod tl1;
+pub(crate) mod vlut;
 
-use crate::machine::Machine;
-use crate::{Family, KernelSpec, Schedule};
+use crate::machine::{Argument, Int, IntVariable, Machine, advance, while_at_least};
+use crate::{Columns, Family, KernelSpec, Layout, Schedule};
 
 /// Emits the body of the kernel for a schedule that [`Schedule::check`] has found legal.
 pub(crate) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
-    match schedule.family {
-        Family::Mad => mad::emit(m, spec, schedule),
-        Family::Tl1 => tl1::emit(m, spec, schedule),
+    match (schedule.family, schedule.layout) {
+        (Family::Mad, Layout::Lanes { .. }) => mad_lanes::emit(m, spec, schedule),
+        (Family::Mad, _) => mad::emit(m, spec, schedule),
+        (Family::Tl1, _) => tl1::emit(m, spec, schedule),
+        (Family::Vlut, _) => vlut::emit(m, spec, schedule),
+    }
+}
+
+/// One tile of rows and a few columns: where they are while the kernel runs.
+struct Tile {
+    /// Address of the tile's weights.
+    weights: Int,
+    /// Address of the first prepared column; the others follow, one right after the other.
+    activations: Int,
+    /// Address of `Σa` of the first column, `i32` each.
+    sums: Int,
+    /// Address of the result of the first row in the first column.
+    out: Int,
+    /// Number of columns.
+    columns: usize,
+}
+
+impl Tile {
+    /// Emits `body` for every column with its number and the address of its first result.
+    fn for_each_column(&self, m: &mut dyn Machine, mut body: impl FnMut(&mut dyn Machine, usize, Int)) {
+        let mut out = self.out;
+        for c in 0..self.columns {
+            body(m, c, out);
+            if c + 1 < self.columns {
+                let stride = m.argument(Argument::OutStride);
+                out = m.add(out, stride);
+            }
+        }
+    }
+}
+
+/// Emits the loops over the tiles of a call and, within a tile, over its columns: `ntile` at a time, then one by one.
+fn for_each_tile(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule, body: impl Fn(&mut dyn Machine, &Tile)) {
+    let (layout, ntile) = (schedule.layout, usize::from(schedule.ntile));
+    let column_bytes = schedule.activation_format().bytes(spec.k);
+    let weights = m.argument(Argument::Weights);
+    let out = m.argument(Argument::Out);
+    let tiles = m.argument(Argument::Tiles);
+    let [weights, out, tiles] = [weights, out, tiles].map(|start| m.int_variable(start));
+    while_at_least(m, tiles, 1, |m| {
+        let activations = m.argument(Argument::Activations);
+        let sums = m.argument(Argument::Sums);
+        let (tile, first_out) = (m.get_int(weights), m.get_int(out));
+        if spec.columns == Columns::One {
+            body(m, &Tile { weights: tile, activations, sums, out: first_out, columns: 1 });
+        } else {
+            let left = m.argument(Argument::Columns);
+            let [column, sums, column_out, left] =
+                [activations, sums, first_out, left].map(|start| m.int_variable(start));
+            let mut columns_by = |columns: usize| {
+                while_at_least(m, left, columns as i32, |m| {
+                    let [activations, sums_now, out] = [column, sums, column_out].map(|now| m.get_int(now));
+                    body(m, &Tile { weights: tile, activations, sums: sums_now, out, columns });
+                    advance(m, column, (columns * column_bytes) as i32);
+                    advance(m, sums, 4 * columns as i32);
+                    advance_by(m, column_out, Argument::OutStride, columns);
+                    advance(m, left, -(columns as i32));
+                });
+            };
+            columns_by(ntile);
+            if ntile > 1 {
+                columns_by(1);
+            }
+        }
+        advance(m, weights, layout.tile_bytes(spec.k) as i32);
+        advance(m, out, 4 * layout.tile_rows() as i32);
+        advance(m, tiles, -1);
+    });
+}
+
+/// `variable += times · argument`.
+fn advance_by(m: &mut dyn Machine, variable: IntVariable, argument: Argument, times: usize) {
+    let step = m.argument(argument);
+    for _ in 0..times {
+        let value = m.get_int(variable);
+        let next = m.add(value, step);
+        m.set_int(variable, next);
     }
 }

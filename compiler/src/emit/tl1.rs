@@ -28,6 +28,8 @@ struct Tl1 {
     /// Weight bytes of a row.
     steps: usize,
     tile_bytes: usize,
+    /// Bytes from one prepared column to the next.
+    column_bytes: usize,
 }
 
 /// Bytes of the tables of one step: four activations, two pairs, low and high parts.
@@ -39,6 +41,7 @@ pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
         unroll: schedule.unroll.into(),
         steps: schedule.layout.row_bytes(spec.k),
         tile_bytes: schedule.layout.tile_bytes(spec.k),
+        column_bytes: schedule.activation_format().bytes(spec.k),
     };
     let weights = m.argument(Argument::Weights);
     let out = m.argument(Argument::Out);
@@ -52,16 +55,14 @@ pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
         while_at_least(m, left, 1, |m| {
             let (tile, tables, results) = (m.get_int(weights), m.get_int(column), m.get_int(column_out));
             tl1.tile(m, tile, tables, results);
-            let stride = m.argument(Argument::ActivationStride);
-            let next = m.add(tables, stride);
-            m.set_int(column, next);
+            advance(m, column, tl1.column_bytes as i32);
             let stride = m.argument(Argument::OutStride);
             let next = m.add(results, stride);
             m.set_int(column_out, next);
             advance(m, left, -1);
         });
-        advance(m, weights, tl1.tile_bytes as i64);
-        advance(m, out, 4 * tl1.rows as i64);
+        advance(m, weights, tl1.tile_bytes as i32);
+        advance(m, out, 4 * tl1.rows as i32);
         advance(m, tiles, -1);
     });
 }
@@ -100,8 +101,8 @@ impl Tl1 {
             let turn = |m: &mut dyn Machine, count: usize| {
                 let (start, table) = (m.get_int(weights), m.get_int(tables));
                 self.steps(m, count, start, table, &sums);
-                advance(m, weights, (count * self.rows) as i64);
-                advance(m, tables, (count * STEP_TABLE_BYTES) as i64);
+                advance(m, weights, (count * self.rows) as i32);
+                advance(m, tables, (count * STEP_TABLE_BYTES) as i32);
             };
             repeat(m, steps / self.unroll, |m| turn(m, self.unroll));
             repeat(m, (steps % self.unroll).min(1), |m| turn(m, steps % self.unroll));
@@ -116,8 +117,7 @@ impl Tl1 {
     /// Adds `count` steps of all rows to the sums.
     fn steps(&self, m: &mut dyn Machine, count: usize, weights: Int, tables: Int, sums: &[Sums]) {
         let width = m.vector_bytes();
-        let (nibble, byte) = (m.splat8(15), m.splat8(255));
-        let low_byte = m.shift_right16(byte, 8);
+        let (nibble, low_byte) = (m.splat8(15), m.splat16(255));
         let mut high: Vec<Option<Vector>> = vec![None; sums.len()];
         for first in (0..count).step_by(2) {
             let mut low: Vec<Option<Vector>> = vec![None; sums.len()];

@@ -1,10 +1,10 @@
 //! One harness that checks any compiled kernel against `kernels-ref` and times it.
 //!
 //! A kernel is right if every result equals the reference's, and safe if it reads and writes nothing but what its
-//! contract names: its tiles of weights, its columns, their sums, its argument record, and whole tiles of results. The
-//! harness puts each of them into a buffer of its own, next to guard pages if asked to ([`Placement`]), makes the inputs
-//! read-only, separates columns by poison, and computes the tiles in two calls, the later tiles first: then it looks
-//! whether everything that should be there is, and whether everything else is as it was.
+//! contract names: its tiles of weights, its columns, their sums, its argument record, its scratch, and whole tiles of
+//! results. The harness puts each of them into a buffer of its own, next to guard pages if asked to ([`Placement`]), makes
+//! the inputs read-only, separates columns of results by poison, and computes the tiles in two calls, the later tiles
+//! first: then it looks whether everything that should be there is, and whether everything else is as it was.
 //!
 //! A read or write beyond a guard ends the process: whoever uses guards runs the harness in a process that may end.
 
@@ -24,7 +24,7 @@ pub use problem::{Data, Problem};
 use crate::check::Mismatch;
 use crate::kernel::KernelArgs;
 use crate::{Activations, Columns, Kernel, OutRows};
-use buffer::{Buffer, POISON};
+use buffer::{Buffer, Line, POISON};
 
 /// What is wrong with a kernel.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -36,6 +36,12 @@ pub enum Fault {
     #[error("the kernel wrote {offset} bytes from its first result, where nothing is to be written")]
     StrayWrite {
         /// Bytes from the first result of the first column.
+        offset: isize,
+    },
+    /// It wrote around its scratch.
+    #[error("the kernel wrote {offset} bytes from the start of its scratch, where nothing is to be written")]
+    StrayScratch {
+        /// Bytes from the first byte of scratch.
         offset: isize,
     },
     /// Not the kernel: the system gave no memory to run it in.
@@ -107,10 +113,10 @@ struct Run<'a> {
     /// Index of the first column in the problem.
     first_column: usize,
     activations: Buffer<u8>,
-    activation_stride: usize,
     sums: Buffer<i32>,
     results: Buffer<i32>,
     result_stride: usize,
+    scratch: Buffer<Line>,
 }
 
 impl<'a> Run<'a> {
@@ -124,15 +130,15 @@ impl<'a> Run<'a> {
     ) -> Result<Self, Fault> {
         let format = kernel.activation_format();
         let column_bytes = format.bytes(problem.k());
-        let activation_stride = column_bytes + if placement == Placement::Unaligned { 1 } else { 64 };
-        let mut activations = vec![POISON; (columns.len() - 1) * activation_stride + column_bytes];
-        for (column, target) in columns.iter().zip(activations.chunks_mut(activation_stride)) {
-            format.prepare(column.values(), &mut target[..column_bytes]);
+        let mut activations = vec![POISON; columns.len() * column_bytes];
+        for (column, target) in columns.iter().zip(activations.chunks_mut(column_bytes)) {
+            format.prepare(column.values(), target);
         }
         let sums: Vec<i32> = columns.iter().map(QuantizedRow::sum).collect();
         let layout = kernel.layout();
         let rows = layout.tiles(problem.m()) * layout.tile_rows();
         let result_stride = rows + RESULT_GAP;
+        let scratch_bytes = kernel.schedule().scratch_bytes(layout.tiles(problem.m()));
         Ok(Self {
             kernel,
             problem,
@@ -140,10 +146,10 @@ impl<'a> Run<'a> {
             weights,
             first_column,
             activations: Buffer::read_only(&activations, placement)?,
-            activation_stride,
             sums: Buffer::read_only(&sums, placement)?,
             results: Buffer::poisoned((columns.len() - 1) * result_stride + rows, placement)?,
             result_stride,
+            scratch: Buffer::poisoned(scratch_bytes.div_ceil(size_of::<Line>()), placement)?,
         })
     }
 
@@ -151,11 +157,12 @@ impl<'a> Run<'a> {
     fn arguments(&mut self, tiles: Range<usize>) -> Result<Option<Buffer<KernelArgs>>, Fault> {
         let activations = Activations {
             columns: self.activations.elements(),
-            stride: self.activation_stride,
+            stride: self.kernel.activation_format().bytes(self.problem.k()),
             sums: self.sums.elements(),
         };
         let out = OutRows::new(self.results.elements_mut(), self.result_stride);
-        let args = self.kernel.arguments(self.weights.elements(), tiles, &activations, &out);
+        let scratch = self.scratch.elements_mut().as_mut_ptr().cast();
+        let args = self.kernel.arguments(self.weights.elements(), tiles, &activations, &out, scratch);
         Ok(args.map(|args| Buffer::read_only(&[args], self.placement)).transpose()?)
     }
 
@@ -181,6 +188,9 @@ impl<'a> Run<'a> {
     fn verify(&self, tiles: Range<usize>) -> Result<(), Fault> {
         if let Some(offset) = self.results.stray_write() {
             return Err(Fault::StrayWrite { offset });
+        }
+        if let Some(offset) = self.scratch.stray_write() {
+            return Err(Fault::StrayScratch { offset });
         }
         let (m, tile_rows) = (self.problem.m(), self.kernel.layout().tile_rows());
         let computed = tiles.start * tile_rows..tiles.end * tile_rows;

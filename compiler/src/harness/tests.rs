@@ -3,7 +3,8 @@
 use std::process::Command;
 
 use super::*;
-use crate::compile::compile_unchecked;
+use crate::compile::{compile_anything, compile_unchecked};
+use crate::emit::vlut;
 use crate::{Cpu, KernelSpec, Schedule, compile};
 
 fn host() -> Cpu {
@@ -47,6 +48,18 @@ fn sums_at_their_bound_are_right_and_beyond_it_the_harness_says_so() {
 }
 
 #[test]
+fn sums_of_more_lookups_than_vlut_adds_up_in_16_bits_overflow() {
+    let spec = KernelSpec { k: 4096, columns: Columns::Many };
+    let schedule = schedule("vlut/clif128 layout=lanes16x4 unroll=8 ntile=8");
+    let outcome = |groups| {
+        let kernel = compile_anything(spec, schedule, &host(), |m| vlut::emit_with(m, &spec, &schedule, groups));
+        check(&kernel, &Problem::new(Data::SameSign, 3, spec.k, 9, 1), Placement::Heap)
+    };
+    assert_eq!(outcome(vlut::MAX_GROUPS), Ok(()));
+    assert!(matches!(outcome(2 * vlut::MAX_GROUPS), Err(Fault::Mismatch(_))));
+}
+
+#[test]
 fn what_lies_beyond_a_bound_cannot_be_compiled() {
     for (text, fits) in BOUNDS {
         let refused = schedule(text).check(&SPEC, &host());
@@ -70,6 +83,7 @@ fn a_kernel_that_writes_too_many_rows_is_found() {
 #[test]
 fn a_kernel_that_reads_past_its_weights_ends_the_process() {
     const CHILD: &str = "TERNION_TEST_READS_TOO_FAR";
+    const ABOUT_TO: &str = "about to read too far";
     let long = compile_unchecked(
         KernelSpec { k: 512, columns: Columns::One },
         schedule("mad/clif128 layout=rows4x16 multiply=pairs unroll=1 ntile=1"),
@@ -77,6 +91,7 @@ fn a_kernel_that_reads_past_its_weights_ends_the_process() {
     );
     if std::env::var_os(CHILD).is_some() {
         let short = long.mislabelled(KernelSpec { k: 256, columns: Columns::One }, long.schedule());
+        println!("{ABOUT_TO}");
         let outcome = check(&short, &Problem::new(Data::Random, 4, 256, 1, 3), Placement::BeforeGuard);
         // Not reached; a parent that sees this ending fails.
         println!("survived: {outcome:?}");
@@ -89,7 +104,8 @@ fn a_kernel_that_reads_past_its_weights_ends_the_process() {
         .env(CHILD, "1")
         .output()
         .unwrap();
-    assert!(!output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains(ABOUT_TO) && !said.contains("survived") && !output.status.success(), "{said}");
 }
 
 #[test]

@@ -16,7 +16,7 @@ use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{CodegenError, Context};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext, Variable};
 
-use super::{Argument, Int, IntVariable, Loop, Machine, Vector, VectorVariable};
+use super::{Argument, Code, Int, IntVariable, Loop, Machine, Vector, VectorVariable};
 use crate::{Arch, Cpu, Feature};
 
 /// The target that Cranelift compiles for: `cpu` with exactly its features.
@@ -43,14 +43,6 @@ pub(crate) fn isa(cpu: &Cpu) -> Result<OwnedTargetIsa, CodegenError> {
     builder.finish(settings::Flags::new(flags))
 }
 
-/// Machine code of one function, free of relocations, and what it needs to run.
-pub(crate) struct Code {
-    /// The instructions.
-    pub(crate) bytes: Vec<u8>,
-    /// Required alignment of the first one, in bytes.
-    pub(crate) alignment: u64,
-}
-
 /// Compiles the function that `emit` describes.
 pub(crate) fn compile(cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<Code, CodegenError> {
     let isa = isa(cpu)?;
@@ -59,7 +51,8 @@ pub(crate) fn compile(cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<
     if !compiled.buffer.relocs().is_empty() {
         return Err(CodegenError::Unsupported("a kernel that calls other code".to_owned()));
     }
-    Ok(Code { bytes: compiled.code_buffer().to_vec(), alignment: compiled.buffer.alignment.into() })
+    let bytes = compiled.code_buffer().to_vec();
+    Ok(Code { instructions: bytes.len(), bytes, alignment: compiled.buffer.alignment.into() })
 }
 
 /// The function's IR as text.
@@ -143,13 +136,24 @@ impl Clif<'_> {
         vector(operation(&mut self.builder, a, b))
     }
 
-    fn constant(&mut self, bytes: [u8; 16]) -> Vector {
+    fn vector_constant(&mut self, bytes: [u8; 16]) -> Vector {
         let constant = self.builder.func.dfg.constants.insert(ConstantData::from(V128Imm(bytes).0.as_slice()));
         vector(self.builder.ins().vconst(types::I8X16, constant))
     }
 
     fn load_typed(&mut self, lanes: Type, address: Int, offset: i32) -> Value {
         self.builder.ins().load(lanes, input_flags(), Value::from_u32(address.0), offset)
+    }
+
+    /// The bytes of `a` and `b` in another order: `byte(first, i)` is the number of byte i of a result, with `first` 0
+    /// for one result and 8 for the other.
+    fn shuffle(&mut self, a: Vector, b: Vector, byte: impl Fn(usize, usize) -> usize) -> [Vector; 2] {
+        let (a, b) = (self.typed(a, types::I8X16), self.typed(b, types::I8X16));
+        [0, 8].map(|first| {
+            let bytes = std::array::from_fn::<u8, 16, _>(|i| byte(first, i) as u8);
+            let mask = self.builder.func.dfg.immediates.push(ConstantData::from(bytes.as_slice()));
+            vector(self.builder.ins().shuffle(a, b, mask))
+        })
     }
 
     fn open(&mut self, head: Block, exit: Block, counter: Option<Variable>) -> Loop {
@@ -180,8 +184,29 @@ impl Machine for Clif<'_> {
         int(self.builder.ins().iadd(Value::from_u32(a.0), Value::from_u32(b.0)))
     }
 
-    fn add_constant(&mut self, a: Int, constant: i64) -> Int {
-        int(self.builder.ins().iadd_imm_s(Value::from_u32(a.0), constant))
+    fn constant(&mut self, value: i32) -> Int {
+        int(self.builder.ins().iconst(types::I64, i64::from(value)))
+    }
+
+    fn min(&mut self, a: Int, b: Int) -> Int {
+        int(self.builder.ins().smin(Value::from_u32(a.0), Value::from_u32(b.0)))
+    }
+
+    fn shift_left(&mut self, a: Int, bits: u8) -> Int {
+        int(self.builder.ins().ishl_imm_u(Value::from_u32(a.0), i64::from(bits)))
+    }
+
+    fn load_byte(&mut self, address: Int, offset: i32) -> Int {
+        int(self.builder.ins().uload8(types::I64, input_flags(), Value::from_u32(address.0), offset))
+    }
+
+    fn copy32(&mut self, from: Int, from_offset: i32, to: Int, to_offset: i32) {
+        let value = self.builder.ins().load(types::I32, memory_flags(), Value::from_u32(from.0), from_offset);
+        self.builder.ins().store(memory_flags(), value, Value::from_u32(to.0), to_offset);
+    }
+
+    fn add_constant(&mut self, a: Int, constant: i32) -> Int {
+        int(self.builder.ins().iadd_imm_s(Value::from_u32(a.0), i64::from(constant)))
     }
 
     fn int_variable(&mut self, initial: Int) -> IntVariable {
@@ -214,9 +239,9 @@ impl Machine for Clif<'_> {
         self.builder.def_var(Variable::from_u32(variable.0), value);
     }
 
-    fn begin_repeat(&mut self, count: usize) -> Loop {
+    fn begin_repeat(&mut self, count: i32) -> Loop {
         let counter = self.builder.declare_var(types::I64);
-        let count = self.builder.ins().iconst(types::I64, count as i64);
+        let count = self.builder.ins().iconst(types::I64, i64::from(count));
         self.builder.def_var(counter, count);
         let (head, exit) = (self.builder.create_block(), self.builder.create_block());
         self.builder.ins().jump(head, &[]);
@@ -224,13 +249,13 @@ impl Machine for Clif<'_> {
         self.open(head, exit, Some(counter))
     }
 
-    fn begin_while_at_least(&mut self, variable: IntVariable, bound: i64) -> Loop {
+    fn begin_while_at_least(&mut self, variable: IntVariable, bound: i32) -> Loop {
         let (head, body, exit) =
             (self.builder.create_block(), self.builder.create_block(), self.builder.create_block());
         self.builder.ins().jump(head, &[]);
         self.builder.switch_to_block(head);
         let value = self.builder.use_var(Variable::from_u32(variable.0));
-        let more = self.builder.ins().icmp_imm_s(IntCC::SignedGreaterThanOrEqual, value, bound);
+        let more = self.builder.ins().icmp_imm_s(IntCC::SignedGreaterThanOrEqual, value, i64::from(bound));
         self.builder.ins().brif(more, body, &[], exit, &[]);
         self.builder.switch_to_block(body);
         self.open(head, exit, None)
@@ -254,16 +279,21 @@ impl Machine for Clif<'_> {
     }
 
     fn zero(&mut self) -> Vector {
-        self.constant([0; 16])
+        self.vector_constant([0; 16])
     }
 
     fn splat8(&mut self, value: u8) -> Vector {
-        self.constant([value; 16])
+        self.vector_constant([value; 16])
+    }
+
+    fn splat16(&mut self, value: u16) -> Vector {
+        let bytes = value.to_le_bytes();
+        self.vector_constant(std::array::from_fn(|i| bytes[i % 2]))
     }
 
     fn splat32(&mut self, value: i32) -> Vector {
         let bytes = value.to_le_bytes();
-        self.constant(std::array::from_fn(|i| bytes[i % 4]))
+        self.vector_constant(std::array::from_fn(|i| bytes[i % 4]))
     }
 
     fn load(&mut self, address: Int, offset: i32) -> Vector {
@@ -283,12 +313,26 @@ impl Machine for Clif<'_> {
         vector(self.builder.ins().load(types::I8X16, memory_flags(), Value::from_u32(address.0), offset))
     }
 
+    fn load_widened8(&mut self, address: Int, offset: i32) -> Vector {
+        vector(self.builder.ins().sload8x8(memory_flags(), Value::from_u32(address.0), offset))
+    }
+
     fn store(&mut self, address: Int, offset: i32, value: Vector) {
         self.builder.ins().store(memory_flags(), Value::from_u32(value.0), Value::from_u32(address.0), offset);
     }
 
+    fn store64(&mut self, address: Int, offset: i32, value: Vector, part: usize) {
+        let value = self.typed(value, types::I64X2);
+        let value = self.builder.ins().extractlane(value, part as u8);
+        self.builder.ins().store(memory_flags(), value, Value::from_u32(address.0), offset);
+    }
+
     fn store_low128(&mut self, address: Int, offset: i32, value: Vector) {
         self.store(address, offset, value);
+    }
+
+    fn prefetch(&mut self, _address: Int, _offset: i32) {
+        // Cranelift has no such instruction; `Schedule::check` allows no distance here.
     }
 
     fn and(&mut self, a: Vector, b: Vector) -> Vector {
@@ -388,17 +432,21 @@ impl Machine for Clif<'_> {
     }
 
     fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2] {
-        let (a, b) = (self.typed(a, types::I8X16), self.typed(b, types::I8X16));
-        [0, 8].map(|first| {
-            // Lane pairs (a₀ b₀ a₁ b₁ …) of two bytes each; bytes of `b` are numbered from 16.
-            let bytes = std::array::from_fn::<u8, 16, _>(|i| (first + i / 4 * 2 + i % 2 + i / 2 % 2 * 16) as u8);
-            let mask = self.builder.func.dfg.immediates.push(ConstantData::from(bytes.as_slice()));
-            vector(self.builder.ins().shuffle(a, b, mask))
-        })
+        // Lane pairs (a₀ b₀ a₁ b₁ …) of two bytes each; bytes of `b` are numbered from 16.
+        self.shuffle(a, b, |first, i| first + i / 4 * 2 + i % 2 + i / 2 % 2 * 16)
+    }
+
+    fn interleave8(&mut self, a: Vector, b: Vector) -> [Vector; 2] {
+        self.shuffle(a, b, |first, i| first + i / 2 + i % 2 * 16)
     }
 
     fn widen16(&mut self, a: Vector) -> [Vector; 2] {
         let a = self.typed(a, types::I16X8);
         [self.builder.ins().uwiden_low(a), self.builder.ins().uwiden_high(a)].map(vector)
+    }
+
+    fn widen_signed16(&mut self, a: Vector) -> [Vector; 2] {
+        let a = self.typed(a, types::I16X8);
+        [self.builder.ins().swiden_low(a), self.builder.ins().swiden_high(a)].map(vector)
     }
 }

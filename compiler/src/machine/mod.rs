@@ -5,7 +5,19 @@
 //! lowest address. Values are immutable; what changes from one loop iteration to the next is a variable. A machine that
 //! lacks an operation is kept away from it by [`Schedule::check`](crate::Schedule::check).
 
-pub mod clif;
+pub(crate) mod clif;
+pub(crate) mod disassembly;
+pub(crate) mod wide;
+
+/// Machine code of one function, free of relocations, and what it needs to run.
+pub(crate) struct Code {
+    /// The instructions, and then the constants that they read.
+    pub(crate) bytes: Vec<u8>,
+    /// Bytes of the instructions.
+    pub(crate) instructions: usize,
+    /// Required alignment of the first byte.
+    pub(crate) alignment: u64,
+}
 
 /// An immutable vector value.
 #[derive(Clone, Copy, Debug)]
@@ -38,8 +50,6 @@ pub enum Argument {
     Tiles,
     /// Address of the first prepared column.
     Activations,
-    /// Bytes from one prepared column to the next.
-    ActivationStride,
     /// Number of columns, at least 1.
     Columns,
     /// Address of `Σa` of the first column, `i32` each.
@@ -48,6 +58,10 @@ pub enum Argument {
     Out,
     /// Bytes from one column of results to the next.
     OutStride,
+    /// Address of the last prepared column.
+    LastColumn,
+    /// Address of memory that the kernel may use as it likes, aligned to 64 bytes.
+    Scratch,
 }
 
 /// The operations that emitters are written in.
@@ -59,8 +73,18 @@ pub trait Machine {
     fn argument(&mut self, argument: Argument) -> Int;
     /// `a + b`.
     fn add(&mut self, a: Int, b: Int) -> Int;
+    /// A number.
+    fn constant(&mut self, value: i32) -> Int;
+    /// The smaller of two addresses or counts.
+    fn min(&mut self, a: Int, b: Int) -> Int;
+    /// `a · 2^bits`.
+    fn shift_left(&mut self, a: Int, bits: u8) -> Int;
+    /// An unsigned byte of weights.
+    fn load_byte(&mut self, address: Int, offset: i32) -> Int;
+    /// Copies 32 bits from one address to another, after the stores before it.
+    fn copy32(&mut self, from: Int, from_offset: i32, to: Int, to_offset: i32);
     /// `a + constant`.
-    fn add_constant(&mut self, a: Int, constant: i64) -> Int;
+    fn add_constant(&mut self, a: Int, constant: i32) -> Int;
 
     /// A new integer variable.
     fn int_variable(&mut self, initial: Int) -> IntVariable;
@@ -76,9 +100,9 @@ pub trait Machine {
     fn set(&mut self, variable: VectorVariable, value: Vector);
 
     /// Opens a loop that runs `count ≥ 1` times.
-    fn begin_repeat(&mut self, count: usize) -> Loop;
+    fn begin_repeat(&mut self, count: i32) -> Loop;
     /// Opens a loop that runs while `variable ≥ bound`, tested before each turn.
-    fn begin_while_at_least(&mut self, variable: IntVariable, bound: i64) -> Loop;
+    fn begin_while_at_least(&mut self, variable: IntVariable, bound: i32) -> Loop;
     /// Closes the loop that was opened last.
     fn end_loop(&mut self, open: Loop);
 
@@ -86,6 +110,8 @@ pub trait Machine {
     fn zero(&mut self) -> Vector;
     /// Every byte `value`.
     fn splat8(&mut self, value: u8) -> Vector;
+    /// Every 16-bit lane `value`.
+    fn splat16(&mut self, value: u16) -> Vector;
     /// Every 32-bit lane `value`.
     fn splat32(&mut self, value: i32) -> Vector;
     /// Loads a vector of weights or activations, which no store changes, from `address + offset`; no alignment needed.
@@ -94,12 +120,19 @@ pub trait Machine {
     fn load_table(&mut self, address: Int, offset: i32) -> Vector;
     /// Loads 32 bits into every 32-bit lane.
     fn load_splat32(&mut self, address: Int, offset: i32) -> Vector;
-    /// Loads a vector of results, after the stores before it.
+    /// Loads a vector of results or scratch, after the stores before it.
     fn load_result(&mut self, address: Int, offset: i32) -> Vector;
+    /// Loads half a vector of signed bytes of scratch into 16-bit lanes, after the stores before it.
+    fn load_widened8(&mut self, address: Int, offset: i32) -> Vector;
     /// Stores a vector.
     fn store(&mut self, address: Int, offset: i32, value: Vector);
+    /// Stores 8 bytes of a vector, the ones from `8 · part`.
+    fn store64(&mut self, address: Int, offset: i32, value: Vector, part: usize);
     /// Stores the lowest 16 bytes of a vector.
     fn store_low128(&mut self, address: Int, offset: i32, value: Vector);
+
+    /// Asks for the 64 bytes around `address + offset`, which need not exist, to be in the cache soon.
+    fn prefetch(&mut self, address: Int, offset: i32);
 
     /// Bitwise and.
     fn and(&mut self, a: Vector, b: Vector) -> Vector;
@@ -134,8 +167,12 @@ pub trait Machine {
     fn lookup(&mut self, table: Vector, index: Vector) -> Vector;
     /// The 16-bit lanes of `a` and `b` in turn, `a` first: the first half of the result, then the second.
     fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2];
+    /// The bytes of `a` and `b` in turn, within every 128 bits: from their lower halves, then from their upper halves.
+    fn interleave8(&mut self, a: Vector, b: Vector) -> [Vector; 2];
     /// Widens unsigned 16-bit lanes to 32 bits: the first half, then the second.
     fn widen16(&mut self, a: Vector) -> [Vector; 2];
+    /// Widens signed 16-bit lanes to 32 bits: the first half, then the second.
+    fn widen_signed16(&mut self, a: Vector) -> [Vector; 2];
 }
 
 /// Emits `body` once, in a loop that runs `count` times; no loop for a count of 1, nothing for 0.
@@ -144,7 +181,7 @@ pub fn repeat(m: &mut dyn Machine, count: usize, body: impl FnOnce(&mut dyn Mach
         0 => {}
         1 => body(m),
         _ => {
-            let open = m.begin_repeat(count);
+            let open = m.begin_repeat(count as i32);
             body(m);
             m.end_loop(open);
         }
@@ -152,14 +189,14 @@ pub fn repeat(m: &mut dyn Machine, count: usize, body: impl FnOnce(&mut dyn Mach
 }
 
 /// Emits `body` once, in a loop that runs while the variable is at least `bound`; the body lowers it.
-pub fn while_at_least(m: &mut dyn Machine, variable: IntVariable, bound: i64, body: impl FnOnce(&mut dyn Machine)) {
+pub fn while_at_least(m: &mut dyn Machine, variable: IntVariable, bound: i32, body: impl FnOnce(&mut dyn Machine)) {
     let open = m.begin_while_at_least(variable, bound);
     body(m);
     m.end_loop(open);
 }
 
 /// `variable += constant`.
-pub fn advance(m: &mut dyn Machine, variable: IntVariable, constant: i64) {
+pub fn advance(m: &mut dyn Machine, variable: IntVariable, constant: i32) {
     let value = m.get_int(variable);
     let next = m.add_constant(value, constant);
     m.set_int(variable, next);

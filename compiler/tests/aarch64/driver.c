@@ -18,11 +18,12 @@ struct kernel_args {
     const void *weights;
     uint64_t tiles;
     const void *activations;
-    uint64_t activation_stride;
     uint64_t columns;
     const void *sums;
     void *out;
     uint64_t out_stride;
+    const void *last_column;
+    void *scratch;
 };
 
 /* The generated table. */
@@ -37,10 +38,11 @@ struct vector {
     uint64_t name_at, name_bytes; /* of the data */
     uint64_t weights_at, weights_bytes;
     uint64_t tiles;
-    uint64_t activations_at, activations_bytes, activation_stride;
+    uint64_t activations_at, activations_bytes, column_bytes;
     uint64_t sums_at, columns;
     uint64_t expected_at; /* columns × m results; 0: any results will do */
     uint64_t m, rows, out_stride;
+    uint64_t scratch_bytes; /* a multiple of 64, so that the scratch is aligned to 64 bytes */
 };
 
 static const uint32_t poison = 0xa5a5a5a5;
@@ -93,12 +95,16 @@ static int poisoned(const uint8_t *from, const uint8_t *to) {
     return 1;
 }
 
+static int untouched_around(struct buffer b, size_t bytes) {
+    const uint8_t *first = b.pages + b.page;
+    return poisoned(first, b.bytes) && poisoned(b.bytes + bytes, first + b.accessible);
+}
+
 /* Whether the results are the expected ones, with nothing written between and around them. */
-static int right(const struct vector *v, struct buffer out, size_t out_bytes) {
+static int right(const struct vector *v, struct buffer out, size_t out_bytes, struct buffer scratch) {
     const uint32_t *results = (const uint32_t *)out.bytes;
-    const uint8_t *first = out.pages + out.page;
-    if (!poisoned(first, out.bytes) || !poisoned(out.bytes + out_bytes, first + out.accessible)) {
-        say_case("wrote around the results");
+    if (!untouched_around(out, out_bytes) || !untouched_around(scratch, v->scratch_bytes)) {
+        say_case("wrote around the results or the scratch");
         return 0;
     }
     for (uint64_t c = 0; c < v->columns; c++) {
@@ -126,14 +132,16 @@ static int run(const struct vector *v, int before_guard) {
     struct buffer activations = place(file + v->activations_at, v->activations_bytes, before_guard);
     struct buffer sums = place(file + v->sums_at, 4 * v->columns, before_guard);
     struct buffer out = place(NULL, out_bytes, before_guard);
-    struct kernel_args record = {weights.bytes, v->tiles,   activations.bytes, v->activation_stride,
-                                 v->columns,    sums.bytes, out.bytes,         4 * v->out_stride};
+    struct buffer scratch = place(NULL, v->scratch_bytes, before_guard);
+    const uint8_t *last_column = activations.bytes + v->activations_bytes - v->column_bytes;
+    struct kernel_args record = {weights.bytes, v->tiles,          activations.bytes, v->columns,   sums.bytes,
+                                 out.bytes,     4 * v->out_stride, last_column,       scratch.bytes};
     struct buffer args = place(&record, sizeof record, before_guard);
     now = v;
     placement = before_guard ? "before-guard" : "after-guard";
     kernels[v->kernel].run((const struct kernel_args *)args.bytes);
-    int ok = right(v, out, out_bytes);
-    release(weights), release(activations), release(sums), release(out), release(args);
+    int ok = right(v, out, out_bytes, scratch);
+    release(weights), release(activations), release(sums), release(out), release(scratch), release(args);
     return ok;
 }
 

@@ -1,0 +1,204 @@
+//! `mad` over lanes: a 32-bit lane is a row, so nothing is added up across lanes.
+//!
+//! A lane holds four weight bytes of its row, sixteen weights. Shifting and masking gives four vectors of codes, each of
+//! which meets four activations of a plane, the same for every row: 32 bits of memory in every lane. With many columns
+//! the codes are unpacked once for all of them.
+//!
+//! ```text
+//! for tile of rows                       weights: one sequential stream
+//!   for ntile columns                    the tile stays in cache
+//!     for group of 16 k                  `unroll` groups per turn
+//!       for place in byte: codes of all vectors of rows, then for each column a multiply-add per vector
+//!     subtract Σa, store
+//! ```
+//!
+//! With `dot` the 32-bit results stay in registers; as many columns as there are registers hide its latency, and with
+//! few columns the places of a byte get sums of their own. With `pairs` the registers hold 16-bit sums, which go to the
+//! results in memory before they can overflow.
+
+use super::{Tile, for_each_tile};
+use crate::activations::plane_bytes;
+use crate::machine::{Int, Machine, Vector, advance, repeat};
+use crate::{KernelSpec, Layout, Multiply, Schedule};
+
+/// Groups of 16 weights whose products 16-bit sums of pairs can take: 64 times at most 2·2·127.
+pub(crate) const MAX_PAIR_GROUPS: usize = i16::MAX as usize / (2 * 2 * 127) / 4;
+
+/// Sums that should be under way at once: a multiply-add takes some four cycles, and a CPU starts up to two per cycle.
+const CHAINS: usize = 8;
+
+/// The compile-time facts of one kernel.
+struct MadLanes {
+    /// Vectors of rows.
+    vectors: usize,
+    /// Bytes of one group of all rows.
+    group_bytes: usize,
+    /// Groups of a row.
+    groups: usize,
+    unroll: usize,
+    multiply: Multiply,
+    prefetch: i32,
+    /// Bytes from one activation plane to the next.
+    plane: usize,
+    /// Bytes from one prepared column to the next.
+    column: usize,
+}
+
+pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
+    let Layout::Lanes { rows, group } = schedule.layout else { return };
+    let group_bytes = usize::from(rows) * usize::from(group);
+    let mad = MadLanes {
+        vectors: group_bytes / m.vector_bytes(),
+        group_bytes,
+        groups: schedule.layout.row_bytes(spec.k) / usize::from(group),
+        unroll: schedule.unroll.into(),
+        multiply: schedule.multiply,
+        prefetch: schedule.prefetch.into(),
+        plane: plane_bytes(spec.k),
+        column: schedule.activation_format().bytes(spec.k),
+    };
+    for_each_tile(m, spec, schedule, |m, tile| match mad.multiply {
+        Multiply::Dot => mad.tile_of_dots(m, tile),
+        Multiply::Pairs => mad.tile_of_pairs(m, tile),
+    });
+}
+
+impl MadLanes {
+    /// One tile times a few columns, in 32-bit sums.
+    fn tile_of_dots(&self, m: &mut dyn Machine, tile: &Tile) {
+        let results = self.vectors * tile.columns;
+        let spread = if 2 * results > CHAINS { 1 } else { (CHAINS / results).min(4) };
+        let zero = m.zero();
+        // `[columns, vectors, spread]`.
+        let totals: Vec<_> = (0..results * spread).map(|_| m.vector_variable(zero)).collect();
+        self.for_each_turn(m, tile, self.groups, |m, count, weights, activations| {
+            let mut values: Vec<_> = totals.iter().map(|total| m.get(*total)).collect();
+            self.products(m, count, weights, activations, tile.columns, |m, [c, v, place], codes, activations| {
+                let at = (c * self.vectors + v) * spread + place % spread;
+                values[at] = m.dot(values[at], codes, activations);
+            });
+            for (total, value) in totals.iter().zip(values) {
+                m.set(*total, value);
+            }
+        });
+        let width = m.vector_bytes();
+        tile.for_each_column(m, |m, c, out| {
+            let sum = m.load_splat32(tile.sums, 4 * c as i32);
+            for v in 0..self.vectors {
+                let mut total = m.get(totals[(c * self.vectors + v) * spread]);
+                for part in 1..spread {
+                    let part = m.get(totals[(c * self.vectors + v) * spread + part]);
+                    total = m.add32(total, part);
+                }
+                let result = m.sub32(total, sum);
+                m.store(out, (v * width) as i32, result);
+            }
+        });
+    }
+
+    /// One tile times a few columns, in 16-bit sums of pairs and 32-bit results in memory.
+    fn tile_of_pairs(&self, m: &mut dyn Machine, tile: &Tile) {
+        let width = m.vector_bytes();
+        let zero = m.zero();
+        tile.for_each_column(m, |m, c, out| {
+            let sum = m.load_splat32(tile.sums, 4 * c as i32);
+            let negative = m.sub32(zero, sum);
+            for v in 0..self.vectors {
+                m.store(out, (v * width) as i32, negative);
+            }
+        });
+        let (weights, activations) = (m.int_variable(tile.weights), m.int_variable(tile.activations));
+        let block = MAX_PAIR_GROUPS / self.unroll * self.unroll;
+        let block_of = |m: &mut dyn Machine, groups: usize| {
+            let zero = m.zero();
+            // `[columns, vectors]`.
+            let sums: Vec<_> = (0..tile.columns * self.vectors).map(|_| m.vector_variable(zero)).collect();
+            let [first, column] = [weights, activations].map(|start| m.get_int(start));
+            let part = Tile { weights: first, activations: column, ..*tile };
+            self.for_each_turn(m, &part, groups, |m, count, weights, activations| {
+                let mut values: Vec<_> = sums.iter().map(|sum| m.get(*sum)).collect();
+                self.products(m, count, weights, activations, tile.columns, |m, [c, v, _], codes, activations| {
+                    let pairs = m.multiply_add_pairs(codes, activations);
+                    let at = c * self.vectors + v;
+                    values[at] = m.add16(values[at], pairs);
+                });
+                for (sum, value) in sums.iter().zip(values) {
+                    m.set(*sum, value);
+                }
+            });
+            tile.for_each_column(m, |m, c, out| {
+                for v in 0..self.vectors {
+                    let sum = m.get(sums[c * self.vectors + v]);
+                    let wide = m.sum_pairs16(sum);
+                    let old = m.load_result(out, (v * width) as i32);
+                    let new = m.add32(old, wide);
+                    m.store(out, (v * width) as i32, new);
+                }
+            });
+            advance(m, weights, (groups * self.group_bytes) as i32);
+            advance(m, activations, 4 * groups as i32);
+        };
+        repeat(m, self.groups / block, |m| block_of(m, block));
+        repeat(m, (self.groups % block).min(1), |m| block_of(m, self.groups % block));
+    }
+
+    /// Emits the loop over `groups` groups from the start of `tile`, `unroll` per turn, then the rest. `turn` gets the
+    /// number of groups and the addresses of their weights and of the first column's activations.
+    fn for_each_turn(
+        &self,
+        m: &mut dyn Machine,
+        tile: &Tile,
+        groups: usize,
+        mut turn: impl FnMut(&mut dyn Machine, usize, Int, Int),
+    ) {
+        let (weights, activations) = (m.int_variable(tile.weights), m.int_variable(tile.activations));
+        let mut turns = |m: &mut dyn Machine, times: usize, count: usize| {
+            repeat(m, times, |m| {
+                let (start, column) = (m.get_int(weights), m.get_int(activations));
+                turn(m, count, start, column);
+                advance(m, weights, (count * self.group_bytes) as i32);
+                advance(m, activations, 4 * count as i32);
+            });
+        };
+        turns(m, groups / self.unroll, self.unroll);
+        turns(m, (groups % self.unroll).min(1), groups % self.unroll);
+    }
+
+    /// Unpacks the codes of `count` groups and emits `multiply` for every column, vector of rows and place in a byte,
+    /// with the codes and the activations that they meet.
+    fn products(
+        &self,
+        m: &mut dyn Machine,
+        count: usize,
+        weights: Int,
+        activations: Int,
+        columns: usize,
+        mut multiply: impl FnMut(&mut dyn Machine, [usize; 3], Vector, Vector),
+    ) {
+        let width = m.vector_bytes();
+        let mask = m.splat8(3);
+        for group in 0..count {
+            let first = group * self.group_bytes;
+            let bytes: Vec<_> = (0..self.vectors).map(|v| m.load(weights, (first + v * width) as i32)).collect();
+            if self.prefetch > 0 {
+                for line in (first.next_multiple_of(64)..first + self.group_bytes).step_by(64) {
+                    m.prefetch(weights, line as i32 + self.prefetch);
+                }
+            }
+            for place in 0..4 {
+                let unpack = |bytes: &Vector| {
+                    let shifted = if place == 0 { *bytes } else { m.shift_right16(*bytes, 2 * place as u8) };
+                    m.and(shifted, mask)
+                };
+                let codes: Vec<_> = bytes.iter().map(unpack).collect();
+                for c in 0..columns {
+                    let offset = c * self.column + place * self.plane + 4 * group;
+                    let activations = m.load_splat32(activations, offset as i32);
+                    for (v, codes) in codes.iter().enumerate() {
+                        multiply(m, [c, v, place], *codes, activations);
+                    }
+                }
+            }
+        }
+    }
+}
