@@ -397,6 +397,7 @@ fn lock(path: &Path) -> Option<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shortlist::Shortlist;
 
     fn cpu() -> Cpu {
         "x86-64 +ssse3".parse().unwrap()
@@ -408,9 +409,8 @@ mod tests {
     }
 
     fn entry(m: usize, k: usize, budget_ms: u64) -> ShapeEntry {
-        let first = |columns| Schedule::candidates(&KernelSpec { k, columns }, &cpu())[0];
         let figures = Figures { minimum_us: 1.5, median_us: 2.5, samples: 3 };
-        let choice = Choice { one: first(Columns::One), many: first(Columns::Many) };
+        let choice = Shortlist::new(k, &cpu(), 8, &|_, _| false).guess().unwrap();
         ShapeEntry { m, k, choice, decode: figures, prompt: figures, raced: 8, budget_ms }
     }
 

@@ -119,12 +119,12 @@ mod tests {
     }
 
     #[test]
-    fn a_short_list_has_both_families_several_layouts_and_partners_for_all() {
+    fn a_short_list_has_several_families_and_layouts_and_partners_for_all() {
         let entrants = list(8).entrants;
         assert_eq!(entrants.len(), 8);
         let layouts: BTreeSet<_> = entrants.iter().map(|entrant| entrant.schedule.layout).collect();
         let families: BTreeSet<_> = entrants.iter().map(|entrant| entrant.schedule.family).collect();
-        assert_eq!((layouts.len(), families.len()), (3, 2));
+        assert!(layouts.len() >= 3 && families.len() >= 2, "{layouts:?} {families:?}");
         for layout in layouts {
             for columns in [Columns::One, Columns::Many] {
                 let has = |entrant: &Entrant| entrant.columns == columns && entrant.schedule.layout == layout;
@@ -142,11 +142,17 @@ mod tests {
     }
 
     #[test]
-    fn a_long_list_holds_every_legal_schedule_once() {
+    fn a_long_list_holds_every_legal_schedule_that_has_a_partner_once() {
         let cpu: Cpu = "x86-64 +ssse3".parse().unwrap();
-        let legal = |columns| Schedule::candidates(&KernelSpec { k: 256, columns }, &cpu).len();
+        let legal = |columns| Schedule::candidates(&KernelSpec { k: 256, columns }, &cpu);
+        let with_partner = |columns, partners: Columns| {
+            let partners = legal(partners);
+            let has_one = |one: &Schedule| partners.iter().any(|partner| partner.layout == one.layout);
+            legal(columns).into_iter().filter(has_one).count()
+        };
+        let expected = with_partner(Columns::One, Columns::Many) + with_partner(Columns::Many, Columns::One);
         let entrants = Shortlist::new(256, &cpu, 10_000, &|_, _| false).entrants;
-        assert_eq!(entrants.len(), legal(Columns::One) + legal(Columns::Many));
+        assert_eq!(entrants.len(), expected);
         let unique: BTreeSet<_> = entrants.iter().map(|entrant| (entrant.columns, entrant.schedule)).collect();
         assert_eq!(unique.len(), entrants.len());
     }
