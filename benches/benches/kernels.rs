@@ -3,13 +3,15 @@
 //! Criterion reports packed weights per second. The line after each decoding bench gives the share of the read bandwidth
 //! that was measured when the bench began, on the same threads.
 
+use std::collections::BTreeSet;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ternion_benches::{Matrix, SHAPES_2B4T};
-use ternion_compiler::{Columns, Cpu, Family, Kernel, KernelSpec, Multiply, Schedule, compile_each};
+use ternion_compiler::{Columns, Cpu, Kernel, KernelSpec, Schedule, compile, compile_each};
 use ternion_kernels_ref::matrix::ZERO_BYTE;
+use ternion_runtime::memory::PageBuffer;
 use ternion_runtime::team::{Team, available_threads};
 use ternion_tuner::{SystemStopwatch, Workers, probe};
 
@@ -19,15 +21,12 @@ const COLD_BYTES: usize = 512 << 20;
 /// Tokens of a prompt.
 const PROMPT: usize = 128;
 
-/// The best guess of every family and way to multiply.
+/// The best guess of every family on every machine.
 fn kernels(k: usize, columns: Columns, cpu: &Cpu) -> Vec<Kernel> {
     let spec = KernelSpec { k, columns };
-    let candidates = Schedule::candidates(&spec, cpu);
-    let kinds = [(Family::Mad, Multiply::Dot), (Family::Mad, Multiply::Pairs), (Family::Tl1, Multiply::Pairs)];
-    let first = |(family, multiply)| {
-        candidates.iter().find(|schedule| schedule.family == family && schedule.multiply == multiply)
-    };
-    let jobs: Vec<_> = kinds.into_iter().filter_map(first).map(|schedule| (spec, *schedule)).collect();
+    let mut seen = BTreeSet::new();
+    let mut jobs: Vec<_> = Schedule::candidates(&spec, cpu).into_iter().map(|schedule| (spec, schedule)).collect();
+    jobs.retain(|(_, schedule)| seen.insert((schedule.family, schedule.machine)));
     compile_each(&jobs, cpu).into_iter().filter_map(Result::ok).collect()
 }
 
@@ -35,7 +34,8 @@ fn benches(criterion: &mut Criterion) {
     let cpu = Cpu::host().expect("a CPU that ternion emits code for");
     let team = Team::new(available_threads()).expect("threads to measure on");
     let bandwidth = probe().memory_bandwidth(&team, &SystemStopwatch::start());
-    let weights = vec![ZERO_BYTE; COLD_BYTES];
+    let mut weights = PageBuffer::zeroed(COLD_BYTES).expect("memory for cold weights");
+    weights.fill(ZERO_BYTE);
     let threads = team.threads();
     for (m, k) in SHAPES_2B4T {
         let mut group = criterion.benchmark_group(format!("decode {m}x{k}, {threads} threads"));
@@ -80,9 +80,20 @@ fn benches(criterion: &mut Criterion) {
     }
 }
 
+/// Compiling and checking every kernel that a 2B4T-shaped model needs.
+fn compiling(criterion: &mut Criterion) {
+    let cpu = Cpu::host().expect("a CPU that ternion emits code for");
+    let specs =
+        [2560, 6912].into_iter().flat_map(|k| [Columns::One, Columns::Many].map(|columns| KernelSpec { k, columns }));
+    let jobs: Vec<_> = specs.map(|spec| (spec, Schedule::candidates(&spec, &cpu)[0])).collect();
+    criterion.bench_function("compile the kernels of 2B4T", |bencher| {
+        bencher.iter(|| compile(black_box(&jobs), &cpu).expect("legal schedules"));
+    });
+}
+
 criterion_group! {
     name = all;
     config = Criterion::default().sample_size(20).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
-    targets = benches
+    targets = compiling, benches
 }
 criterion_main!(all);

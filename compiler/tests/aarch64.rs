@@ -156,11 +156,12 @@ fn vectors(jobs: &[(KernelSpec, Schedule)]) -> Vec<u8> {
     for (kernel, (spec, schedule)) in jobs.iter().enumerate() {
         for kind in [Data::Random, Data::ALL[1 + kernel % 8], Data::ALL[1 + (kernel + 3) % 8]] {
             let k = spec.k;
-            let problem = problems.entry((k, kind)).or_insert_with(|| Problem::new(kind, M, k, 9, k as u64));
+            let problem = problems.entry((k, kind)).or_insert_with(|| Problem::new(kind, M, k, 17, k as u64));
             let n = match spec.columns {
                 Columns::One => 1,
                 Columns::Many => usize::from(schedule.ntile) + 1,
             };
+            assert!(n <= problem.columns().len());
             let (layout, format) = (schedule.layout, schedule.activation_format());
             let rows = layout.tiles(M) * layout.tile_rows();
             let stride = format.bytes(k);
@@ -196,7 +197,7 @@ fn vectors(jobs: &[(KernelSpec, Schedule)]) -> Vec<u8> {
                 M,
                 rows,
                 rows + 5,
-                schedule.scratch_bytes(layout.tiles(M)),
+                schedule.scratch_bytes(layout.tiles(M)).next_multiple_of(64),
             ];
             cases.extend(case.map(|word| word as u64));
         }

@@ -52,8 +52,8 @@ fn mixed_layouts(layer: usize, projection: Projection, _m: usize, _k: usize) -> 
     match (layer % 2, projection) {
         (_, Projection::Query) => Layout::Rows { rows: 4, chunk: 64 },
         (0, Projection::Key) => Layout::Rows { rows: 3, chunk: 16 },
-        (_, Projection::Value) => Layout::Lanes { rows: 32 },
-        (1, Projection::Gate) => Layout::Lanes { rows: 48 },
+        (_, Projection::Value) => Layout::Lanes { rows: 32, group: 1 },
+        (1, Projection::Gate) => Layout::Lanes { rows: 48, group: 1 },
         _ => Layout::Canonical,
     }
 }

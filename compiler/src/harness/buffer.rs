@@ -50,22 +50,28 @@ pub(super) struct Buffer<T> {
 
 enum Pages {
     /// Accessible as a whole.
-    Heap(Vec<u128>),
+    Heap(Vec<Line>),
     /// Accessible but for one page at either end.
     Guarded { allocation: Allocation, page: usize },
 }
 
+/// Memory as aligned as any element may ask for.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+#[expect(dead_code, reason = "its bytes are reached through pointers")]
+pub(super) struct Line([u8; 64]);
+
 impl Pages {
     fn first(&self) -> *const u8 {
         match self {
-            Self::Heap(words) => words.as_ptr().cast(),
+            Self::Heap(lines) => lines.as_ptr().cast(),
             Self::Guarded { allocation, page } => allocation.as_ptr::<u8>().wrapping_add(*page),
         }
     }
 
     fn first_mut(&mut self) -> *mut u8 {
         match self {
-            Self::Heap(words) => words.as_mut_ptr().cast(),
+            Self::Heap(lines) => lines.as_mut_ptr().cast(),
             Self::Guarded { allocation, page } => allocation.as_mut_ptr::<u8>().wrapping_add(*page),
         }
     }
@@ -73,7 +79,7 @@ impl Pages {
     /// Accessible bytes.
     fn len(&self) -> usize {
         match self {
-            Self::Heap(words) => size_of_val(words.as_slice()),
+            Self::Heap(lines) => size_of_val(lines.as_slice()),
             Self::Guarded { allocation, page } => allocation.len() - 2 * page,
         }
     }
@@ -88,6 +94,8 @@ pub(super) unsafe trait Plain: Copy {}
 unsafe impl Plain for u8 {}
 // SAFETY: any four bytes are an `i32`.
 unsafe impl Plain for i32 {}
+// SAFETY: bytes.
+unsafe impl Plain for Line {}
 // SAFETY: integers and raw pointers, which may hold any address.
 unsafe impl Plain for crate::kernel::KernelArgs {}
 
@@ -99,7 +107,7 @@ impl<T: Plain> Buffer<T> {
         let (pages, start) = match placement {
             Placement::Heap | Placement::Unaligned => {
                 let start = if placement == Placement::Heap { 0 } else { element.align() };
-                (Pages::Heap(vec![0; (start + bytes + MARGIN).div_ceil(size_of::<u128>())]), start)
+                (Pages::Heap(vec![Line([POISON; 64]); (start + bytes + MARGIN).div_ceil(64)]), start)
             }
             Placement::BeforeGuard | Placement::AfterGuard => {
                 let page = region::page::size();
@@ -133,7 +141,7 @@ impl<T: Plain> Buffer<T> {
     }
 
     pub(super) fn elements(&self) -> &[T] {
-        // SAFETY: `len` elements from `start` are accessible, aligned (a page or 16 bytes plus a multiple of the
+        // SAFETY: `len` elements from `start` are accessible, aligned (a page or 64 bytes plus a multiple of the
         // element's alignment) and hold values, since any bits are one.
         unsafe { std::slice::from_raw_parts(self.pages.first().wrapping_add(self.start).cast(), self.len) }
     }

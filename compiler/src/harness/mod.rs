@@ -2,10 +2,9 @@
 //!
 //! A kernel is right if every result equals the reference's, and safe if it reads and writes nothing but what its
 //! contract names: its tiles of weights, its columns, their sums, its argument record, its scratch, and whole tiles of
-//! results. The
-//! harness puts each of them into a buffer of its own, next to guard pages if asked to ([`Placement`]), makes the inputs
-//! read-only, and computes the tiles in two calls, the later tiles first: then it looks
-//! whether everything that should be there is, and whether everything else is as it was.
+//! results. The harness puts each of them into a buffer of its own, next to guard pages if asked to ([`Placement`]), makes
+//! the inputs read-only, separates columns of results by poison, and computes the tiles in two calls, the later tiles
+//! first: then it looks whether everything that should be there is, and whether everything else is as it was.
 //!
 //! A read or write beyond a guard ends the process: whoever uses guards runs the harness in a process that may end.
 
@@ -25,7 +24,7 @@ pub use problem::{Data, Problem};
 use crate::check::Mismatch;
 use crate::kernel::KernelArgs;
 use crate::{Activations, Columns, Kernel, OutRows};
-use buffer::{Buffer, POISON};
+use buffer::{Buffer, Line, POISON};
 
 /// What is wrong with a kernel.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -117,7 +116,7 @@ struct Run<'a> {
     sums: Buffer<i32>,
     results: Buffer<i32>,
     result_stride: usize,
-    scratch: Buffer<u8>,
+    scratch: Buffer<Line>,
 }
 
 impl<'a> Run<'a> {
@@ -139,7 +138,7 @@ impl<'a> Run<'a> {
         let layout = kernel.layout();
         let rows = layout.tiles(problem.m()) * layout.tile_rows();
         let result_stride = rows + RESULT_GAP;
-        let scratch_bytes = kernel.schedule().scratch_bytes(layout.tiles(problem.m())).next_multiple_of(64);
+        let scratch_bytes = kernel.schedule().scratch_bytes(layout.tiles(problem.m()));
         Ok(Self {
             kernel,
             problem,
@@ -150,7 +149,7 @@ impl<'a> Run<'a> {
             sums: Buffer::read_only(&sums, placement)?,
             results: Buffer::poisoned((columns.len() - 1) * result_stride + rows, placement)?,
             result_stride,
-            scratch: Buffer::poisoned(scratch_bytes, placement)?,
+            scratch: Buffer::poisoned(scratch_bytes.div_ceil(size_of::<Line>()), placement)?,
         })
     }
 
@@ -162,7 +161,7 @@ impl<'a> Run<'a> {
             sums: self.sums.elements(),
         };
         let out = OutRows::new(self.results.elements_mut(), self.result_stride);
-        let scratch = self.scratch.elements_mut().as_mut_ptr();
+        let scratch = self.scratch.elements_mut().as_mut_ptr().cast();
         let args = self.kernel.arguments(self.weights.elements(), tiles, &activations, &out, scratch);
         Ok(args.map(|args| Buffer::read_only(&[args], self.placement)).transpose()?)
     }

@@ -84,6 +84,7 @@ fn a_kernel_that_writes_too_many_rows_is_found() {
 #[test]
 fn a_kernel_that_reads_past_its_weights_ends_the_process() {
     const CHILD: &str = "TERNION_TEST_READS_TOO_FAR";
+    const ABOUT_TO: &str = "about to read too far";
     let long = compile_unchecked(
         KernelSpec { k: 512, columns: Columns::One },
         schedule("mad/clif128 layout=rows4x16 multiply=pairs unroll=1 ntile=1"),
@@ -91,6 +92,7 @@ fn a_kernel_that_reads_past_its_weights_ends_the_process() {
     );
     if std::env::var_os(CHILD).is_some() {
         let short = long.mislabelled(KernelSpec { k: 256, columns: Columns::One }, long.schedule());
+        println!("{ABOUT_TO}");
         let outcome = check(&short, &Problem::new(Data::Random, 4, 256, 1, 3), Placement::BeforeGuard);
         // Not reached; a parent that sees this ending fails.
         println!("survived: {outcome:?}");
@@ -103,7 +105,8 @@ fn a_kernel_that_reads_past_its_weights_ends_the_process() {
         .env(CHILD, "1")
         .output()
         .unwrap();
-    assert!(!output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains(ABOUT_TO) && !said.contains("survived") && !output.status.success(), "{said}");
 }
 
 #[test]

@@ -42,7 +42,7 @@ struct vector {
     uint64_t sums_at, columns;
     uint64_t expected_at; /* columns × m results; 0: any results will do */
     uint64_t m, rows, out_stride;
-    uint64_t scratch_bytes;
+    uint64_t scratch_bytes; /* a multiple of 64, so that the scratch is aligned to 64 bytes */
 };
 
 static const uint32_t poison = 0xa5a5a5a5;
@@ -95,12 +95,16 @@ static int poisoned(const uint8_t *from, const uint8_t *to) {
     return 1;
 }
 
+static int untouched_around(struct buffer b, size_t bytes) {
+    const uint8_t *first = b.pages + b.page;
+    return poisoned(first, b.bytes) && poisoned(b.bytes + bytes, first + b.accessible);
+}
+
 /* Whether the results are the expected ones, with nothing written between and around them. */
-static int right(const struct vector *v, struct buffer out, size_t out_bytes) {
+static int right(const struct vector *v, struct buffer out, size_t out_bytes, struct buffer scratch) {
     const uint32_t *results = (const uint32_t *)out.bytes;
-    const uint8_t *first = out.pages + out.page;
-    if (!poisoned(first, out.bytes) || !poisoned(out.bytes + out_bytes, first + out.accessible)) {
-        say_case("wrote around the results");
+    if (!untouched_around(out, out_bytes) || !untouched_around(scratch, v->scratch_bytes)) {
+        say_case("wrote around the results or the scratch");
         return 0;
     }
     for (uint64_t c = 0; c < v->columns; c++) {
@@ -136,7 +140,7 @@ static int run(const struct vector *v, int before_guard) {
     now = v;
     placement = before_guard ? "before-guard" : "after-guard";
     kernels[v->kernel].run((const struct kernel_args *)args.bytes);
-    int ok = right(v, out, out_bytes);
+    int ok = right(v, out, out_bytes, scratch);
     release(weights), release(activations), release(sums), release(out), release(scratch), release(args);
     return ok;
 }

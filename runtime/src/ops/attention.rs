@@ -247,11 +247,9 @@ mod tests {
     use proptest::prelude::*;
     use ternion_kernels_ref::{attention, widen};
 
-    type Level = (
-        fn(&[f32], &[u16], &[u16], usize, f32, Running<'_>),
-        fn(&[f32], &[f32], &[f32], usize, f32, Running<'_>),
-        fn(f32, &[f32], &mut [f32]),
-    );
+    type Attend<E> = fn(&[f32], &[E], &[E], usize, f32, Running<'_>);
+    type Finish = fn(f32, &[f32], &mut [f32]);
+    type Level = (Attend<u16>, Attend<f32>, Finish);
 
     const LEVELS: [Level; 2] =
         [(attend_block_f16, attend_block_f32, finish_attention), (attend_f16_body, attend_f32_body, finish_body)];
@@ -270,8 +268,8 @@ mod tests {
     }
 
     fn run<E: Copy>(
-        attend: fn(&[f32], &[E], &[E], usize, f32, Running<'_>),
-        finish: fn(f32, &[f32], &mut [f32]),
+        attend: Attend<E>,
+        finish: Finish,
         queries: &[f32],
         heads: usize,
         rows: &[&[E]],
