@@ -272,8 +272,9 @@ impl Schedule {
                     return Err(self.layout_error("fives4 to fives64"));
                 };
                 self.check_width(4 * usize::from(rows))?;
-                Self::check_lookup(cpu, "t5")?;
-                if self.machine == MachineKind::Avx512 && !cpu.has(Feature::Avx512vbmi) {
+                if self.machine != MachineKind::Avx512 {
+                    Self::check_lookup(cpu, "t5")?;
+                } else if !cpu.has(Feature::Avx512vbmi) {
                     let needs = Feature::Avx512vbmi.name();
                     return Err(ScheduleError::MissingFeature { what: "t5", needs, cpu: *cpu });
                 }
