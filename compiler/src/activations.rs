@@ -6,10 +6,11 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ActivationFormat {
     /// Four planes, plane j holding the activations of the j-th weight of every byte: `a[j], a[4+j], a[8+j] …`. A
-    /// vector of any width then meets its weights without a shuffle. Planes are padded with zeros to 64 bytes, and 64
-    /// bytes more make a column an odd number of cache lines: columns side by side then fall into different sets of
-    /// the cache.
+    /// vector of any width then meets its weights without a shuffle. Planes are padded with zeros to 64 bytes, and
+    /// columns to an odd number of cache lines: side by side they then fall into different sets of the cache.
     Planes,
+    /// The same with five planes, for five weights in a byte.
+    FivePlanes,
     /// For each pair of activations `(x, y)` a table over the 4-bit index `c₀ + 4·c₁` of two codes: entry
     /// `b = (c₀−1)·x + (c₁−1)·y + 254` in 0..=508, as 16 bytes `b mod 64` and then 16 bytes `b / 64`. Indices with a
     /// code 3 give 0. Two pairs (four activations, one weight byte) take 64 bytes.
@@ -24,7 +25,8 @@ impl ActivationFormat {
     #[must_use]
     pub const fn bytes(self, k: usize) -> usize {
         match self {
-            Self::Planes => 4 * plane_bytes(k) + 64,
+            Self::Planes => planes_bytes(k, 4),
+            Self::FivePlanes => planes_bytes(k, 5),
             Self::PairTables => k.div_ceil(4) * 64,
         }
     }
@@ -36,36 +38,36 @@ impl ActivationFormat {
     pub fn prepare(self, values: &[i8], target: &mut [u8]) {
         assert_eq!(target.len(), self.bytes(values.len()), "prepare: bytes of a column");
         match self {
-            Self::Planes => planes(values, target),
+            Self::Planes => planes::<4>(values, target),
+            Self::FivePlanes => planes::<5>(values, target),
             Self::PairTables => pair_tables(values, target),
         }
     }
 }
 
-/// Bytes of one plane of `k` activations.
-pub(crate) const fn plane_bytes(k: usize) -> usize {
-    k.div_ceil(4).next_multiple_of(64)
+/// Bytes of one of the planes that `k` activations are dealt out to.
+pub(crate) const fn plane_bytes(k: usize, planes: usize) -> usize {
+    k.div_ceil(planes).next_multiple_of(64)
 }
 
-fn planes(values: &[i8], target: &mut [u8]) {
-    let plane_bytes = plane_bytes(values.len());
-    let (p0, rest) = target.split_at_mut(plane_bytes);
-    let (p1, rest) = rest.split_at_mut(plane_bytes);
-    let (p2, rest) = rest.split_at_mut(plane_bytes);
-    let (p3, padding) = rest.split_at_mut(plane_bytes);
+/// Bytes of all planes and as much padding as makes an odd number of cache lines.
+const fn planes_bytes(k: usize, planes: usize) -> usize {
+    64 * ((planes * plane_bytes(k, planes) / 64) | 1)
+}
+
+fn planes<const N: usize>(values: &[i8], target: &mut [u8]) {
+    let (whole, tail) = values.as_chunks::<N>();
+    let plane_bytes = plane_bytes(values.len(), N);
+    let (planes, padding) = target.split_at_mut(N * plane_bytes);
     padding.fill(0);
-    let whole = values.len() / 4;
-    let quads = values.as_chunks::<4>().0;
-    for ((((quad, p0), p1), p2), p3) in
-        quads.iter().zip(&mut p0[..whole]).zip(&mut p1[..whole]).zip(&mut p2[..whole]).zip(&mut p3[..whole])
-    {
-        [*p0, *p1, *p2, *p3] = quad.map(i8::cast_unsigned);
-    }
-    let tail = &values[4 * whole..];
-    for (j, plane) in [p0, p1, p2, p3].into_iter().enumerate() {
-        plane[whole..].fill(0);
-        if let Some(value) = tail.get(j) {
-            plane[whole] = value.cast_unsigned();
+    for (j, plane) in planes.chunks_exact_mut(plane_bytes).enumerate() {
+        let (bytes, rest) = plane.split_at_mut(whole.len());
+        for (byte, values) in bytes.iter_mut().zip(whole) {
+            *byte = values[j].cast_unsigned();
+        }
+        rest.fill(0);
+        if let (Some(byte), Some(value)) = (rest.first_mut(), tail.get(j)) {
+            *byte = value.cast_unsigned();
         }
     }
 }
@@ -97,6 +99,16 @@ mod tests {
         assert_eq!((&plane(0)[..3], &plane(1)[..3]), (&[1, 5, 9][..], &[2, 6, 10][..]));
         assert_eq!((&plane(2)[..3], &plane(3)[..3]), (&[3, 7, 0][..], &[4, 8, 0][..]));
         assert!((0..4).all(|j| plane(j)[3..].iter().all(|b| *b == 0)));
+    }
+
+    #[test]
+    fn five_planes_hold_every_fifth_activation_and_zeros() {
+        let values: Vec<i8> = (1..=13).collect();
+        let mut target = vec![0xff; ActivationFormat::FivePlanes.bytes(13)];
+        ActivationFormat::FivePlanes.prepare(&values, &mut target);
+        assert_eq!(target.len(), 5 * 64, "already an odd number of cache lines");
+        let first: Vec<_> = (0..5).map(|j| &target[64 * j..][..4]).collect();
+        assert_eq!(first, [[1, 6, 11, 0], [2, 7, 12, 0], [3, 8, 13, 0], [4, 9, 0, 0], [5, 10, 0, 0]]);
     }
 
     #[test]

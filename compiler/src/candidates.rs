@@ -33,6 +33,11 @@ fn tl1(machine: MachineKind, rows: u8, unroll: u8) -> Schedule {
     Schedule { family: Family::Tl1, machine, layout, multiply: Multiply::Pairs, unroll, ntile: 1, prefetch: 0 }
 }
 
+fn t5(machine: MachineKind, vectors: usize, multiply: Multiply, unroll: u8) -> Schedule {
+    let layout = Layout::Fives { rows: (vectors * machine.vector_bytes() / 4) as u8 };
+    Schedule { family: Family::T5, ..mad(machine, layout, multiply, unroll) }
+}
+
 /// `lanes<R>x4` with 1, 2, 4 … vectors of rows.
 fn lanes(machine: MachineKind, vectors: usize) -> Layout {
     Layout::Lanes { rows: (vectors * machine.vector_bytes() / 4) as u8, group: 4 }
@@ -43,7 +48,7 @@ fn decoding(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Sched
     let prefetches: &[u16] = if machine == MachineKind::Clif128 { &[0] } else { &[0, 4096] };
     for prefetch in prefetches {
         let many = if machine == MachineKind::Avx512 { 4 } else { 8 };
-        for (vectors, unroll) in [(2, 2), (2, 1), (4, 1), (1, 2), (many, 1), (1, 4)] {
+        for (vectors, unroll) in [(2, 2), (2, 1), (1, 2), (many, 1), (1, 4), (1, 1)] {
             candidates
                 .push(Schedule { prefetch: *prefetch, ..mad(machine, lanes(machine, vectors), multiply, unroll) });
         }
@@ -56,6 +61,15 @@ fn decoding(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Sched
             }
             let layout = Layout::Rows { rows, chunk };
             candidates.push(Schedule { prefetch: *prefetch, ..mad(machine, layout, multiply, unroll) });
+        }
+    }
+    if machine != MachineKind::Avx512 {
+        candidates.push(t5(machine, 1, multiply, 1));
+    } else {
+        for prefetch in [0, 4096] {
+            for (vectors, unroll) in [(2, 1), (1, 1), (1, 2), (2, 2), (1, 4)] {
+                candidates.push(Schedule { prefetch, ..t5(machine, vectors, multiply, unroll) });
+            }
         }
     }
     if machine == MachineKind::Clif128 && multiply == Multiply::Pairs {
@@ -73,7 +87,7 @@ fn prompts(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Schedu
     let (vectors, ntiles): (&[usize], &[u8]) = match machine {
         MachineKind::Avx512 => (&[1, 2, 4], &[16, 8, 12, 6, 4, 24, 2]),
         MachineKind::Avx2 => (&[1, 2, 4], &[8, 4, 6, 12, 2]),
-        MachineKind::Clif128 => (&[16, 4, 2], &[6, 4, 8]),
+        MachineKind::Clif128 => (&[8, 4, 2], &[6, 4, 8]),
     };
     for vectors in vectors {
         for ntile in ntiles {
@@ -93,6 +107,13 @@ fn prompts(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Schedu
         }
     }
     candidates.extend([64, 128, 32, 16].map(|rows| tl1(machine, rows, 4)));
+    if machine != MachineKind::Avx512 {
+        candidates.push(Schedule { ntile: 4, ..t5(machine, 1, multiply, 1) });
+    } else {
+        for (vectors, ntile) in [(1, 16), (1, 8), (2, 8), (2, 4), (4, 4)] {
+            candidates.push(Schedule { ntile, ..t5(machine, vectors, multiply, 1) });
+        }
+    }
     for rows in [16, 32] {
         for unroll in [4, 8, 16] {
             let (layout, multiply) = (Layout::Lanes { rows, group: 4 }, Multiply::Pairs);

@@ -33,6 +33,11 @@ pub enum Layout {
         /// Bytes of one row before the next row's: 1 or 4.
         group: u8,
     },
+    /// `fives16`: as `lanes16x4`, but a byte holds five weights instead of four: `Σ code(5i + j) · 3ʲ`, at most 242.
+    Fives {
+        /// Rows of a tile, a multiple of 4.
+        rows: u8,
+    },
 }
 
 impl Layout {
@@ -41,7 +46,7 @@ impl Layout {
     pub const fn tile_rows(self) -> usize {
         match self {
             Self::Canonical => 1,
-            Self::Rows { rows, .. } | Self::Lanes { rows, .. } => rows as usize,
+            Self::Rows { rows, .. } | Self::Lanes { rows, .. } | Self::Fives { rows } => rows as usize,
         }
     }
 
@@ -58,6 +63,7 @@ impl Layout {
         match self {
             Self::Canonical => bytes,
             Self::Rows { chunk: part, .. } | Self::Lanes { group: part, .. } => bytes.next_multiple_of(part as usize),
+            Self::Fives { .. } => k.div_ceil(5).next_multiple_of(FIVES_GROUP),
         }
     }
 
@@ -94,6 +100,15 @@ impl Layout {
                     for (r, row) in rows.enumerate() {
                         for (c, bytes) in source.row(row).chunks(part.into()).enumerate() {
                             target[(c * tile_rows + r) * usize::from(part)..][..bytes.len()].copy_from_slice(bytes);
+                        }
+                    }
+                }
+                Self::Fives { .. } => {
+                    target.fill(five_trits(&[]));
+                    for (r, row) in rows.enumerate() {
+                        let codes: Vec<_> = row_codes(source.row(row)).take(source.k()).collect();
+                        for (i, codes) in codes.chunks(5).enumerate() {
+                            target[fives_place(tile_rows, r, i)] = five_trits(codes);
                         }
                     }
                 }
@@ -141,6 +156,14 @@ impl Layout {
                         target.copy_from_slice(&tile[(c * tile_rows + r) * usize::from(part)..][..target.len()]);
                     }
                 }
+                Self::Fives { .. } => {
+                    target.fill(ZERO_BYTE);
+                    for column in 0..k {
+                        let code = five_codes(tile[fives_place(tile_rows, r, column / 5)])[column % 5];
+                        let (byte, shift) = (&mut target[column / 4], 2 * (column % 4));
+                        *byte = *byte & !(3 << shift) | code << shift;
+                    }
+                }
                 Self::Lanes { .. } => {
                     for (target, byte) in target.iter_mut().zip(tile[r..].iter().step_by(tile_rows)) {
                         *target = *byte;
@@ -164,6 +187,32 @@ impl Layout {
     }
 }
 
+/// Bytes of a row that lie together in [`Layout::Fives`].
+const FIVES_GROUP: usize = 4;
+
+/// Where byte `i` of row `r` is in a tile of [`Layout::Fives`].
+const fn fives_place(tile_rows: usize, r: usize, i: usize) -> usize {
+    (i / FIVES_GROUP * tile_rows + r) * FIVES_GROUP + i % FIVES_GROUP
+}
+
+/// The two-bit codes in the bytes of a canonical row.
+fn row_codes(bytes: &[u8]) -> impl Iterator<Item = u8> {
+    bytes.iter().flat_map(|byte| [0, 2, 4, 6].map(|shift| byte >> shift & 3))
+}
+
+/// One byte of up to five codes; missing ones are trit 0, and a code that is no weight makes a byte that is none.
+fn five_trits(codes: &[u8]) -> u8 {
+    if codes.contains(&3) {
+        return u8::MAX;
+    }
+    (0..5).rev().fold(0, |byte, j| 3 * byte + codes.get(j).copied().unwrap_or(1))
+}
+
+/// The five codes of a byte, all 3 if it is no byte of five weights.
+fn five_codes(byte: u8) -> [u8; 5] {
+    if byte > 242 { [3; 5] } else { [1, 3, 9, 27, 81].map(|power| byte / power % 3) }
+}
+
 impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -171,13 +220,14 @@ impl fmt::Display for Layout {
             Self::Rows { rows, chunk } => write!(f, "rows{rows}x{chunk}"),
             Self::Lanes { rows, group: 1 } => write!(f, "lanes{rows}"),
             Self::Lanes { rows, group } => write!(f, "lanes{rows}x{group}"),
+            Self::Fives { rows } => write!(f, "fives{rows}"),
         }
     }
 }
 
 /// A word that names no layout.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no layout: expected canonical, rows<R>x<16|32|64>, lanes<R> or lanes<R>x4")]
+#[error("`{0}` is no layout: expected canonical, rows<R>x<16|32|64>, lanes<R>, lanes<R>x4 or fives<R>")]
 pub struct ParseLayoutError(String);
 
 impl FromStr for Layout {
@@ -191,6 +241,8 @@ impl FromStr for Layout {
                 (Ok(rows @ 1..), Ok(chunk @ (16 | 32 | 64))) => Some(Self::Rows { rows, chunk }),
                 _ => None,
             }
+        } else if let Some(rows) = text.strip_prefix("fives") {
+            rows.parse().ok().filter(|rows| rows % 4 == 0 && *rows > 0).map(|rows| Self::Fives { rows })
         } else {
             let sizes = text.strip_prefix("lanes").map(|sizes| sizes.split_once('x').unwrap_or((sizes, "1")));
             match sizes.map(|(rows, group)| (rows.parse(), group.parse())) {
@@ -233,6 +285,7 @@ mod tests {
             (1u8..=16, prop::sample::select(vec![16, 32, 64])).prop_map(|(rows, chunk)| Layout::Rows { rows, chunk }),
             (1u8..=4).prop_map(|groups| Layout::Lanes { rows: 16 * groups, group: 1 }),
             (1u8..=8).prop_map(|groups| Layout::Lanes { rows: 4 * groups, group: 4 }),
+            (1u8..=8).prop_map(|groups| Layout::Fives { rows: 4 * groups }),
         ]
     }
 
@@ -277,10 +330,25 @@ mod tests {
             "lanes16x1",
             "lanes16x2",
             "lanes6x4",
+            "fives0",
+            "fives6",
             "tiles",
         ] {
             assert!(text.parse::<Layout>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn five_weights_make_a_byte_and_code_3_makes_one_that_is_none() {
+        let source = [0b00_01_10_01, 0b01_11_10_10];
+        let row = PackedMatrix::new(1, 6, &source).unwrap();
+        let packed = Layout::Fives { rows: 4 }.pack(row);
+        // Codes 1 2 1 0 2, and 2 with padding.
+        assert_eq!((packed[0], packed[1]), (1 + 2 * 3 + 9 + 2 * 81, 2 + 3 + 9 + 27 + 81));
+        let row = PackedMatrix::new(1, 8, &source).unwrap();
+        let packed = Layout::Fives { rows: 4 }.pack(row);
+        assert_eq!(packed[1], 255);
+        assert_eq!(Layout::Fives { rows: 4 }.unpack(1, 8, &packed), Err(InvalidCode { row: 0, column: 5 }));
     }
 
     #[test]

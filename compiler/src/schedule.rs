@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::activations::ActivationFormat;
-use crate::emit::mad_lanes::MAX_PAIR_GROUPS;
+use crate::emit::mad_lanes::max_pair_groups;
 use crate::emit::tl1::MAX_UNROLL;
 use crate::machine::wide;
 use crate::{Arch, Columns, Cpu, Feature, KernelSpec, Layout, emit};
@@ -18,13 +18,20 @@ pub enum Family {
     Mad,
     /// Two trits are an index into a table of their sums, looked up by byte shuffles.
     Tl1,
+    /// As [`Mad`](Self::Mad), with five trits in a byte.
+    T5,
     /// For many columns at once: the weight byte is the row of a table of the sums of four activations.
     Vlut,
 }
 
 impl Family {
     /// All families.
-    pub const ALL: [Self; 3] = [Self::Mad, Self::Tl1, Self::Vlut];
+    pub const ALL: [Self; 4] = [Self::Mad, Self::Tl1, Self::T5, Self::Vlut];
+
+    /// Whether it multiplies, so that [`Multiply`] says how.
+    const fn multiplies(self) -> bool {
+        matches!(self, Self::Mad | Self::T5)
+    }
 }
 
 impl fmt::Display for Family {
@@ -32,6 +39,7 @@ impl fmt::Display for Family {
         f.write_str(match self {
             Self::Mad => "mad",
             Self::Tl1 => "tl1",
+            Self::T5 => "t5",
             Self::Vlut => "vlut",
         })
     }
@@ -42,7 +50,7 @@ impl FromStr for Family {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let known = Self::ALL.into_iter().find(|family| family.to_string() == text);
-        known.ok_or_else(|| ParseScheduleError(format!("family `{text}`: expected mad, tl1 or vlut")))
+        known.ok_or_else(|| ParseScheduleError(format!("family `{text}`: expected mad, tl1, t5 or vlut")))
     }
 }
 
@@ -140,9 +148,9 @@ pub struct Schedule {
 /// The most columns that may share a pass over a tile.
 const MAX_NTILE: u8 = 32;
 
-/// Largest sum of `vectors` vectors of codes, each four `pmaddubsw` pairs of code ≤ 2 and |activation| ≤ 127.
+/// Largest sum of the products of `vectors` vectors of codes, each a `pmaddubsw` pair of code ≤ 2 and |activation| ≤ 127.
 const fn pairs_bound(vectors: usize) -> usize {
-    vectors * 4 * 2 * 2 * 127
+    vectors * 2 * 2 * 127
 }
 
 /// Why a schedule cannot be used.
@@ -236,48 +244,48 @@ impl Schedule {
             (Columns::One, ntile) => return parameter("ntile", ntile, "1 for n=1"),
             (Columns::Many, ntile) => return parameter("ntile", ntile, "1 to 32"),
         }
-        if self.prefetch != 0 && self.family != Family::Mad {
-            let expected = "0: only mad prefetches";
+        if self.prefetch != 0 && !self.family.multiplies() {
+            let expected = "0: only mad and t5 prefetch";
             return Err(ScheduleError::Parameter { name: "prefetch", value: self.prefetch.into(), expected });
         }
-        if self.multiply != Multiply::Pairs && self.family != Family::Mad {
-            return parameter("multiply", self.multiply as u8, "none: only mad multiplies");
+        if self.multiply != Multiply::Pairs && !self.family.multiplies() {
+            return parameter("multiply", self.multiply as u8, "none: only mad and t5 multiply");
         }
         match self.family {
             Family::Mad => {
-                // Vectors of codes whose products 16-bit sums take before they are widened.
+                // Vectors of codes whose products are summed in 16 bits before they are widened.
                 let vectors = match self.layout {
                     Layout::Rows { rows: 4 | 8, chunk } => {
                         self.check_width(chunk.into())?;
-                        usize::from(chunk) / self.machine.vector_bytes() * usize::from(self.unroll)
+                        4 * usize::from(chunk) / self.machine.vector_bytes() * usize::from(self.unroll)
                     }
                     Layout::Lanes { rows: rows @ 1..=64, group: 4 } => {
                         self.check_width(4 * usize::from(rows))?;
-                        MAX_PAIR_GROUPS
+                        4 * max_pair_groups(4)
                     }
                     _ => return Err(self.layout_error("rows4x…, rows8x… or lanes4x4 to lanes64x4")),
                 };
-                if !matches!(self.unroll, 1 | 2 | 4) {
-                    return parameter("unroll", self.unroll, "1, 2 or 4 chunks or groups");
+                self.check_multiply(vectors, cpu)?;
+            }
+            Family::T5 => {
+                let Layout::Fives { rows: rows @ 1..=64 } = self.layout else {
+                    return Err(self.layout_error("fives4 to fives64"));
+                };
+                self.check_width(4 * usize::from(rows))?;
+                if self.machine != MachineKind::Avx512 {
+                    Self::check_lookup(cpu, "t5")?;
+                } else if !cpu.has(Feature::Avx512vbmi) {
+                    let needs = Feature::Avx512vbmi.name();
+                    return Err(ScheduleError::MissingFeature { what: "t5", needs, cpu: *cpu });
                 }
-                let bound = pairs_bound(vectors);
-                match self.multiply {
-                    Multiply::Pairs if bound > i16::MAX as usize => {
-                        return Err(ScheduleError::Overflow { vectors, bound });
-                    }
-                    Multiply::Pairs => {}
-                    Multiply::Dot => self.check_dot(cpu)?,
-                }
+                self.check_multiply(5 * max_pair_groups(5), cpu)?;
             }
             Family::Tl1 => {
                 let Layout::Lanes { rows: rows @ (16 | 32 | 48 | 64 | 128), group: 1 } = self.layout else {
                     return Err(self.layout_error("lanes16, lanes32, lanes48, lanes64 or lanes128"));
                 };
                 self.check_width(rows.into())?;
-                if !cpu.has_table_lookup() {
-                    let needs = Feature::Ssse3.name();
-                    return Err(ScheduleError::MissingFeature { what: "tl1", needs, cpu: *cpu });
-                }
+                Self::check_lookup(cpu, "tl1")?;
                 if self.unroll == 0 || !self.unroll.is_multiple_of(2) || usize::from(self.unroll) > MAX_UNROLL {
                     return parameter("unroll", self.unroll, "an even number of bytes up to 18");
                 }
@@ -314,6 +322,20 @@ impl Schedule {
         Err(ScheduleError::Parameter { name: "prefetch", value: self.prefetch.into(), expected })
     }
 
+    /// Whether the products of `vectors` vectors of codes can be summed as this schedule does.
+    fn check_multiply(&self, vectors: usize, cpu: &Cpu) -> Result<(), ScheduleError> {
+        if !matches!(self.unroll, 1 | 2 | 4) {
+            let (name, value) = ("unroll", self.unroll.into());
+            return Err(ScheduleError::Parameter { name, value, expected: "1, 2 or 4 chunks or groups" });
+        }
+        let bound = pairs_bound(vectors);
+        match self.multiply {
+            Multiply::Pairs if bound > i16::MAX as usize => Err(ScheduleError::Overflow { vectors, bound }),
+            Multiply::Pairs => Ok(()),
+            Multiply::Dot => self.check_dot(cpu),
+        }
+    }
+
     /// Whether `bytes` that lie together fill whole vectors.
     fn check_width(&self, bytes: usize) -> Result<(), ScheduleError> {
         let vector_bytes = self.machine.vector_bytes();
@@ -321,6 +343,12 @@ impl Schedule {
             return Ok(());
         }
         Err(ScheduleError::VectorWidth { layout: self.layout, machine: self.machine, bytes, vector_bytes })
+    }
+
+    /// Whether `cpu` looks bytes up in a vector, which `what` needs.
+    fn check_lookup(cpu: &Cpu, what: &'static str) -> Result<(), ScheduleError> {
+        let needs = Feature::Ssse3.name();
+        if cpu.has_table_lookup() { Ok(()) } else { Err(ScheduleError::MissingFeature { what, needs, cpu: *cpu }) }
     }
 
     /// Whether `cpu` multiplies and adds four bytes at once in vectors of the machine's width.
@@ -349,7 +377,7 @@ impl Schedule {
     #[must_use]
     pub fn scratch_bytes(&self, tiles: usize) -> usize {
         match self.family {
-            Family::Mad | Family::Tl1 => 0,
+            Family::Mad | Family::Tl1 | Family::T5 => 0,
             Family::Vlut => emit::vlut::scratch_bytes(self, tiles),
         }
     }
@@ -359,6 +387,7 @@ impl Schedule {
     pub const fn activation_format(&self) -> ActivationFormat {
         match self.family {
             Family::Mad | Family::Vlut => ActivationFormat::Planes,
+            Family::T5 => ActivationFormat::FivePlanes,
             Family::Tl1 => ActivationFormat::PairTables,
         }
     }
@@ -368,7 +397,7 @@ impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { family, machine, layout, multiply, unroll, ntile, prefetch } = self;
         write!(f, "{family}/{machine} layout={layout}")?;
-        if *family == Family::Mad {
+        if family.multiplies() {
             let multiply = match multiply {
                 Multiply::Pairs => "pairs",
                 Multiply::Dot => "dot",
@@ -423,10 +452,10 @@ impl FromStr for Schedule {
                 return Err(ParseScheduleError(format!("{name} is given twice")));
             }
         }
-        let family = family.parse()?;
+        let family: Family = family.parse()?;
         let missing = |name| ParseScheduleError(format!("{name}= is missing"));
         let multiply = match (family, multiply) {
-            (Family::Mad, multiply) => multiply.ok_or_else(|| missing("multiply"))?,
+            (family, multiply) if family.multiplies() => multiply.ok_or_else(|| missing("multiply"))?,
             (_, None) => Multiply::Pairs,
             (_, Some(_)) => return Err(ParseScheduleError(format!("{family} has no multiply="))),
         };

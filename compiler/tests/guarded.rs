@@ -110,6 +110,7 @@ fn job(random: &mut Random, cpu: &Cpu) -> (KernelSpec, Schedule) {
             Layout::Rows { .. } => Layout::Rows { rows, chunk: random.of(&[16, 32, 64]) },
             Layout::Lanes { group: 1, .. } => Layout::Lanes { rows: 16 * (1 + random.below(4)) as u8, group: 1 },
             Layout::Lanes { group, .. } => Layout::Lanes { rows: 4 * (1 + random.below(8)) as u8, group },
+            Layout::Fives { .. } => Layout::Fives { rows: 4 * (1 + random.below(8)) as u8 },
             other => other,
         },
         unroll: random.of(&[1, 2, 4, 6, 8, 10, 12, 14, 16, 18]),

@@ -46,6 +46,12 @@ fn a_feature_that_is_missing_is_refused_by_name() {
     for (cpu, text, what) in [
         ("x86-64", "mad/clif128 layout=rows4x64 multiply=dot unroll=1 ntile=1", "multiply=dot"),
         ("x86-64", "tl1/clif128 layout=lanes32 unroll=8 ntile=1", "tl1"),
+        ("x86-64", "t5/clif128 layout=fives16 multiply=pairs unroll=1 ntile=1", "t5"),
+        (
+            "x86-64 +ssse3 +avx2 +avx512f +avx512bw +avx512dq +avx512vl +avx512vnni",
+            "t5/avx512 layout=fives16 multiply=dot unroll=1 ntile=1",
+            "t5",
+        ),
         ("x86-64 +avx", "mad/avx2 layout=rows4x64 multiply=pairs unroll=1 ntile=1", "avx2"),
         ("x86-64 +avx +avx2", "mad/avx2 layout=rows4x64 multiply=dot unroll=1 ntile=1", "multiply=dot"),
         ("x86-64 +avx2 +avx512f", "mad/avx512 layout=rows4x64 multiply=pairs unroll=1 ntile=1", "avx512"),
@@ -171,12 +177,14 @@ fn the_ir_of_the_smallest_kernels_is_what_was_reviewed() {
 fn the_machine_code_of_the_smallest_wide_kernels_is_what_was_reviewed() {
     let avx2: Cpu = "x86-64 +ssse3 +avx2".parse().unwrap();
     let avx512: Cpu = "x86-64 +avx512f +avx512bw +avx512dq +avx512vl +avx512vnni".parse().unwrap();
+    let vbmi = avx512.with(Feature::Avx512vbmi);
     let spec = KernelSpec { k: 1024, columns: Columns::One };
     for (name, cpu, text) in [
         ("mad_avx2", avx2, "mad/avx2 layout=rows4x32 multiply=pairs unroll=1 ntile=1"),
         ("mad_avx512", avx512, "mad/avx512 layout=rows4x64 multiply=dot unroll=1 ntile=1 prefetch=1024"),
         ("mad_lanes_avx2", avx2, "mad/avx2 layout=lanes8x4 multiply=pairs unroll=1 ntile=1"),
         ("mad_lanes_avx512", avx512, "mad/avx512 layout=lanes16x4 multiply=dot unroll=1 ntile=1"),
+        ("t5_avx512", vbmi, "t5/avx512 layout=fives16 multiply=dot unroll=1 ntile=1"),
         ("tl1_avx2", avx2, "tl1/avx2 layout=lanes32 unroll=2 ntile=1"),
     ] {
         let text = ternion_compiler::asm_text(&spec, &text.parse().unwrap(), &cpu).unwrap();

@@ -42,7 +42,7 @@ pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
         unroll: schedule.unroll.into(),
         multiply: schedule.multiply,
         prefetch: schedule.prefetch.into(),
-        plane: plane_bytes(spec.k),
+        plane: plane_bytes(spec.k, 4),
         column: schedule.activation_format().bytes(spec.k),
     };
     for_each_tile(m, spec, schedule, |m, tile| mad.tile(m, tile));

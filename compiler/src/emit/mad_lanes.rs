@@ -1,31 +1,46 @@
-//! `mad` over lanes: a 32-bit lane is a row, so nothing is added up across lanes.
+//! `mad` and `t5` over lanes: a 32-bit lane is a row, so nothing is added up across lanes.
 //!
-//! A lane holds four weight bytes of its row, sixteen weights. Shifting and masking gives four vectors of codes, each of
-//! which meets four activations of a plane, the same for every row: 32 bits of memory in every lane. With many columns
-//! the codes are unpacked once for all of them.
+//! A lane holds four weight bytes of its row, sixteen or twenty weights. Unpacking gives four or five vectors of codes,
+//! each of which meets four activations of a plane, the same for every row: 32 bits of memory in every lane. With many
+//! columns the codes are unpacked once for all of them.
 //!
 //! ```text
 //! for tile of rows                       weights: one sequential stream
 //!   for ntile columns                    the tile stays in cache
-//!     for group of 16 k                  `unroll` groups per turn
+//!     for group of 16 (20) k             `unroll` groups per turn
 //!       for place in byte: codes of all vectors of rows, then for each column a multiply-add per vector
 //!     subtract Σa, store
 //! ```
 //!
-//! With `dot` the 32-bit results stay in registers; as many columns as there are registers hide its latency, and with
-//! few columns the places of a byte get sums of their own. With `pairs` the registers hold 16-bit sums, which go to the
+//! With `dot` the 32-bit results stay in registers; as many columns as there are registers hide its latency. With few
+//! columns each place of a byte gets sums of its own, and these may be sums of 4, 16 or 64 times the codes: masking is
+//! then enough, and one shift at the end takes the place of one per vector. With `pairs` the registers hold 16-bit sums, which go to the
 //! results in memory before they can overflow.
 
-use super::{Tile, for_each_tile};
+use super::{Tile, for_each_tile, t5};
 use crate::activations::plane_bytes;
 use crate::machine::{Int, Machine, Vector, advance, repeat};
 use crate::{KernelSpec, Layout, Multiply, Schedule};
 
-/// Groups of 16 weights whose products 16-bit sums of pairs can take: 64 times at most 2·2·127.
-pub(crate) const MAX_PAIR_GROUPS: usize = i16::MAX as usize / (2 * 2 * 127) / 4;
+/// Groups of bytes whose products 16-bit sums of pairs can take: 64 times at most 2·2·127, `planes` times per group.
+pub(crate) const fn max_pair_groups(planes: usize) -> usize {
+    i16::MAX as usize / (2 * 2 * 127) / planes
+}
 
 /// Sums that should be under way at once: a multiply-add takes some four cycles, and a CPU starts up to two per cycle.
 const CHAINS: usize = 8;
+
+/// What one turn of the loop over k multiplies.
+struct Turn {
+    groups: usize,
+    /// Address of the groups' weights.
+    weights: Int,
+    /// Address of what they meet in the first plane of the first column.
+    activations: Int,
+    columns: usize,
+    /// Whether codes stay at their places in a byte: codes 1 to 3 are 4, 16 and 64 times as large, the fifth 81 times.
+    scaled: bool,
+}
 
 /// The compile-time facts of one kernel.
 struct MadLanes {
@@ -38,6 +53,10 @@ struct MadLanes {
     unroll: usize,
     multiply: Multiply,
     prefetch: i32,
+    /// Whether 32 bits hold the sum of 64 times the codes of one place in all bytes of a row.
+    may_scale: bool,
+    /// Weights in a byte, activation planes.
+    planes: usize,
     /// Bytes from one activation plane to the next.
     plane: usize,
     /// Bytes from one prepared column to the next.
@@ -45,16 +64,22 @@ struct MadLanes {
 }
 
 pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
-    let Layout::Lanes { rows, group } = schedule.layout else { return };
-    let group_bytes = usize::from(rows) * usize::from(group);
+    let planes = match schedule.layout {
+        Layout::Lanes { group: 4, .. } => 4,
+        Layout::Fives { .. } => 5,
+        _ => return,
+    };
+    let group_bytes = 4 * schedule.layout.tile_rows();
     let mad = MadLanes {
         vectors: group_bytes / m.vector_bytes(),
         group_bytes,
-        groups: schedule.layout.row_bytes(spec.k) / usize::from(group),
+        groups: schedule.layout.row_bytes(spec.k) / 4,
         unroll: schedule.unroll.into(),
         multiply: schedule.multiply,
         prefetch: schedule.prefetch.into(),
-        plane: plane_bytes(spec.k),
+        may_scale: schedule.layout.row_bytes(spec.k) <= i32::MAX as usize / (64 * 2 * 127),
+        planes,
+        plane: plane_bytes(spec.k, planes),
         column: schedule.activation_format().bytes(spec.k),
     };
     for_each_tile(m, spec, schedule, |m, tile| match mad.multiply {
@@ -67,13 +92,15 @@ impl MadLanes {
     /// One tile times a few columns, in 32-bit sums.
     fn tile_of_dots(&self, m: &mut dyn Machine, tile: &Tile) {
         let results = self.vectors * tile.columns;
-        let spread = if 2 * results > CHAINS { 1 } else { (CHAINS / results).min(4) };
+        let scaled = 4 * results <= CHAINS && self.may_scale && m.dot_takes_any_byte();
+        let spread = if scaled { self.planes } else { (CHAINS / results).clamp(1, 4) };
         let zero = m.zero();
         // `[columns, vectors, spread]`.
         let totals: Vec<_> = (0..results * spread).map(|_| m.vector_variable(zero)).collect();
         self.for_each_turn(m, tile, self.groups, |m, count, weights, activations| {
             let mut values: Vec<_> = totals.iter().map(|total| m.get(*total)).collect();
-            self.products(m, count, weights, activations, tile.columns, |m, [c, v, place], codes, activations| {
+            let turn = Turn { groups: count, weights, activations, columns: tile.columns, scaled };
+            self.products(m, &turn, |m, [c, v, place], codes, activations| {
                 let at = (c * self.vectors + v) * spread + place % spread;
                 values[at] = m.dot(values[at], codes, activations);
             });
@@ -85,12 +112,21 @@ impl MadLanes {
         tile.for_each_column(m, |m, c, out| {
             let sum = m.load_splat32(tile.sums, 4 * c as i32);
             for v in 0..self.vectors {
-                let mut total = m.get(totals[(c * self.vectors + v) * spread]);
-                for part in 1..spread {
-                    let part = m.get(totals[(c * self.vectors + v) * spread + part]);
-                    total = m.add32(total, part);
+                let mut result = None;
+                for place in 0..spread {
+                    let total = m.get(totals[(c * self.vectors + v) * spread + place]);
+                    let total = match place {
+                        0 => total,
+                        _ if !scaled => total,
+                        4 => t5::unscale_sum(m, total),
+                        _ => m.shift_right_signed32(total, 2 * place as u8),
+                    };
+                    result = Some(match result {
+                        None => m.sub32(total, sum),
+                        Some(result) => m.add32(result, total),
+                    });
                 }
-                let result = m.sub32(total, sum);
+                let Some(result) = result else { continue };
                 m.store(out, (v * width) as i32, result);
             }
         });
@@ -108,7 +144,7 @@ impl MadLanes {
             }
         });
         let (weights, activations) = (m.int_variable(tile.weights), m.int_variable(tile.activations));
-        let block = MAX_PAIR_GROUPS / self.unroll * self.unroll;
+        let block = max_pair_groups(self.planes) / self.unroll * self.unroll;
         let block_of = |m: &mut dyn Machine, groups: usize| {
             let zero = m.zero();
             // `[columns, vectors]`.
@@ -117,7 +153,8 @@ impl MadLanes {
             let part = Tile { weights: first, activations: column, ..*tile };
             self.for_each_turn(m, &part, groups, |m, count, weights, activations| {
                 let mut values: Vec<_> = sums.iter().map(|sum| m.get(*sum)).collect();
-                self.products(m, count, weights, activations, tile.columns, |m, [c, v, _], codes, activations| {
+                let turn = Turn { groups: count, weights, activations, columns: tile.columns, scaled: false };
+                self.products(m, &turn, |m, [c, v, _], codes, activations| {
                     let pairs = m.multiply_add_pairs(codes, activations);
                     let at = c * self.vectors + v;
                     values[at] = m.add16(values[at], pairs);
@@ -164,33 +201,41 @@ impl MadLanes {
         turns(m, (groups % self.unroll).min(1), groups % self.unroll);
     }
 
-    /// Unpacks the codes of `count` groups and emits `multiply` for every column, vector of rows and place in a byte,
-    /// with the codes and the activations that they meet.
+    /// Unpacks the codes of some groups and emits `multiply` for every column, vector of rows and place in a byte, with
+    /// the codes and the activations that they meet.
     fn products(
         &self,
         m: &mut dyn Machine,
-        count: usize,
-        weights: Int,
-        activations: Int,
-        columns: usize,
+        turn: &Turn,
         mut multiply: impl FnMut(&mut dyn Machine, [usize; 3], Vector, Vector),
     ) {
         let width = m.vector_bytes();
-        let mask = m.splat8(3);
-        for group in 0..count {
+        let Turn { weights, activations, columns, scaled, .. } = *turn;
+        for group in 0..turn.groups {
             let first = group * self.group_bytes;
-            let bytes: Vec<_> = (0..self.vectors).map(|v| m.load(weights, (first + v * width) as i32)).collect();
+            let mut bytes: Vec<_> = (0..self.vectors).map(|v| m.load(weights, (first + v * width) as i32)).collect();
             if self.prefetch > 0 {
                 for line in (first.next_multiple_of(64)..first + self.group_bytes).step_by(64) {
                     m.prefetch(weights, line as i32 + self.prefetch);
                 }
             }
-            for place in 0..4 {
-                let unpack = |bytes: &Vector| {
-                    let shifted = if place == 0 { *bytes } else { m.shift_right16(*bytes, 2 * place as u8) };
+            // The fifth place first: what it leaves are bytes of four places.
+            for place in [4, 0, 1, 2, 3].into_iter().filter(|place| *place < self.planes) {
+                let unpack = |bytes: &mut Vector| {
+                    if place == 4 {
+                        let [fifth, four] = t5::split(m, *bytes);
+                        *bytes = four;
+                        return if scaled { fifth } else { t5::unscale_code(m, fifth) };
+                    }
+                    let bits = 2 * place as u8;
+                    if scaled || place == 0 {
+                        let mask = m.splat8(3 << bits);
+                        return m.and(*bytes, mask);
+                    }
+                    let (shifted, mask) = (m.shift_right16(*bytes, bits), m.splat8(3));
                     m.and(shifted, mask)
                 };
-                let codes: Vec<_> = bytes.iter().map(unpack).collect();
+                let codes: Vec<_> = bytes.iter_mut().map(unpack).collect();
                 for c in 0..columns {
                     let offset = c * self.column + place * self.plane + 4 * group;
                     let activations = m.load_splat32(activations, offset as i32);

@@ -2,6 +2,7 @@
 
 mod mad;
 pub(crate) mod mad_lanes;
+mod t5;
 pub(crate) mod tl1;
 pub(crate) mod vlut;
 
@@ -11,7 +12,7 @@ use crate::{Columns, Family, KernelSpec, Layout, Schedule};
 /// Emits the body of the kernel for a schedule that [`Schedule::check`] has found legal.
 pub(crate) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
     match (schedule.family, schedule.layout) {
-        (Family::Mad, Layout::Lanes { .. }) => mad_lanes::emit(m, spec, schedule),
+        (Family::Mad, Layout::Lanes { .. }) | (Family::T5, _) => mad_lanes::emit(m, spec, schedule),
         (Family::Mad, _) => mad::emit(m, spec, schedule),
         (Family::Tl1, _) => tl1::emit(m, spec, schedule),
         (Family::Vlut, _) => vlut::emit(m, spec, schedule),

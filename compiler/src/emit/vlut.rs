@@ -32,6 +32,9 @@ const TABLE_ROWS: usize = 0xAA + 1;
 /// Rows behind the last table that bytes which are no codes may name.
 const GUARD_ROWS: usize = 0xFF - 0xAA;
 
+/// Rows whose lookups are written out one after the other; tiles have a multiple of it.
+const ROWS_PER_TURN: usize = 4;
+
 /// Columns that are transposed together.
 const OCTET: usize = 8;
 
@@ -90,7 +93,7 @@ pub(crate) fn emit_with(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Sched
         unroll: schedule.unroll.into(),
         flush,
         tile_bytes: schedule.layout.tile_bytes(spec.k),
-        plane: plane_bytes(spec.k),
+        plane: plane_bytes(spec.k, 4),
         column: schedule.activation_format().bytes(spec.k),
     };
     let activations = m.argument(Argument::Activations);
@@ -107,6 +110,12 @@ pub(crate) fn emit_with(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Sched
     });
 }
 
+/// Where one tile is, or how far it has been walked through.
+struct Place<T> {
+    weights: T,
+    sums: T,
+}
+
 impl Vlut {
     /// Bytes of the sums of one tile: 16-bit ones of all rows, then 32-bit ones.
     const fn tile_sums(&self) -> usize {
@@ -118,29 +127,34 @@ impl Vlut {
         self.width * (self.rows + 2 * row)
     }
 
-    /// Emits the loop over the tiles of the call; `body` gets the addresses of a tile's weights, those of the first tile
-    /// being at `weights` instead of where they start, and of its sums.
-    fn for_each_tile(&self, m: &mut dyn Machine, weights: Option<Int>, body: impl FnOnce(&mut dyn Machine, Int, Int)) {
+    /// Emits the loop over the tiles of the call; `body` gets where a tile's weights and sums are, the weights of the first
+    /// tile being at `weights` instead of where they start, and says how far it has moved in them.
+    fn for_each_tile(
+        &self,
+        m: &mut dyn Machine,
+        weights: Option<Int>,
+        body: impl FnOnce(&mut dyn Machine, Place<IntVariable>) -> Place<usize>,
+    ) {
         let weights = weights.unwrap_or_else(|| m.argument(Argument::Weights));
         let scratch = m.argument(Argument::Scratch);
         let sums = m.add_constant(scratch, sums_offset(self.width, self.unroll) as i32);
         let tiles = m.argument(Argument::Tiles);
         let [weights, sums, tiles] = [weights, sums, tiles].map(|start| m.int_variable(start));
         while_at_least(m, tiles, 1, |m| {
-            let [tile_weights, tile_sums] = [weights, sums].map(|now| m.get_int(now));
-            body(m, tile_weights, tile_sums);
-            advance(m, weights, self.tile_bytes as i32);
-            advance(m, sums, self.tile_sums() as i32);
+            let moved = body(m, Place { weights, sums });
+            advance(m, weights, (self.tile_bytes - moved.weights) as i32);
+            advance(m, sums, (self.tile_sums() - moved.sums) as i32);
             advance(m, tiles, -1);
         });
     }
 
     fn clear_sums(&self, m: &mut dyn Machine) {
-        self.for_each_tile(m, None, |m, _, sums| {
-            let zero = m.zero();
+        self.for_each_tile(m, None, |m, tile| {
+            let (zero, sums) = (m.zero(), m.get_int(tile.sums));
             for offset in (0..self.tile_sums()).step_by(self.width) {
                 m.store(sums, offset as i32, zero);
             }
+            Place { weights: 0, sums: 0 }
         });
     }
 
@@ -160,7 +174,7 @@ impl Vlut {
                     repeat(m, times, |m| {
                         self.build_tables(m, activations, groups);
                         let now = m.get_int(weights);
-                        self.for_each_tile(m, Some(now), |m, weights, sums| self.look_up(m, groups, weights, sums));
+                        self.for_each_tile(m, Some(now), |m, tile| self.look_up(m, groups, &tile));
                         advance(m, weights, (groups * self.rows) as i32);
                     });
                 };
@@ -168,7 +182,7 @@ impl Vlut {
                 pass(m, part / self.unroll, self.unroll);
                 pass(m, (part % self.unroll).min(1), part % self.unroll);
             }
-            self.for_each_tile(m, None, |m, _, sums| self.flush(m, sums));
+            self.for_each_tile(m, None, |m, tile| self.flush(m, &tile));
         };
         repeat(m, self.groups / self.flush, |m| flushed(m, self.flush));
         repeat(m, (self.groups % self.flush).min(1), |m| flushed(m, self.groups % self.flush));
@@ -241,26 +255,32 @@ impl Vlut {
     }
 
     /// Adds the rows of `groups` tables that the weights of one tile name to its 16-bit sums.
-    fn look_up(&self, m: &mut dyn Machine, groups: usize, weights: Int, sums: Int) {
+    fn look_up(&self, m: &mut dyn Machine, groups: usize, tile: &Place<IntVariable>) -> Place<usize> {
         let scratch = m.argument(Argument::Scratch);
-        for row in 0..self.rows {
-            let at = (row * self.width) as i32;
-            let mut sum = m.load_result(sums, at);
-            for g in 0..groups {
-                let byte = (g / self.group * self.rows + row) * self.group + g % self.group;
-                let byte = m.load_byte(weights, byte as i32);
-                let offset = m.shift_left(byte, self.width.trailing_zeros() as u8);
-                let entry = m.add(scratch, offset);
-                let entry = m.load_result(entry, (tables_offset(self.width) + g * TABLE_ROWS * self.width) as i32);
-                sum = m.add16(sum, entry);
+        repeat(m, self.rows / ROWS_PER_TURN, |m| {
+            let [weights, sums] = [tile.weights, tile.sums].map(|now| m.get_int(now));
+            for row in 0..ROWS_PER_TURN {
+                let at = (row * self.width) as i32;
+                let mut sum = m.load_result(sums, at);
+                for g in 0..groups {
+                    let byte = (g / self.group * self.rows + row) * self.group + g % self.group;
+                    let byte = m.load_byte(weights, byte as i32);
+                    let offset = m.shift_left(byte, self.width.trailing_zeros() as u8);
+                    let entry = m.add(scratch, offset);
+                    let entry = m.load_result(entry, (tables_offset(self.width) + g * TABLE_ROWS * self.width) as i32);
+                    sum = m.add16(sum, entry);
+                }
+                m.store(sums, at, sum);
             }
-            m.store(sums, at, sum);
-        }
+            advance(m, tile.weights, (ROWS_PER_TURN * self.group) as i32);
+            advance(m, tile.sums, (ROWS_PER_TURN * self.width) as i32);
+        });
+        Place { weights: self.rows * self.group, sums: self.rows * self.width }
     }
 
     /// Adds the 16-bit sums of one tile to its 32-bit sums and clears them.
-    fn flush(&self, m: &mut dyn Machine, sums: Int) {
-        let zero = m.zero();
+    fn flush(&self, m: &mut dyn Machine, tile: &Place<IntVariable>) -> Place<usize> {
+        let (zero, sums) = (m.zero(), m.get_int(tile.sums));
         for row in 0..self.rows {
             let narrow = m.load_result(sums, (row * self.width) as i32);
             m.store(sums, (row * self.width) as i32, zero);
@@ -271,6 +291,7 @@ impl Vlut {
                 m.store(sums, at, new);
             }
         }
+        Place { weights: 0, sums: 0 }
     }
 
     /// Stores the 32-bit sums of the columns that exist and moves `out` past them.
@@ -280,8 +301,8 @@ impl Vlut {
         let columns = m.min(all, lanes);
         let first_out = m.get_int(out);
         let tile_out = m.int_variable(first_out);
-        self.for_each_tile(m, None, |m, _, sums| {
-            let first = m.get_int(tile_out);
+        self.for_each_tile(m, None, |m, tile| {
+            let (sums, first) = (m.get_int(tile.sums), m.get_int(tile_out));
             let [from, to, left] = [sums, first, columns].map(|start| m.int_variable(start));
             while_at_least(m, left, 1, |m| {
                 let (from_now, to_now) = (m.get_int(from), m.get_int(to));
@@ -295,6 +316,7 @@ impl Vlut {
                 advance(m, left, -1);
             });
             advance(m, tile_out, 4 * self.rows as i32);
+            Place { weights: 0, sums: 0 }
         });
         let left = m.int_variable(columns);
         while_at_least(m, left, 1, |m| {

@@ -18,10 +18,11 @@ fn schedule(text: &str) -> Schedule {
 const SPEC: KernelSpec = KernelSpec { k: 4096, columns: Columns::One };
 
 /// Schedules of 16-bit (`mad`) and 8-bit (`tl1`) sums: the last whose bound fits, and those just beyond.
-const BOUNDS: [(&str, bool); 6] = [
+const BOUNDS: [(&str, bool); 7] = [
     ("mad/clif128 layout=rows4x16 multiply=pairs unroll=16 ntile=1", true),
     ("mad/clif128 layout=rows4x16 multiply=pairs unroll=17 ntile=1", false),
     ("mad/clif128 layout=rows4x64 multiply=pairs unroll=8 ntile=1", false),
+    ("t5/clif128 layout=fives8 multiply=pairs unroll=4 ntile=1", true),
     ("tl1/clif128 layout=lanes16 unroll=18 ntile=1", true),
     ("tl1/clif128 layout=lanes16 unroll=19 ntile=1", false),
     ("tl1/clif128 layout=lanes16 unroll=20 ntile=1", false),

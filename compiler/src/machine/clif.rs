@@ -343,6 +343,14 @@ impl Machine for Clif<'_> {
         self.binary(types::I8X16, a, b, |builder, a, b| builder.ins().iadd(a, b))
     }
 
+    fn sub8(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(types::I8X16, a, b, |builder, a, b| builder.ins().isub(a, b))
+    }
+
+    fn min8(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(types::I8X16, a, b, |builder, a, b| builder.ins().umin(a, b))
+    }
+
     fn add16(&mut self, a: Vector, b: Vector) -> Vector {
         self.binary(types::I16X8, a, b, |builder, a, b| builder.ins().iadd(a, b))
     }
@@ -372,6 +380,15 @@ impl Machine for Clif<'_> {
     fn shift_left32(&mut self, a: Vector, bits: u8) -> Vector {
         let a = self.typed(a, types::I32X4);
         vector(self.builder.ins().ishl_imm_u(a, i64::from(bits)))
+    }
+
+    fn shift_right_signed32(&mut self, a: Vector, bits: u8) -> Vector {
+        let a = self.typed(a, types::I32X4);
+        vector(self.builder.ins().sshr_imm_u(a, i64::from(bits)))
+    }
+
+    fn multiply32(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(types::I32X4, a, b, |builder, a, b| builder.ins().imul(a, b))
     }
 
     fn multiply_add_pairs(&mut self, unsigned: Vector, signed: Vector) -> Vector {
@@ -417,6 +434,11 @@ impl Machine for Clif<'_> {
         vector(builder.ins().iadd(dot, sum))
     }
 
+    fn dot_takes_any_byte(&self) -> bool {
+        // `sdot` does not.
+        self.cpu.arch() == Arch::X86_64
+    }
+
     fn sum_lanes32(&mut self, vectors: [Vector; 4]) -> Vector {
         let [a, b, c, d] = vectors.map(|v| self.typed(v, types::I32X4));
         let (low, high) = (self.builder.ins().iadd_pairwise(a, b), self.builder.ins().iadd_pairwise(c, d));
@@ -429,6 +451,21 @@ impl Machine for Clif<'_> {
             // `swizzle` gives 0 for indices over 15, which costs `pshufb` a correction that nobody needs here.
             if x86 { builder.ins().x86_pshufb(table, index) } else { builder.ins().swizzle(table, index) }
         })
+    }
+
+    fn lookup128(&mut self, table: &[u8; 128], index: Vector) -> Vector {
+        // Sixteen entries at a time; `swizzle` gives 0 where the index is not among them.
+        let parts = table.as_chunks().0.iter().enumerate().filter(|(_, part)| **part != [0; 16]);
+        let mut result = self.zero();
+        for (i, part) in parts {
+            let first = self.splat8(16 * i as u8);
+            let index = self.sub8(index, first);
+            let part = self.vector_constant(*part);
+            let found =
+                self.binary(types::I8X16, part, index, |builder, part, index| builder.ins().swizzle(part, index));
+            result = self.binary(types::I8X16, result, found, |builder, a, b| builder.ins().bor(a, b));
+        }
+        result
     }
 
     fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2] {

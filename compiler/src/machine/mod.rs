@@ -138,6 +138,10 @@ pub trait Machine {
     fn and(&mut self, a: Vector, b: Vector) -> Vector;
     /// Adds bytes, wrapping.
     fn add8(&mut self, a: Vector, b: Vector) -> Vector;
+    /// Subtracts bytes, wrapping.
+    fn sub8(&mut self, a: Vector, b: Vector) -> Vector;
+    /// The smaller of unsigned bytes.
+    fn min8(&mut self, a: Vector, b: Vector) -> Vector;
     /// Adds 16-bit lanes, wrapping.
     fn add16(&mut self, a: Vector, b: Vector) -> Vector;
     /// Subtracts 16-bit lanes, wrapping.
@@ -152,19 +156,28 @@ pub trait Machine {
     fn shift_right16(&mut self, a: Vector, bits: u8) -> Vector;
     /// Shifts 32-bit lanes left.
     fn shift_left32(&mut self, a: Vector, bits: u8) -> Vector;
+    /// Shifts 32-bit lanes right, copies of the sign coming in.
+    fn shift_right_signed32(&mut self, a: Vector, bits: u8) -> Vector;
+    /// Multiplies 32-bit lanes, wrapping.
+    fn multiply32(&mut self, a: Vector, b: Vector) -> Vector;
 
     /// 16-bit lane i: `unsigned[2i]·signed[2i] + unsigned[2i+1]·signed[2i+1]`. The caller sees to it that the sum
     /// fits: codes are at most 3, or the lane may hold anything but nothing else happens.
     fn multiply_add_pairs(&mut self, unsigned: Vector, signed: Vector) -> Vector;
     /// 32-bit lane i: sum of the signed 16-bit lanes 2i and 2i+1.
     fn sum_pairs16(&mut self, a: Vector) -> Vector;
-    /// 32-bit lane i: `sum[i] + Σ unsigned[4i+j]·signed[4i+j]`, j in 0..4; `unsigned` at most 127.
+    /// 32-bit lane i: `sum[i] + Σ unsigned[4i+j]·signed[4i+j]`, j in 0..4, wrapping; `unsigned` at most 127, unless
+    /// [`dot_takes_any_byte`](Self::dot_takes_any_byte).
     fn dot(&mut self, sum: Vector, unsigned: Vector, signed: Vector) -> Vector;
+    /// Whether the unsigned bytes of [`dot`](Self::dot) may be up to 255.
+    fn dot_takes_any_byte(&self) -> bool;
     /// The sums of all 32-bit lanes of each of four vectors, in the lowest four 32-bit lanes.
     fn sum_lanes32(&mut self, vectors: [Vector; 4]) -> Vector;
 
     /// Byte i: `table[index[i]]`, `index[i] ≤ 15`, from the table in the same 128 bits.
     fn lookup(&mut self, table: Vector, index: Vector) -> Vector;
+    /// Byte i: `table[index[i]]`, `index[i] ≤ 127`.
+    fn lookup128(&mut self, table: &[u8; 128], index: Vector) -> Vector;
     /// The 16-bit lanes of `a` and `b` in turn, `a` first: the first half of the result, then the second.
     fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2];
     /// The bytes of `a` and `b` in turn, within every 128 bits: from their lower halves, then from their upper halves.

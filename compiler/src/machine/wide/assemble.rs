@@ -175,6 +175,7 @@ impl Assembler<'_> {
         }
         let (operation, bytes) = match &constant {
             Constant::Splat32(value) => (Operation::LoadSplat32, &value.to_le_bytes()[..]),
+            Constant::Bytes(bytes) => (Operation::Load, &bytes[..self.isa.vector_bytes()]),
         };
         let pool = &mut self.pool;
         let at = *self.at.entry(constant).or_insert_with(|| {

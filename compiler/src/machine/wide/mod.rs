@@ -13,7 +13,8 @@ use iced_x86::Code as X86;
 use self::allocate::{Assignment, allocate};
 use self::encoding::{Isa, Operation};
 use self::program::{
-    Address, Class, Constant, Counting, Instruction, Load, MemoryForm, Op, Operand, Program, Register, View,
+    Address, Class, Constant, Counting, Instruction, Load, MakeConstants, MemoryForm, Op, Operand, Program, Register,
+    View,
 };
 use super::{Argument, Code, Int, IntVariable, Loop, Machine, Vector, VectorVariable};
 use crate::{Cpu, Feature, MachineKind};
@@ -70,6 +71,17 @@ fn record(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> Result<(Progra
     debug_assert!(machine.open.is_empty(), "every loop is closed");
     let mut program = machine.program;
     program.tidy();
+    // Constants stay in registers if there is room for them.
+    assign(target, program.clone(), MakeConstants::BeforeLoops)
+        .or_else(|_| assign(target, program, MakeConstants::EachTime))
+}
+
+fn assign(
+    target: Target,
+    mut program: Program,
+    constants: MakeConstants,
+) -> Result<(Program, Assignment), OutOfRegisters> {
+    program.place_constants(constants);
     let assignment = allocate(&program);
     for (class, kind, available) in [
         (Class::Int, "general-purpose", assemble::INT_REGISTERS.len()),
@@ -358,6 +370,14 @@ impl Machine for Wide {
         self.binary(Operation::Add8, a, b)
     }
 
+    fn sub8(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(Operation::Sub8, a, b)
+    }
+
+    fn min8(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(Operation::Min8, a, b)
+    }
+
     fn add16(&mut self, a: Vector, b: Vector) -> Vector {
         self.binary(Operation::Add16, a, b)
     }
@@ -386,6 +406,14 @@ impl Machine for Wide {
         self.shift(Operation::ShiftLeft32, a, bits)
     }
 
+    fn shift_right_signed32(&mut self, a: Vector, bits: u8) -> Vector {
+        self.shift(Operation::ShiftRightSigned32, a, bits)
+    }
+
+    fn multiply32(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(Operation::Multiply32, a, b)
+    }
+
     fn multiply_add_pairs(&mut self, unsigned: Vector, signed: Vector) -> Vector {
         self.binary(Operation::MultiplyAddBytes, unsigned, signed)
     }
@@ -402,6 +430,10 @@ impl Machine for Wide {
         };
         let operands = [self.whole(unsigned), self.whole(signed)];
         self.change(self.target.dot, memory, sum, operands)
+    }
+
+    fn dot_takes_any_byte(&self) -> bool {
+        true
     }
 
     fn sum_lanes32(&mut self, [a, b, c, d]: [Vector; 4]) -> Vector {
@@ -426,6 +458,28 @@ impl Machine for Wide {
 
     fn lookup(&mut self, table: Vector, index: Vector) -> Vector {
         self.binary(Operation::ShuffleBytes, table, index)
+    }
+
+    fn lookup128(&mut self, table: &[u8; 128], index: Vector) -> Vector {
+        if let (Isa::Avx512, [low, high]) = (self.target.isa, table.as_chunks::<64>().0) {
+            let [low, high] = [low, high].map(|half| self.vector_constant(Constant::Bytes(*half)));
+            let operands = [self.whole(low), self.whole(high)];
+            return self.change(X86::EVEX_Vpermi2b_zmm_k1z_zmm_zmmm512, MemoryForm::No, index, operands);
+        }
+        // Sixteen entries at a time. Adding 0x70, saturating, sets the top bit of an index beyond them, and the shuffle
+        // then gives 0.
+        let parts = table.as_chunks::<16>().0.iter().enumerate().filter(|(_, part)| **part != [0; 16]);
+        let beyond = self.splat8(0x70);
+        let mut result = self.zero();
+        for (i, part) in parts {
+            let first = self.splat8(16 * i as u8);
+            let index = self.sub8(index, first);
+            let index = self.binary(Operation::AddSaturating8, index, beyond);
+            let part = self.vector_constant(Constant::Bytes(std::array::from_fn(|at| part[at % 16])));
+            let found = self.lookup(part, index);
+            result = self.binary(Operation::Or, result, found);
+        }
+        result
     }
 
     fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2] {

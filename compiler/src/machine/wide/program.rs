@@ -125,6 +125,18 @@ impl Instruction {
 pub(super) enum Constant {
     /// The same in every 32-bit lane.
     Splat32(u32),
+    /// Any bytes, of which a vector takes as many as it has.
+    Bytes([u8; 64]),
+}
+
+/// When constants are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MakeConstants {
+    /// Before the loop that reads them if that loop has no loop inside, else where they are first read between one loop
+    /// and the next, so that they occupy no register meanwhile.
+    BeforeLoops,
+    /// Each time they are read.
+    EachTime,
 }
 
 /// How a loop counts.
@@ -177,7 +189,7 @@ impl Op {
 }
 
 /// A recorded function.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Program {
     pub(super) ops: Vec<Op>,
     pub(super) loops: Vec<Counting>,
@@ -209,7 +221,6 @@ impl Program {
         self.drop_unread();
         self.fold_addresses();
         self.fold_loads();
-        self.place_constants();
     }
 
     /// How often each register is read.
@@ -335,23 +346,22 @@ impl Program {
         self.ops.retain(|_| folded.next() != Some(true));
     }
 
-    /// Gives every constant an instruction: before the loop if the loop has no loop inside, else where it is first read
-    /// between one loop and the next, so that it occupies no register meanwhile.
-    fn place_constants(&mut self) {
+    /// Gives every constant an instruction, as `when` says.
+    pub(super) fn place_constants(&mut self, when: MakeConstants) {
         let ops = std::mem::take(&mut self.ops);
         // The loops without loops inside, with the constants that they read.
         let mut hoisted: BTreeMap<usize, BTreeSet<Constant>> = BTreeMap::new();
         let mut begun = None;
         for op in &ops {
             match op {
-                Op::Begin(at) => begun = Some((*at, BTreeSet::new())),
+                Op::Begin(at) if when == MakeConstants::BeforeLoops => begun = Some((*at, BTreeSet::new())),
                 Op::End(_) => hoisted.extend(begun.take()),
                 Op::Run(instruction) => {
                     if let Some((_, constants)) = &mut begun {
                         constants.extend(instruction.reads().filter_map(|register| self.constants[register.index()]));
                     }
                 }
-                Op::Copy { .. } | Op::Constant { .. } => {}
+                Op::Begin(_) | Op::Copy { .. } | Op::Constant { .. } => {}
             }
         }
         // The constants that have a register here.
@@ -378,6 +388,9 @@ impl Program {
                     for operand in instruction.operands.iter_mut().flatten() {
                         let Operand::Register(register, _) = operand else { continue };
                         let Some(constant) = self.constants[register.index()] else { continue };
+                        if when == MakeConstants::EachTime {
+                            made.clear();
+                        }
                         *register = self.make(constant, &mut made);
                     }
                     self.ops.push(Op::Run(instruction));
