@@ -4,6 +4,7 @@ mod chat;
 mod detokenize;
 mod python_json;
 mod tokenizer;
+pub(crate) mod vocabulary;
 
 pub use chat::{ChatError, ChatTemplate, Message};
 pub use detokenize::Detokenizer;

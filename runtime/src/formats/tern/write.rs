@@ -15,7 +15,7 @@ use tempfile::NamedTempFile;
 use ternion_compiler::Layout;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::{CHECKSUM_AT, Content, Header, MAGIC, PAGE, PREAMBLE, Part, Section, VERSION, norms_len};
+use super::{CHECKSUM_AT, Content, Header, MAGIC, PAGE, PREAMBLE, Part, Section, VERSION, biases_len, norms_len};
 use crate::formats::{Bytes, Checkpoint, FloatType, FormatError, LayerNorm, Projection, TernaryTensor};
 
 /// Bytes written between two calls of the progress callback.
@@ -89,8 +89,8 @@ fn plan(
     for part in parts {
         let (content, bytes) = match *part {
             Part::Tokenizer => (Content::Text {}, model.tokenizer_json()?.len()),
-            Part::Norms => {
-                let columns = norms_len(config);
+            Part::Norms | Part::Biases => {
+                let columns = if *part == Part::Norms { norms_len(config) } else { biases_len(config) };
                 (Content::Floats { rows: 1, columns, dtype: FloatType::F32 }, columns * FloatType::F32.bytes())
             }
             Part::Embedding | Part::Head => {
@@ -140,7 +140,7 @@ fn front(header: &Header, data: u64) -> (Vec<u8>, u64) {
 }
 
 /// A new file in the directory of `path`, so that it can be renamed; it disappears unless it is.
-fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
+pub(in crate::formats) fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
     // Renaming would replace a device as readily as a file.
     if path.file_name().is_none() || path.exists() && !path.is_file() {
         return Err(io::Error::other("there is something that is no ordinary file"));
@@ -206,6 +206,7 @@ fn section_bytes(model: &Checkpoint, part: Part, section: &Section) -> Result<(B
     let (bytes, scale) = match part {
         Part::Tokenizer => (model.tokenizer_json()?, None),
         Part::Norms => (norms(model)?, None),
+        Part::Biases => (biases(model)?, None),
         Part::Embedding => (model.embedding()?.bytes, None),
         Part::Head => (model.head()?.map_or_else(|| Bytes::from(Vec::new()), |head| head.bytes), None),
         Part::Projection(layer, projection) => {
@@ -247,6 +248,17 @@ fn norms(model: &Checkpoint) -> Result<Bytes, FormatError> {
         }
     }
     values.extend(model.final_norm()?);
+    Ok(Bytes::from(values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>()))
+}
+
+/// All biases as little-endian `f32`, each layer's in the order of [`Projection::ALL`].
+fn biases(model: &Checkpoint) -> Result<Bytes, FormatError> {
+    let mut values = Vec::with_capacity(biases_len(model.config()));
+    for layer in 0..model.config().layers {
+        for projection in Projection::ALL {
+            values.extend(model.bias(layer, projection)?);
+        }
+    }
     Ok(Bytes::from(values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>()))
 }
 
