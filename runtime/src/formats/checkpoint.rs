@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use super::gguf::container::MAGIC as GGUF_MAGIC;
 use super::gguf::{Gguf, I2sLayout};
 use super::hf::HuggingFace;
+use super::synth::{Recipe, RecipeError, Synthetic};
 use super::tern::Prepared;
 use super::{
-    Activation, Bytes, FloatMatrix, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, TernaryTensor,
+    Activation, Bytes, FloatMatrix, FloatType, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection,
+    TernaryTensor,
 };
 use crate::text::{ChatError, ChatTemplate, Tokenizer, TokenizerConfig};
 
@@ -34,6 +36,7 @@ pub struct OpenOptions {
 enum Source {
     HuggingFace(Box<HuggingFace>),
     Gguf(Box<Gguf>),
+    Synthetic(Box<Synthetic>),
     Prepared(Box<Prepared>),
 }
 
@@ -83,6 +86,15 @@ impl Checkpoint {
         Self { path, source }.if_it_can_be_run(options)
     }
 
+    /// A made-up model.
+    ///
+    /// # Errors
+    /// If the recipe cannot be followed.
+    pub fn synthetic(recipe: Recipe) -> Result<Self, RecipeError> {
+        let path = PathBuf::from(format!("synthetic {}", recipe.config.architecture));
+        Ok(Self { path, source: Source::Synthetic(Box::new(Synthetic::new(recipe)?)) })
+    }
+
     fn source_of_file(path: &Path, bytes: Bytes, options: &OpenOptions) -> Result<Source, FormatError> {
         if bytes.starts_with(&GGUF_MAGIC) {
             Ok(Source::Gguf(Box::new(Gguf::open(path, &bytes, options)?)))
@@ -106,7 +118,7 @@ impl Checkpoint {
     pub fn notes(&self) -> &[String] {
         match &self.source {
             Source::Gguf(model) => &model.notes,
-            Source::HuggingFace(_) | Source::Prepared(_) => &[],
+            Source::HuggingFace(_) | Source::Prepared(_) | Source::Synthetic(_) => &[],
         }
     }
 
@@ -116,6 +128,7 @@ impl Checkpoint {
         match &self.source {
             Source::HuggingFace(model) => &model.config,
             Source::Gguf(model) => &model.config,
+            Source::Synthetic(model) => model.config(),
             Source::Prepared(model) => model.config(),
         }
     }
@@ -126,6 +139,7 @@ impl Checkpoint {
         match &self.source {
             Source::HuggingFace(model) => &model.generation,
             Source::Gguf(model) => &model.generation,
+            Source::Synthetic(model) => &model.generation,
             Source::Prepared(model) => model.generation(),
         }
     }
@@ -136,6 +150,7 @@ impl Checkpoint {
         match &self.source {
             Source::HuggingFace(model) => model.chat_template.as_deref(),
             Source::Gguf(model) => model.chat_template.as_deref(),
+            Source::Synthetic(_) => None,
             Source::Prepared(model) => model.chat_template(),
         }
     }
@@ -158,6 +173,7 @@ impl Checkpoint {
         match &self.source {
             Source::HuggingFace(model) => &model.tokenizer,
             Source::Gguf(model) => &model.tokenizer,
+            Source::Synthetic(model) => &model.tokenizer,
             Source::Prepared(model) => model.tokenizer(),
         }
     }
@@ -170,6 +186,7 @@ impl Checkpoint {
         match &self.source {
             Source::HuggingFace(model) => model.tokenizer_json(),
             Source::Gguf(model) => model.tokenizer_json(),
+            Source::Synthetic(model) => Ok(model.tokenizer_json()),
             Source::Prepared(model) => Ok(model.tokenizer_json()),
         }
     }
@@ -192,6 +209,7 @@ impl Checkpoint {
         match &self.source {
             Source::HuggingFace(model) => model.projection(layer, projection),
             Source::Gguf(model) => model.projection(layer, projection),
+            Source::Synthetic(model) => Ok(model.projection(layer, projection)),
             Source::Prepared(model) => Ok(model.projection(layer, projection)),
         }
     }
@@ -208,6 +226,7 @@ impl Checkpoint {
         match &self.source {
             Source::HuggingFace(model) => model.norm(layer, norm),
             Source::Gguf(model) => model.norm(layer, norm),
+            Source::Synthetic(model) => Ok(model.norm(norm)),
             Source::Prepared(model) => Ok(model.norm(layer, norm)),
         }
     }
@@ -224,6 +243,7 @@ impl Checkpoint {
         match &self.source {
             Source::HuggingFace(model) => model.bias(layer, projection),
             Source::Gguf(model) => model.bias(layer, projection),
+            Source::Synthetic(model) => Ok(model.bias(projection)),
             Source::Prepared(model) => Ok(model.bias(layer, projection)),
         }
     }
@@ -236,6 +256,7 @@ impl Checkpoint {
         match &self.source {
             Source::HuggingFace(model) => model.final_norm(),
             Source::Gguf(model) => model.final_norm(),
+            Source::Synthetic(model) => Ok(model.final_norm()),
             Source::Prepared(model) => Ok(model.final_norm()),
         }
     }
@@ -248,7 +269,16 @@ impl Checkpoint {
         match &self.source {
             Source::HuggingFace(model) => model.embedding(),
             Source::Gguf(model) => model.embedding(),
+            Source::Synthetic(model) => Ok(model.embedding()),
             Source::Prepared(model) => Ok(model.embedding()),
+        }
+    }
+
+    /// Element type of the embedding, and of the head if it is not tied, without making them where that takes time.
+    pub(super) fn token_row_types(&self) -> Result<(FloatType, Option<FloatType>), FormatError> {
+        match &self.source {
+            Source::Synthetic(model) => Ok((FloatType::Bf16, (!model.config().tied_head).then_some(FloatType::Bf16))),
+            _ => Ok((self.embedding()?.dtype, self.head()?.map(|head| head.dtype))),
         }
     }
 
@@ -260,6 +290,7 @@ impl Checkpoint {
         match &self.source {
             Source::HuggingFace(model) => model.head(),
             Source::Gguf(model) => model.head(),
+            Source::Synthetic(model) => Ok(model.head()),
             Source::Prepared(model) => Ok(model.head()),
         }
     }
@@ -285,7 +316,7 @@ impl Checkpoint {
     #[must_use]
     pub fn digest(&self) -> Option<u64> {
         match &self.source {
-            Source::HuggingFace(_) | Source::Gguf(_) => None,
+            Source::HuggingFace(_) | Source::Gguf(_) | Source::Synthetic(_) => None,
             Source::Prepared(model) => Some(model.digest()),
         }
     }
@@ -303,7 +334,7 @@ impl Checkpoint {
     /// The first section that is damaged.
     pub fn verify_checksums(&self) -> Result<usize, FormatError> {
         match &self.source {
-            Source::HuggingFace(_) | Source::Gguf(_) => Ok(0),
+            Source::HuggingFace(_) | Source::Gguf(_) | Source::Synthetic(_) => Ok(0),
             Source::Prepared(model) => model.verify_checksums(),
         }
     }

@@ -15,6 +15,7 @@ mod generation;
 pub mod gguf;
 mod hf;
 mod safetensors;
+pub mod synth;
 mod tensor;
 pub mod tern;
 

@@ -6,7 +6,7 @@
 mod read;
 mod write;
 
-pub use write::{WriteSummary, write};
+pub use write::{WriteSummary, planned_bytes, write};
 
 pub(super) use write::temporary_beside;
 

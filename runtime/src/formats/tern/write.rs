@@ -78,6 +78,19 @@ pub fn write(
     Ok(WriteSummary { bytes: total, matrices, digest })
 }
 
+/// Bytes that [`write`] would make of a model, without reading its weights.
+///
+/// # Errors
+/// If the model's texts cannot be read.
+pub fn planned_bytes(
+    model: &Checkpoint,
+    layout: &dyn Fn(usize, Projection, usize, usize) -> Layout,
+) -> Result<u64, FormatError> {
+    let header = plan(model, &Part::all(model.config()), layout)?;
+    let data = ((PREAMBLE + to_json(&header).len()) as u64).next_multiple_of(PAGE);
+    Ok(data + header.sections.last().map_or(0, |section| section.offset + section.bytes))
+}
+
 /// The header, with checksums and scales still to come.
 fn plan(
     model: &Checkpoint,
@@ -85,6 +98,7 @@ fn plan(
     layout: &dyn Fn(usize, Projection, usize, usize) -> Layout,
 ) -> Result<Header, FormatError> {
     let config = model.config();
+    let (embedding, head) = model.token_row_types()?;
     let mut sections: Vec<Section> = Vec::with_capacity(parts.len());
     for part in parts {
         let (content, bytes) = match *part {
@@ -94,10 +108,10 @@ fn plan(
                 (Content::Floats { rows: 1, columns, dtype: FloatType::F32 }, columns * FloatType::F32.bytes())
             }
             Part::Embedding | Part::Head => {
-                let matrix = if *part == Part::Head { model.head()? } else { None };
-                let matrix = matrix.map_or_else(|| model.embedding(), Ok)?;
-                let (rows, columns, dtype) = (matrix.rows, matrix.columns, matrix.dtype);
-                (Content::Floats { rows, columns, dtype }, matrix.bytes.len())
+                let dtype = if *part == Part::Head { head.unwrap_or(embedding) } else { embedding };
+                let (rows, columns) = (config.vocabulary, config.hidden);
+                // Bounded by `ModelConfig::check`, far below any overflow.
+                (Content::Floats { rows, columns, dtype }, rows * columns * dtype.bytes())
             }
             Part::Projection(layer, projection) => {
                 let (m, k) = projection.shape(config);
