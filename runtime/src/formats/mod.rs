@@ -10,6 +10,7 @@ mod config;
 mod config_file;
 mod dress;
 mod error;
+pub mod export_hf;
 mod family;
 mod generation;
 pub mod gguf;

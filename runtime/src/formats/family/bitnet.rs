@@ -6,8 +6,14 @@ use crate::formats::{Activation, FormatError, ModelConfig};
 
 const ARCHITECTURE: &str = "BitNetForCausalLM";
 
-pub(super) const FAMILY: Family =
-    Family { architecture: ARCHITECTURE, config, norm: usual_norm, bitnet: true, norms_add_one: false };
+pub(super) const FAMILY: Family = Family {
+    architecture: ARCHITECTURE,
+    model_type: "bitnet",
+    config,
+    norm: usual_norm,
+    bitnet: true,
+    norms_add_one: false,
+};
 
 /// Defaults are those of the `transformers` class of this name.
 fn config(file: &ConfigFile) -> Result<ModelConfig, FormatError> {

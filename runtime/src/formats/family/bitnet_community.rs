@@ -8,7 +8,7 @@ use crate::formats::{FormatError, LayerNorm, ModelConfig};
 const ARCHITECTURE: &str = "BitnetForCausalLM";
 
 pub(super) const FAMILY: Family =
-    Family { architecture: ARCHITECTURE, config, norm, bitnet: true, norms_add_one: false };
+    Family { architecture: ARCHITECTURE, model_type: "llama", config, norm, bitnet: true, norms_add_one: false };
 
 fn config(file: &ConfigFile) -> Result<ModelConfig, FormatError> {
     common(file, ARCHITECTURE, ModelConfig { sub_norms: true, ..ModelConfig::default() })

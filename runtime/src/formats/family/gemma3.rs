@@ -7,6 +7,7 @@ use crate::formats::{Activation, FormatError, LayerNorm, ModelConfig, Pooling};
 
 pub(super) const FAMILY: Family = Family {
     architecture: "Gemma3ForCausalLM",
+    model_type: "gemma3_text",
     config: |file| config(file, "Gemma3ForCausalLM", None),
     norm,
     bitnet: false,

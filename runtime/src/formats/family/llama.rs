@@ -6,8 +6,14 @@ use crate::formats::{FormatError, ModelConfig};
 
 const ARCHITECTURE: &str = "LlamaForCausalLM";
 
-pub(super) const FAMILY: Family =
-    Family { architecture: ARCHITECTURE, config, norm: usual_norm, bitnet: false, norms_add_one: false };
+pub(super) const FAMILY: Family = Family {
+    architecture: ARCHITECTURE,
+    model_type: "llama",
+    config,
+    norm: usual_norm,
+    bitnet: false,
+    norms_add_one: false,
+};
 
 /// Defaults are those of the `transformers` class of this name.
 fn config(file: &ConfigFile) -> Result<ModelConfig, FormatError> {

@@ -14,6 +14,8 @@ use super::{FormatError, LayerNorm, ModelConfig};
 pub(super) struct Family {
     /// The name in `architectures`.
     pub(super) architecture: &'static str,
+    /// `model_type`, for files that are written.
+    pub(super) model_type: &'static str,
     /// Reads the configuration; sizes are checked afterwards.
     pub(super) config: fn(&ConfigFile) -> Result<ModelConfig, FormatError>,
     /// Names of norms within a layer, without `.weight`.
@@ -48,6 +50,11 @@ pub(super) fn find(config: &ConfigFile) -> Result<&'static Family, FormatError> 
             known: FAMILIES.iter().map(|family| family.architecture).collect(),
         }
     })
+}
+
+/// The family of this name.
+pub(super) fn by_name(architecture: &str) -> Option<&'static Family> {
+    FAMILIES.iter().find(|family| family.architecture == architecture)
 }
 
 /// What all families have in common; `default` has what a file may leave out.

@@ -6,6 +6,7 @@ use crate::formats::{FormatError, ModelConfig, Pooling};
 
 pub(super) const FAMILY: Family = Family {
     architecture: "Qwen3ForCausalLM",
+    model_type: "qwen3",
     config: |file| config(file, "Qwen3ForCausalLM", None),
     norm: usual_norm,
     bitnet: false,

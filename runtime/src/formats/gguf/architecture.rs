@@ -14,6 +14,8 @@ pub(super) struct Architecture {
     pub(super) name: &'static str,
     /// What the configuration calls it, as a Hugging Face directory of the same model does.
     class: &'static str,
+    /// The same for embedding models.
+    embedding_class: Option<&'static str>,
     activation: Activation,
     /// Whether the rows of q and k are permuted for interleaved rotary pairs.
     pub(super) permuted: bool,
@@ -28,6 +30,7 @@ pub(super) struct Architecture {
 const BASE: Architecture = Architecture {
     name: "",
     class: "BitNetForCausalLM",
+    embedding_class: None,
     activation: Activation::Relu2,
     permuted: false,
     bitnet: false,
@@ -47,8 +50,21 @@ const ARCHITECTURES: [Architecture; 6] = [
     Architecture { name: "bitnet-b1.58", bitnet: true, ..BASE },
     Architecture { name: "bitnet-25", bitnet: true, ..BASE },
     Architecture { name: "llama", class: "LlamaForCausalLM", activation: Activation::Silu, permuted: true, ..BASE },
-    Architecture { name: "qwen3", class: "Qwen3ForCausalLM", activation: Activation::Silu, ..BASE },
-    Architecture { name: "gemma3", class: "Gemma3ForCausalLM", activation: Activation::GeluTanh, gemma: true, ..BASE },
+    Architecture {
+        name: "qwen3",
+        class: "Qwen3ForCausalLM",
+        embedding_class: Some("Qwen3Model"),
+        activation: Activation::Silu,
+        ..BASE
+    },
+    Architecture {
+        name: "gemma3",
+        class: "Gemma3ForCausalLM",
+        embedding_class: Some("Gemma3TextModel"),
+        activation: Activation::GeluTanh,
+        gemma: true,
+        ..BASE
+    },
 ];
 
 /// Layers and heads of the community models (0.7B and 3B) that bitnet.cpp's converter labels `bitnet-b1.58` although
@@ -147,8 +163,19 @@ pub(super) fn config(container: &Container, architecture: &Architecture) -> Resu
             return Err(FormatError::MissingTensor { path: container.path.clone(), tensor });
         }
     };
+    let pooling = match keys.size_or("pooling_type", 0)? {
+        0 => None,
+        1 => Some(Pooling::Mean),
+        3 => Some(Pooling::Last),
+        other => return Err(keys.unsupported(format!("pooling_type is {other}"))),
+    };
+    let class = match pooling {
+        Some(_) => architecture.embedding_class.unwrap_or(architecture.class),
+        None if disguised => "BitnetForCausalLM",
+        None => architecture.class,
+    };
     let config = ModelConfig {
-        architecture: if disguised { "BitnetForCausalLM".to_owned() } else { architecture.class.to_owned() },
+        architecture: class.to_owned(),
         layers,
         hidden,
         ffn: keys.size("feed_forward_length")?,
@@ -173,12 +200,7 @@ pub(super) fn config(container: &Container, architecture: &Architecture) -> Resu
         embedding_scale: if architecture.gemma { (hidden as f32).sqrt() } else { 1.0 },
         rope_scaling: keys.rope_scaling(head_dim)?,
         sliding: if architecture.gemma { keys.sliding(layers)? } else { None },
-        pooling: match keys.size_or("pooling_type", 0)? {
-            0 => None,
-            1 => Some(Pooling::Mean),
-            3 => Some(Pooling::Last),
-            other => return Err(keys.unsupported(format!("pooling_type is {other}"))),
-        },
+        pooling,
     };
     config.check().map_err(|problem| keys.error("block_count and others", format!("are impossible: {problem}")))?;
     Ok((config, disguised))
