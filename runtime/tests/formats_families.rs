@@ -237,6 +237,27 @@ fn bitnet_community_models() {
     assert_comes_back(&model, true);
 }
 
+#[test]
+fn a_sentencepiece_model_encodes_as_the_sentencepiece_package_does() {
+    let directory = Directory { config: llama(&json!({"vocab_size": 502})).config, ..llama(&json!({})) };
+    let path = tempfile::tempdir().unwrap();
+    directory.write(path.path());
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sentencepiece");
+    std::fs::remove_file(path.path().join("tokenizer.json")).unwrap();
+    std::fs::copy(fixtures.join("tokenizer.model"), path.path().join("tokenizer.model")).unwrap();
+    std::fs::write(path.path().join("added_tokens.json"), r#"{"<pad>": 500, "<extra>": 501}"#).unwrap();
+    let tokenizer = Checkpoint::open(path.path()).unwrap().tokenizer().unwrap();
+    let golden: Value = serde_json::from_slice(&std::fs::read(fixtures.join("golden.json")).unwrap()).unwrap();
+    for case in golden.as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        let expected: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+        assert_eq!(tokenizer.encode(text, false).unwrap(), expected, "{text:?}");
+        assert_eq!(tokenizer.decode(&expected), text);
+    }
+    assert_eq!(tokenizer.encode("<extra>", true).unwrap(), [1, 501]);
+    assert_eq!(tokenizer.token_id("<pad>"), Some(500));
+}
+
 fn llama(extra: &Value) -> Directory {
     let mut config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rope_theta": 500_000.0,

@@ -1,5 +1,6 @@
 //! Hugging Face model directories: `config.json` and its fellows, and the tensors by their places in the model.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,7 @@ use super::{
     Biases, Bytes, FloatMatrix, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, TernaryTensor,
 };
 use crate::text::TokenizerConfig;
+use crate::text::sentencepiece::{self, AddedToken};
 
 /// An opened Hugging Face directory. Tensors are read when asked for.
 pub(super) struct HuggingFace {
@@ -189,13 +191,46 @@ impl HuggingFace {
         Ok(FloatMatrix { rows, columns, dtype, bytes: tensor.bytes })
     }
 
-    /// `tokenizer.json`, unparsed.
+    /// `tokenizer.json`, unparsed, or one made of SentencePiece's `tokenizer.model`.
     pub(super) fn tokenizer_json(&self) -> Result<Bytes, FormatError> {
         let path = self.directory.join("tokenizer.json");
         if !path.is_file() {
-            return Err(FormatError::NotAModel { path: self.directory.clone(), missing: "tokenizer.json" });
+            return self.sentencepiece_json();
         }
         std::fs::read(&path).map(Bytes::from).map_err(|source| FormatError::Read { path, source })
+    }
+}
+
+impl HuggingFace {
+    fn sentencepiece_json(&self) -> Result<Bytes, FormatError> {
+        let path = self.directory.join("tokenizer.model");
+        let model = match std::fs::read(&path) {
+            Ok(model) => model,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(FormatError::NotAModel { path: self.directory.clone(), missing: "tokenizer.json" });
+            }
+            Err(source) => return Err(FormatError::Read { path, source }),
+        };
+        sentencepiece::tokenizer_json(&model, self.added_tokens()?)
+            .map(Bytes::from)
+            .map_err(|problem| FormatError::Field { path, field: "the tokenizer".to_owned(), problem })
+    }
+
+    /// Tokens of `added_tokens.json` and of `added_tokens_decoder` in `tokenizer_config.json`.
+    fn added_tokens(&self) -> Result<Vec<AddedToken>, FormatError> {
+        let mut tokens = BTreeMap::new();
+        let added = read_json(&self.directory.join("added_tokens.json"))?.unwrap_or_default();
+        for (text, id) in added.as_object().into_iter().flatten() {
+            let id = id.as_u64().and_then(|id| usize::try_from(id).ok());
+            tokens.extend(id.map(|id| (id, (text.clone(), true))));
+        }
+        let config = read_json(&self.directory.join("tokenizer_config.json"))?.unwrap_or_default();
+        for (id, token) in config["added_tokens_decoder"].as_object().into_iter().flatten() {
+            let text = token["content"].as_str().map(str::to_owned);
+            let special = token["special"].as_bool().unwrap_or(false);
+            tokens.extend(id.parse().ok().zip(text).map(|(id, text)| (id, (text, special))));
+        }
+        Ok(tokens.into_iter().map(|(id, (text, special))| AddedToken { id, text, special }).collect())
     }
 }
 

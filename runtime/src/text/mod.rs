@@ -3,6 +3,7 @@
 mod chat;
 mod detokenize;
 mod python_json;
+pub(crate) mod sentencepiece;
 mod tokenizer;
 pub(crate) mod vocabulary;
 
