@@ -157,11 +157,11 @@ fn a_scale_beside_the_weights_multiplies_them() {
     for weights in [Weights::F16, Weights::Tq1_0, Weights::I2s128] {
         let mut file = gguf(&embedded(), "bitnet-b1.58", weights);
         let one = gguf_of_ones(weights);
-        for layer in 0..6 {
+        for (layer, one) in one.iter().enumerate() {
             let name = format!("blk.{layer}.attn_q");
             let scale = embedded().projection(layer, Projection::Query).unwrap().scale;
             let place = file.tensor(&format!("{name}.weight"));
-            place.3 = one[layer].clone();
+            place.3 = one.clone();
             file.tensors.push((format!("{name}.scale"), vec![1], 0, scale.to_le_bytes().to_vec()));
         }
         assert_weights(&open(&file).unwrap(), |scale| scale);

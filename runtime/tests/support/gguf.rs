@@ -171,7 +171,7 @@ impl Weights {
                                 value *= 3;
                                 value += if n < count { u32::from(code(block + start + m + width * n)) } else { 0 };
                             }
-                            bytes.push(((value * 256 + 242) / 243) as u8);
+                            bytes.push((value * 256).div_ceil(243) as u8);
                         }
                     }
                     bytes.extend(half(scale));
