@@ -3,9 +3,15 @@
 
 use std::path::{Path, PathBuf};
 
+use super::gguf::container::MAGIC as GGUF_MAGIC;
+use super::gguf::{Gguf, I2sLayout};
 use super::hf::HuggingFace;
+use super::synth::{Recipe, RecipeError, Synthetic};
 use super::tern::Prepared;
-use super::{Bytes, FloatMatrix, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, TernaryTensor};
+use super::{
+    Activation, Bytes, FloatMatrix, FloatType, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection,
+    TernaryTensor,
+};
 use crate::text::{ChatError, ChatTemplate, Tokenizer, TokenizerConfig};
 
 /// An opened model.
@@ -14,26 +20,50 @@ pub struct Checkpoint {
     source: Source,
 }
 
+/// What a model's files leave open, and what it is opened for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// How I2_S matrices of a GGUF file are ordered; a wrong choice gives a model that talks nonsense.
+    pub i2s_layout: I2sLayout,
+    /// Whether the scales of I2_S matrices are reciprocals.
+    pub invert_scale: bool,
+    /// The activation function of a GGUF file's model, instead of the one that its architecture stands for.
+    pub activation: Option<Activation>,
+    /// Whether to open a model that can be converted, but not run yet ([`ModelConfig::not_implemented`]).
+    pub for_conversion: bool,
+}
+
 enum Source {
     HuggingFace(Box<HuggingFace>),
+    Gguf(Box<Gguf>),
+    Synthetic(Box<Synthetic>),
     Prepared(Box<Prepared>),
 }
 
 impl Checkpoint {
-    /// Opens a prepared file, or a Hugging Face directory.
+    /// Opens a prepared file, a GGUF file, or a Hugging Face directory, to run it.
     ///
     /// # Errors
-    /// If it is neither, or if its headers and configuration are damaged or not supported. Tensors are not read yet.
+    /// If it is none of them, or if its headers and configuration are damaged or not supported. Tensors are not read
+    /// yet.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
+        Self::open_with(path, &OpenOptions::default())
+    }
+
+    /// Opens a prepared file, a GGUF file, or a Hugging Face directory.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Self, FormatError> {
         let metadata = std::fs::metadata(path).map_err(|source| FormatError::Read { path: path.to_owned(), source })?;
         let source = if metadata.is_dir() {
             Source::HuggingFace(Box::new(HuggingFace::open(path)?))
         } else if metadata.is_file() {
-            Source::Prepared(Box::new(Prepared::open(path, Bytes::map(path)?)?))
+            Self::source_of_file(path, Bytes::map(path)?, options)?
         } else {
             return Err(FormatError::Foreign { path: path.to_owned() });
         };
-        Ok(Self { path: path.to_owned(), source })
+        Self { path: path.to_owned(), source }.if_it_can_be_run(options)
     }
 
     /// Opens a prepared file that is in memory; messages call it `name`.
@@ -43,7 +73,53 @@ impl Checkpoint {
     pub fn from_prepared(name: &str, bytes: Bytes) -> Result<Self, FormatError> {
         let path = PathBuf::from(name);
         let source = Source::Prepared(Box::new(Prepared::open(&path, bytes)?));
-        Ok(Self { path, source })
+        Self { path, source }.if_it_can_be_run(&OpenOptions::default())
+    }
+
+    /// Opens a prepared or GGUF file that is in memory; messages call it `name`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_bytes(name: &str, bytes: Bytes, options: &OpenOptions) -> Result<Self, FormatError> {
+        let path = PathBuf::from(name);
+        let source = Self::source_of_file(&path, bytes, options)?;
+        Self { path, source }.if_it_can_be_run(options)
+    }
+
+    /// A made-up model.
+    ///
+    /// # Errors
+    /// If the recipe cannot be followed.
+    pub fn synthetic(recipe: Recipe) -> Result<Self, RecipeError> {
+        let path = PathBuf::from(format!("synthetic {}", recipe.config.architecture));
+        Ok(Self { path, source: Source::Synthetic(Box::new(Synthetic::new(recipe)?)) })
+    }
+
+    fn source_of_file(path: &Path, bytes: Bytes, options: &OpenOptions) -> Result<Source, FormatError> {
+        if bytes.starts_with(&GGUF_MAGIC) {
+            Ok(Source::Gguf(Box::new(Gguf::open(path, &bytes, options)?)))
+        } else {
+            Ok(Source::Prepared(Box::new(Prepared::open(path, bytes)?)))
+        }
+    }
+
+    fn if_it_can_be_run(self, options: &OpenOptions) -> Result<Self, FormatError> {
+        match self.config().not_implemented().filter(|_| !options.for_conversion) {
+            None => Ok(self),
+            Some(what) => {
+                let what = format!("running the model needs {what}");
+                Err(FormatError::Unsupported { path: self.path, what })
+            }
+        }
+    }
+
+    /// What had to be guessed or put right when opening, one line each, to be told once.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        match &self.source {
+            Source::Gguf(model) => &model.notes,
+            Source::HuggingFace(_) | Source::Prepared(_) | Source::Synthetic(_) => &[],
+        }
     }
 
     /// Sizes and constants.
@@ -51,6 +127,8 @@ impl Checkpoint {
     pub fn config(&self) -> &ModelConfig {
         match &self.source {
             Source::HuggingFace(model) => &model.config,
+            Source::Gguf(model) => &model.config,
+            Source::Synthetic(model) => model.config(),
             Source::Prepared(model) => model.config(),
         }
     }
@@ -60,6 +138,8 @@ impl Checkpoint {
     pub fn generation(&self) -> &GenerationDefaults {
         match &self.source {
             Source::HuggingFace(model) => &model.generation,
+            Source::Gguf(model) => &model.generation,
+            Source::Synthetic(model) => &model.generation,
             Source::Prepared(model) => model.generation(),
         }
     }
@@ -69,6 +149,8 @@ impl Checkpoint {
     pub fn chat_template(&self) -> Option<&str> {
         match &self.source {
             Source::HuggingFace(model) => model.chat_template.as_deref(),
+            Source::Gguf(model) => model.chat_template.as_deref(),
+            Source::Synthetic(_) => None,
             Source::Prepared(model) => model.chat_template(),
         }
     }
@@ -90,6 +172,8 @@ impl Checkpoint {
     pub fn tokenizer_config(&self) -> &TokenizerConfig {
         match &self.source {
             Source::HuggingFace(model) => &model.tokenizer,
+            Source::Gguf(model) => &model.tokenizer,
+            Source::Synthetic(model) => &model.tokenizer,
             Source::Prepared(model) => model.tokenizer(),
         }
     }
@@ -101,6 +185,8 @@ impl Checkpoint {
     pub fn tokenizer_json(&self) -> Result<Bytes, FormatError> {
         match &self.source {
             Source::HuggingFace(model) => model.tokenizer_json(),
+            Source::Gguf(model) => model.tokenizer_json(),
+            Source::Synthetic(model) => Ok(model.tokenizer_json()),
             Source::Prepared(model) => Ok(model.tokenizer_json()),
         }
     }
@@ -122,6 +208,8 @@ impl Checkpoint {
         self.check_layer(layer)?;
         match &self.source {
             Source::HuggingFace(model) => model.projection(layer, projection),
+            Source::Gguf(model) => model.projection(layer, projection),
+            Source::Synthetic(model) => Ok(model.projection(layer, projection)),
             Source::Prepared(model) => Ok(model.projection(layer, projection)),
         }
     }
@@ -137,7 +225,26 @@ impl Checkpoint {
         }
         match &self.source {
             Source::HuggingFace(model) => model.norm(layer, norm),
+            Source::Gguf(model) => model.norm(layer, norm),
+            Source::Synthetic(model) => Ok(model.norm(norm)),
             Source::Prepared(model) => Ok(model.norm(layer, norm)),
+        }
+    }
+
+    /// Reads the bias of a projection, `m` values; none if the model has no such bias.
+    ///
+    /// # Errors
+    /// If the layer or the tensor is not there, or the tensor is damaged.
+    pub fn bias(&self, layer: usize, projection: Projection) -> Result<Vec<f32>, FormatError> {
+        self.check_layer(layer)?;
+        if !projection.has_bias(self.config()) {
+            return Ok(Vec::new());
+        }
+        match &self.source {
+            Source::HuggingFace(model) => model.bias(layer, projection),
+            Source::Gguf(model) => model.bias(layer, projection),
+            Source::Synthetic(model) => Ok(model.bias(projection)),
+            Source::Prepared(model) => Ok(model.bias(layer, projection)),
         }
     }
 
@@ -148,6 +255,8 @@ impl Checkpoint {
     pub fn final_norm(&self) -> Result<Vec<f32>, FormatError> {
         match &self.source {
             Source::HuggingFace(model) => model.final_norm(),
+            Source::Gguf(model) => model.final_norm(),
+            Source::Synthetic(model) => Ok(model.final_norm()),
             Source::Prepared(model) => Ok(model.final_norm()),
         }
     }
@@ -159,7 +268,17 @@ impl Checkpoint {
     pub fn embedding(&self) -> Result<FloatMatrix, FormatError> {
         match &self.source {
             Source::HuggingFace(model) => model.embedding(),
+            Source::Gguf(model) => model.embedding(),
+            Source::Synthetic(model) => Ok(model.embedding()),
             Source::Prepared(model) => Ok(model.embedding()),
+        }
+    }
+
+    /// Element type of the embedding, and of the head if it is not tied, without making them where that takes time.
+    pub(super) fn token_row_types(&self) -> Result<(FloatType, Option<FloatType>), FormatError> {
+        match &self.source {
+            Source::Synthetic(model) => Ok((FloatType::Bf16, (!model.config().tied_head).then_some(FloatType::Bf16))),
+            _ => Ok((self.embedding()?.dtype, self.head()?.map(|head| head.dtype))),
         }
     }
 
@@ -170,6 +289,8 @@ impl Checkpoint {
     pub fn head(&self) -> Result<Option<FloatMatrix>, FormatError> {
         match &self.source {
             Source::HuggingFace(model) => model.head(),
+            Source::Gguf(model) => model.head(),
+            Source::Synthetic(model) => Ok(model.head()),
             Source::Prepared(model) => Ok(model.head()),
         }
     }
@@ -191,11 +312,11 @@ impl Checkpoint {
         self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy().into_owned()
     }
 
-    /// A digest of a prepared file's whole content; `None` for a directory, which has no checksums.
+    /// A digest of a prepared file's whole content; `None` for other models, which have no checksums.
     #[must_use]
     pub fn digest(&self) -> Option<u64> {
         match &self.source {
-            Source::HuggingFace(_) => None,
+            Source::HuggingFace(_) | Source::Gguf(_) | Source::Synthetic(_) => None,
             Source::Prepared(model) => Some(model.digest()),
         }
     }
@@ -206,14 +327,14 @@ impl Checkpoint {
         matches!(self.source, Source::Prepared(_))
     }
 
-    /// Reads a prepared file completely and compares every section with its checksum; returns their number. A
-    /// Hugging Face directory has none.
+    /// Reads a prepared file completely and compares every section with its checksum; returns their number. Other
+    /// models have none.
     ///
     /// # Errors
     /// The first section that is damaged.
     pub fn verify_checksums(&self) -> Result<usize, FormatError> {
         match &self.source {
-            Source::HuggingFace(_) => Ok(0),
+            Source::HuggingFace(_) | Source::Gguf(_) | Source::Synthetic(_) => Ok(0),
             Source::Prepared(model) => model.verify_checksums(),
         }
     }

@@ -28,6 +28,15 @@ pub(super) enum ScaleConvention {
     Inverse,
 }
 
+/// What floats that are not ternary are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Masters {
+    /// Master weights of a BitNet model, whose absmean gives its trits.
+    Quantised,
+    /// Weights of some other model, which is no ternary one.
+    Refused,
+}
+
 const FLOATS: &str = "BF16, F16 or F32";
 
 impl RawTensor {
@@ -96,6 +105,7 @@ pub(super) fn ternary(
     scale: Option<RawTensor>,
     (m, k): (usize, usize),
     convention: ScaleConvention,
+    masters: Masters,
 ) -> Result<TernaryTensor, FormatError> {
     let scale = scale.map(|tensor| weight_scale(&tensor)).transpose()?;
     if weight.dtype == Dtype::U8 {
@@ -135,6 +145,13 @@ pub(super) fn ternary(
     if largest > 0.0 && values.iter().all(|value| *value == 0.0 || value.abs() == largest) {
         return Ok(tensor(matrix(&sign), largest));
     }
+    if masters == Masters::Refused {
+        return Err(FormatError::Tensor {
+            path: weight.path.clone(),
+            tensor: weight.name.clone(),
+            problem: "is neither ternary nor part of a BitNet model: ternion runs ternary models only".to_owned(),
+        });
+    }
     let scale = absmean_scale(values.iter().copied());
     let reciprocal = 1.0 / scale;
     Ok(tensor(matrix(&|value| absmean_trit(value, reciprocal)), scale))
@@ -154,7 +171,7 @@ fn sign(value: f32) -> Trit {
 }
 
 /// A `weight_scale` tensor's one value, such that it and its reciprocal are normal numbers.
-fn weight_scale(tensor: &RawTensor) -> Result<f32, FormatError> {
+pub(super) fn weight_scale(tensor: &RawTensor) -> Result<f32, FormatError> {
     let scale = match tensor.floats(if tensor.shape.is_empty() { &[] } else { &[1] })?[..] {
         [scale] => scale,
         _ => return Err(tensor.wrong_shape(&[1])),
@@ -215,7 +232,7 @@ fn packed(weight: &RawTensor, m: usize, k: usize) -> Result<TernaryMatrix, Forma
 
 /// Transposes a 4×4 matrix of two-bit codes: code `j` of byte `i` becomes code `i` of byte `j`.
 #[inline(always)]
-fn transpose_codes(bytes: [u8; 4]) -> [u8; 4] {
+pub(super) fn transpose_codes(bytes: [u8; 4]) -> [u8; 4] {
     let mut x = u32::from_le_bytes(bytes);
     // Swap the off-diagonal codes of each 2×2 block, then the off-diagonal blocks.
     let t = (x ^ x >> 6) & 0x00cc_00cc;
@@ -259,7 +276,7 @@ mod tests {
                 bytes[row % quarter * k + column] |= trit.code() << (2 * (row / quarter));
             }
             let weight = raw(Dtype::U8, &[quarter, k], bytes);
-            let tensor = ternary(&weight, Some(floats(&[1], &[0.5])), (m, k), ScaleConvention::Inverse).unwrap();
+            let tensor = ternary(&weight, Some(floats(&[1], &[0.5])), (m, k), ScaleConvention::Inverse, Masters::Quantised).unwrap();
             prop_assert_eq!(tensor.scale, 2.0);
             let expected = TernaryMatrix::from_fn(m, k, |row, column| trits[row * k + column]);
             prop_assert_eq!(tensor.to_matrix(), Ok(expected));
@@ -272,25 +289,26 @@ mod tests {
             let values = |scale: f32| trits.iter().map(|trit| trit.value() as f32 * scale).collect::<Vec<f32>>();
 
             let unpacked = floats(&[m, k], &values(1.0));
-            let tensor = ternary(&unpacked, Some(floats(&[], &[s])), (m, k), ScaleConvention::Direct).unwrap();
+            let tensor = ternary(&unpacked, Some(floats(&[], &[s])), (m, k), ScaleConvention::Direct, Masters::Quantised).unwrap();
             prop_assert_eq!((tensor.to_matrix(), tensor.scale), (Ok(expected.clone()), s));
 
             let dequantised = floats(&[m, k], &values(s));
-            let tensor = ternary(&dequantised, None, (m, k), ScaleConvention::Inverse).unwrap();
+            let tensor = ternary(&dequantised, None, (m, k), ScaleConvention::Inverse, Masters::Quantised).unwrap();
             prop_assert_eq!((tensor.to_matrix(), tensor.scale), (Ok(expected), s));
         }
 
         #[test]
         fn master_weights_are_quantised_as_the_reference_does(values in prop::collection::vec(-1f32..1.0, 24)) {
             let reference = ternion_kernels_ref::quantize::absmean(3, 8, &values);
-            let tensor = ternary(&floats(&[3, 8], &values), None, (3, 8), ScaleConvention::Inverse).unwrap();
+            let tensor = ternary(&floats(&[3, 8], &values), None, (3, 8), ScaleConvention::Inverse, Masters::Quantised).unwrap();
             prop_assert_eq!((tensor.to_matrix(), tensor.scale), (Ok(reference.trits), reference.scale));
         }
     }
 
     #[test]
     fn weights_that_are_all_zero_have_the_smallest_scale() {
-        let tensor = ternary(&floats(&[2, 4], &[0.0; 8]), None, (2, 4), ScaleConvention::Direct).unwrap();
+        let tensor =
+            ternary(&floats(&[2, 4], &[0.0; 8]), None, (2, 4), ScaleConvention::Direct, Masters::Quantised).unwrap();
         assert_eq!(tensor.scale, MIN_SCALE);
         assert!(tensor.bytes.iter().all(|byte| *byte == ZERO_BYTE));
     }
@@ -299,7 +317,7 @@ mod tests {
     fn what_is_in_no_dress_is_refused_with_its_place() {
         let scale = || Some(floats(&[1], &[0.5]));
         let error = |weight: RawTensor, scale, convention| {
-            ternary(&weight, scale, (4, 4), convention).expect_err("refused").to_string()
+            ternary(&weight, scale, (4, 4), convention, Masters::Quantised).expect_err("refused").to_string()
         };
         let direct = ScaleConvention::Direct;
         let code3 = raw(Dtype::U8, &[1, 4], vec![0x55, 0x55, 0x55 | 0x30, 0x55]);
@@ -315,8 +333,8 @@ mod tests {
         let ones = || floats(&[4, 4], &[1.0; 16]);
         assert!(error(ones(), scale(), ScaleConvention::Inverse).contains("autobitlinear"));
         for bad in [0.0, -1.0, f32::INFINITY, 1e-40] {
-            assert!(ternary(&ones(), Some(floats(&[1], &[bad])), (4, 4), direct).is_err(), "{bad}");
+            assert!(ternary(&ones(), Some(floats(&[1], &[bad])), (4, 4), direct, Masters::Quantised).is_err(), "{bad}");
         }
-        assert!(ternary(&ones(), Some(floats(&[2], &[1.0; 2])), (4, 4), direct).is_err());
+        assert!(ternary(&ones(), Some(floats(&[2], &[1.0; 2])), (4, 4), direct, Masters::Quantised).is_err());
     }
 }

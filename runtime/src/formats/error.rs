@@ -83,6 +83,36 @@ pub enum FormatError {
         /// What is wrong.
         problem: String,
     },
+    /// A GGUF file whose container contradicts itself.
+    #[error("{}: damaged GGUF file ({problem}): download it again", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A GGUF file with a tensor of a type that cannot be read.
+    #[error("{}: tensor {tensor} has type {found}, which cannot be read: {advice}", path.display())]
+    UnreadableType {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its type.
+        found: String,
+        /// What to do instead.
+        advice: &'static str,
+    },
+    /// A tensor that cannot be what the model needs there.
+    #[error("{}: tensor {tensor} {problem}", path.display())]
+    Tensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong and what to do, as the end of a sentence.
+        problem: String,
+    },
     /// A tensor that the architecture needs is not there.
     #[error("{}: tensor {tensor} is missing: the download is incomplete, or this is another architecture", path.display())]
     MissingTensor {
@@ -92,7 +122,7 @@ pub enum FormatError {
         tensor: String,
     },
     /// A tensor's shape does not follow from `config.json`.
-    #[error("{}: tensor {tensor} has shape {found:?}, but config.json asks for {expected:?}: they belong to different models", path.display())]
+    #[error("{}: tensor {tensor} has shape {found:?}, but the configuration asks for {expected:?}: they belong to different models", path.display())]
     WrongShape {
         /// The file.
         path: PathBuf,

@@ -1,17 +1,20 @@
 //! Hugging Face model directories: `config.json` and its fellows, and the tensors by their places in the model.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::dress::{self, ScaleConvention};
+use super::config_file::ConfigFile;
+use super::dress::{self, Masters, ScaleConvention};
 use super::family::{self, Family};
 use super::safetensors::{RawTensor, Tensors};
 use super::{
-    Activation, Bytes, FloatMatrix, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, TernaryTensor,
+    Biases, Bytes, FloatMatrix, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, TernaryTensor,
 };
 use crate::text::TokenizerConfig;
+use crate::text::sentencepiece::{self, AddedToken};
 
 /// An opened Hugging Face directory. Tensors are read when asked for.
 pub(super) struct HuggingFace {
@@ -22,7 +25,10 @@ pub(super) struct HuggingFace {
     pub(super) tokenizer: TokenizerConfig,
     pub(super) chat_template: Option<String>,
     tensors: Tensors,
+    /// What precedes the modules' names: some embedding models leave `model.` away.
+    prefix: &'static str,
     convention: ScaleConvention,
+    masters: Masters,
     not_converted: Vec<String>,
 }
 
@@ -35,7 +41,7 @@ impl HuggingFace {
         let file = ConfigFile { path, json };
         let family = family::find(&file)?;
         file.refuse_what_is_not_implemented()?;
-        let mut config = (family.config)(&file)?;
+        let config = (family.config)(&file)?;
         config.check().map_err(|problem| file.error("the configuration", format!("is impossible: {problem}")))?;
         let convention = file.scale_convention()?;
         let not_converted = file.modules_to_not_convert()?;
@@ -54,9 +60,8 @@ impl HuggingFace {
         let chat_template = read_text(&directory.join("chat_template.jinja"))?.or(in_config);
 
         let tensors = Tensors::open(directory)?;
-        // Without a head of its own a model uses its embedding, whatever the configuration says.
-        config.tied_head |= !tensors.contains(&weight(family.names.head));
-        let model = Self {
+        let prefix = if tensors.contains(&weight("embed_tokens")) { "" } else { "model." };
+        let mut model = Self {
             directory: directory.to_owned(),
             family,
             config,
@@ -64,36 +69,64 @@ impl HuggingFace {
             tokenizer: TokenizerConfig::from_json(&tokenizer_config),
             chat_template,
             tensors,
+            prefix,
             convention,
+            masters: Masters::Refused,
             not_converted,
         };
+        model.look_for_optional_tensors(&file)?;
+        let bitnet = family.bitnet || file.says_bitnet() || model.config.projection_norm_eps.is_some();
+        model.masters = if bitnet { Masters::Quantised } else { Masters::Refused };
         model.refuse_extra_tensors()?;
         Ok(model)
     }
 
-    /// Biases and per-projection norms would change every result: a model that has them is not what it seems.
+    /// A head, biases and norms in front of projections are there or not, whatever the configuration says.
+    fn look_for_optional_tensors(&mut self, file: &ConfigFile) -> Result<(), FormatError> {
+        self.config.tied_head |= !self.tensors.contains(&weight(HEAD));
+        let has_bias = |projection| self.tensors.contains(&format!("{}.bias", self.projection_module(0, projection)));
+        self.config.biases = Biases {
+            qkv: has_bias(Projection::Query),
+            output: has_bias(Projection::Output),
+            ffn: has_bias(Projection::Gate),
+        };
+        if self.projection_norm(0, Projection::Query).is_some() {
+            self.config.projection_norm_eps = Some(file.projection_norm_eps()?);
+        }
+        Ok(())
+    }
+
+    /// The tensor of the norm in front of a projection, by either name.
+    fn projection_norm(&self, layer: usize, projection: Projection) -> Option<String> {
+        let module = self.projection_module(layer, projection);
+        let names = ["rms_norm", "norm"].map(|norm| format!("{module}.{norm}.weight"));
+        names.into_iter().find(|name| self.tensors.contains(name))
+    }
+
+    /// A bias or norm in one place only would change every result: such a model is not what it seems.
     fn refuse_extra_tensors(&self) -> Result<(), FormatError> {
         for layer in 0..self.config.layers {
             for projection in Projection::ALL {
-                let module = self.module(layer, (self.family.names.projection)(projection));
-                for part in ["bias", "rms_norm.weight", "norm.weight"] {
-                    let name = format!("{module}.{part}");
-                    if self.tensors.contains(&name) {
-                        let what = format!("there is a tensor {name}");
-                        return Err(FormatError::Unsupported { path: self.directory.clone(), what });
-                    }
+                let bias = Some(format!("{}.bias", self.projection_module(layer, projection)))
+                    .filter(|bias| !projection.has_bias(&self.config) && self.tensors.contains(bias));
+                let norm = self.projection_norm(layer, projection);
+                let norm = norm.filter(|_| self.config.projection_norm_eps.is_none());
+                if let Some(name) = bias.or(norm) {
+                    let what = format!("there is a tensor {name}, which others of its kind lack");
+                    return Err(FormatError::Unsupported { path: self.directory.clone(), what });
                 }
             }
         }
         Ok(())
     }
 
-    fn module(&self, layer: usize, name: &str) -> String {
-        format!("{}.{layer}.{name}", self.family.names.layers)
+    fn projection_module(&self, layer: usize, projection: Projection) -> String {
+        // The names of all families are the ones that `Projection` prints.
+        format!("{}layers.{layer}.{projection}", self.prefix)
     }
 
     pub(super) fn projection(&self, layer: usize, projection: Projection) -> Result<TernaryTensor, FormatError> {
-        let module = self.module(layer, (self.family.names.projection)(projection));
+        let module = self.projection_module(layer, projection);
         if let Some(listed) = self.not_converted.iter().find(|listed| lies_in(&module, listed)) {
             return Err(FormatError::Unsupported {
                 path: self.directory.clone(),
@@ -102,24 +135,52 @@ impl HuggingFace {
         }
         let (weight, scale) = (weight(&module), format!("{module}.weight_scale"));
         let scale = self.tensors.contains(&scale).then(|| self.tensors.get(&scale)).transpose()?;
-        dress::ternary(&self.tensors.get(&weight)?, scale, projection.shape(&self.config), self.convention)
+        dress::ternary(
+            &self.tensors.get(&weight)?,
+            scale,
+            projection.shape(&self.config),
+            self.convention,
+            self.masters,
+        )
+    }
+
+    pub(super) fn bias(&self, layer: usize, projection: Projection) -> Result<Vec<f32>, FormatError> {
+        let (m, _) = projection.shape(&self.config);
+        self.tensors.get(&format!("{}.bias", self.projection_module(layer, projection)))?.floats(&[m])
     }
 
     pub(super) fn norm(&self, layer: usize, norm: LayerNorm) -> Result<Vec<f32>, FormatError> {
-        let name = weight(&self.module(layer, (self.family.names.norm)(norm)));
-        self.tensors.get(&name)?.floats(&[norm.width(&self.config)])
+        let width = norm.width(&self.config);
+        if let LayerNorm::Projection(projection) = norm {
+            let missing = || format!("{}.norm.weight", self.projection_module(layer, projection));
+            return self
+                .tensors
+                .get(&self.projection_norm(layer, projection).unwrap_or_else(missing))?
+                .floats(&[width]);
+        }
+        let name = (self.family.norm)(norm);
+        self.own_norm(&weight(&format!("{}layers.{layer}.{name}", self.prefix)), width)
     }
 
     pub(super) fn final_norm(&self) -> Result<Vec<f32>, FormatError> {
-        self.tensors.get(&weight(self.family.names.final_norm))?.floats(&[self.config.hidden])
+        self.own_norm(&weight(&format!("{}norm", self.prefix)), self.config.hidden)
+    }
+
+    /// A norm of the family's own, with what is multiplied.
+    fn own_norm(&self, name: &str, width: usize) -> Result<Vec<f32>, FormatError> {
+        let mut weights = self.tensors.get(name)?.floats(&[width])?;
+        if self.family.norms_add_one {
+            weights.iter_mut().for_each(|weight| *weight += 1.0);
+        }
+        Ok(weights)
     }
 
     pub(super) fn embedding(&self) -> Result<FloatMatrix, FormatError> {
-        self.token_rows(self.family.names.embedding)
+        self.token_rows(&format!("{}embed_tokens", self.prefix))
     }
 
     pub(super) fn head(&self) -> Result<Option<FloatMatrix>, FormatError> {
-        if self.config.tied_head { Ok(None) } else { self.token_rows(self.family.names.head).map(Some) }
+        if self.config.tied_head { Ok(None) } else { self.token_rows(HEAD).map(Some) }
     }
 
     fn token_rows(&self, module: &str) -> Result<FloatMatrix, FormatError> {
@@ -130,15 +191,51 @@ impl HuggingFace {
         Ok(FloatMatrix { rows, columns, dtype, bytes: tensor.bytes })
     }
 
-    /// `tokenizer.json`, unparsed.
+    /// `tokenizer.json`, unparsed, or one made of SentencePiece's `tokenizer.model`.
     pub(super) fn tokenizer_json(&self) -> Result<Bytes, FormatError> {
         let path = self.directory.join("tokenizer.json");
         if !path.is_file() {
-            return Err(FormatError::NotAModel { path: self.directory.clone(), missing: "tokenizer.json" });
+            return self.sentencepiece_json();
         }
         std::fs::read(&path).map(Bytes::from).map_err(|source| FormatError::Read { path, source })
     }
 }
+
+impl HuggingFace {
+    fn sentencepiece_json(&self) -> Result<Bytes, FormatError> {
+        let path = self.directory.join("tokenizer.model");
+        let model = match std::fs::read(&path) {
+            Ok(model) => model,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(FormatError::NotAModel { path: self.directory.clone(), missing: "tokenizer.json" });
+            }
+            Err(source) => return Err(FormatError::Read { path, source }),
+        };
+        sentencepiece::tokenizer_json(&model, self.added_tokens()?)
+            .map(Bytes::from)
+            .map_err(|problem| FormatError::Field { path, field: "the tokenizer".to_owned(), problem })
+    }
+
+    /// Tokens of `added_tokens.json` and of `added_tokens_decoder` in `tokenizer_config.json`.
+    fn added_tokens(&self) -> Result<Vec<AddedToken>, FormatError> {
+        let mut tokens = BTreeMap::new();
+        let added = read_json(&self.directory.join("added_tokens.json"))?.unwrap_or_default();
+        for (text, id) in added.as_object().into_iter().flatten() {
+            let id = id.as_u64().and_then(|id| usize::try_from(id).ok());
+            tokens.extend(id.map(|id| (id, (text.clone(), true))));
+        }
+        let config = read_json(&self.directory.join("tokenizer_config.json"))?.unwrap_or_default();
+        for (id, token) in config["added_tokens_decoder"].as_object().into_iter().flatten() {
+            let text = token["content"].as_str().map(str::to_owned);
+            let special = token["special"].as_bool().unwrap_or(false);
+            tokens.extend(id.parse().ok().zip(text).map(|(id, text)| (id, (text, special))));
+        }
+        Ok(tokens.into_iter().map(|(id, (text, special))| AddedToken { id, text, special }).collect())
+    }
+}
+
+/// The head's module, in every family.
+const HEAD: &str = "lm_head";
 
 fn weight(module: &str) -> String {
     format!("{module}.weight")
@@ -185,150 +282,10 @@ fn chat_template(tokenizer_config: &Value) -> Result<Option<String>, String> {
     }
 }
 
-/// `config.json`, with access by field that says what is wrong and where.
-pub(super) struct ConfigFile {
-    path: PathBuf,
-    json: Value,
-}
-
-impl ConfigFile {
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    fn error(&self, field: &str, problem: String) -> FormatError {
-        FormatError::Field { path: self.path.clone(), field: field.to_owned(), problem }
-    }
-
-    /// The names in `architectures`.
-    pub(super) fn architectures(&self) -> Result<Vec<&str>, FormatError> {
-        match &self.json["architectures"] {
-            Value::Null => Ok(Vec::new()),
-            Value::Array(names) => Ok(names.iter().filter_map(Value::as_str).collect()),
-            other => Err(self.error("architectures", format!("is {other}, not a list"))),
-        }
-    }
-
-    pub(super) fn size(&self, field: &str) -> Result<usize, FormatError> {
-        match &self.json[field] {
-            Value::Null => Err(self.error(field, "is missing".to_owned())),
-            value => match value.as_u64().and_then(|size| usize::try_from(size).ok()) {
-                Some(size) => Ok(size),
-                None => Err(self.error(field, format!("is {value}, not a size"))),
-            },
-        }
-    }
-
-    pub(super) fn size_or(&self, field: &str, default: usize) -> Result<usize, FormatError> {
-        if self.json[field].is_null() { Ok(default) } else { self.size(field) }
-    }
-
-    pub(super) fn number_or(&self, field: &str, default: f64) -> Result<f64, FormatError> {
-        self.number_at(&self.json[field], field, default)
-    }
-
-    fn number_at(&self, value: &Value, field: &str, default: f64) -> Result<f64, FormatError> {
-        match value {
-            Value::Null => Ok(default),
-            value => value.as_f64().ok_or_else(|| self.error(field, format!("is {value}, not a number"))),
-        }
-    }
-
-    pub(super) fn flag_or(&self, field: &str, default: bool) -> Result<bool, FormatError> {
-        match &self.json[field] {
-            Value::Null => Ok(default),
-            value => value.as_bool().ok_or_else(|| self.error(field, format!("is {value}, not true or false"))),
-        }
-    }
-
-    /// `head_dim`, or the hidden size shared out among the heads.
-    pub(super) fn head_dim(&self, hidden: usize, heads: usize) -> Result<usize, FormatError> {
-        if !self.json["head_dim"].is_null() {
-            return self.size("head_dim");
-        }
-        if heads == 0 || !hidden.is_multiple_of(heads) {
-            return Err(self.error("num_attention_heads", format!("is {heads}, which does not divide {hidden}")));
-        }
-        Ok(hidden / heads)
-    }
-
-    /// `rope_theta`, or `rope_parameters.rope_theta` in files of newer versions.
-    pub(super) fn rope_theta(&self, default: f64) -> Result<f64, FormatError> {
-        let newer = self.number_at(&self.json["rope_parameters"]["rope_theta"], "rope_parameters", default)?;
-        self.number_or("rope_theta", newer)
-    }
-
-    pub(super) fn activation_or(&self, default: Activation) -> Result<Activation, FormatError> {
-        match &self.json["hidden_act"] {
-            Value::Null => Ok(default),
-            value => match value.as_str() {
-                Some("relu2") => Ok(Activation::Relu2),
-                Some("silu" | "swish") => Ok(Activation::Silu),
-                Some("gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
-                _ => Err(self.error("hidden_act", format!("is {value}, not relu2, silu or gelu_pytorch_tanh"))),
-            },
-        }
-    }
-
-    fn quantization(&self, field: &str) -> &Value {
-        &self.json["quantization_config"][field]
-    }
-
-    fn refuse_what_is_not_implemented(&self) -> Result<(), FormatError> {
-        let refuse = |what: String| Err(FormatError::Unsupported { path: self.path.clone(), what });
-        for field in ["attention_bias", "mlp_bias"] {
-            if self.flag_or(field, false)? {
-                return refuse(format!("{field} is true"));
-            }
-        }
-        for rope in [&self.json["rope_scaling"], &self.json["rope_parameters"]] {
-            let kind = if rope["rope_type"].is_null() { &rope["type"] } else { &rope["rope_type"] };
-            // An object without a type scales nothing; `rope_scaling: null` is usual.
-            if !kind.is_null() && kind != "default" {
-                return refuse(format!("rotary scaling of type {kind}"));
-            }
-        }
-        match self.quantization("quant_method") {
-            Value::Null => Ok(()),
-            method if method == "bitnet" => Ok(()),
-            method => refuse(format!("quant_method {method}")),
-        }
-    }
-
-    fn scale_convention(&self) -> Result<ScaleConvention, FormatError> {
-        match self.quantization("linear_class") {
-            Value::Null => Ok(ScaleConvention::Inverse),
-            class if class == "bitlinear" => Ok(ScaleConvention::Inverse),
-            class if class == "autobitlinear" => Ok(ScaleConvention::Direct),
-            class => {
-                Err(self
-                    .error("quantization_config.linear_class", format!("is {class}, not autobitlinear or bitlinear")))
-            }
-        }
-    }
-
-    fn modules_to_not_convert(&self) -> Result<Vec<String>, FormatError> {
-        let error = |value| {
-            self.error("quantization_config.modules_to_not_convert", format!("is {value}, not a list of modules"))
-        };
-        match self.quantization("modules_to_not_convert") {
-            Value::Null => Ok(Vec::new()),
-            value @ Value::Array(names) => {
-                names.iter().map(|name| name.as_str().map(str::to_owned).ok_or_else(|| error(value))).collect()
-            }
-            value => Err(error(value)),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
-
-    fn file(json: Value) -> ConfigFile {
-        ConfigFile { path: PathBuf::from("config.json"), json }
-    }
 
     #[test]
     fn a_listed_module_covers_its_parts_and_nothing_with_a_longer_name() {
@@ -339,39 +296,6 @@ mod tests {
         for listed in ["lm_head", "model.layers.11", "proj", "layers.1.mlp"] {
             assert!(!lies_in(module, listed), "{listed}");
         }
-    }
-
-    #[test]
-    fn the_rotary_base_is_found_in_either_place() {
-        assert_eq!(file(json!({"rope_theta": 1e4})).rope_theta(5.0).unwrap(), 1e4);
-        assert_eq!(file(json!({"rope_parameters": {"rope_theta": 2e4}})).rope_theta(5.0).unwrap(), 2e4);
-        assert_eq!(file(json!({})).rope_theta(5.0).unwrap(), 5.0);
-    }
-
-    #[test]
-    fn what_would_silently_change_results_is_refused() {
-        for (json, what) in [
-            (json!({"attention_bias": true}), "attention_bias"),
-            (json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}), "yarn"),
-            (json!({"rope_parameters": {"rope_type": "llama3"}}), "llama3"),
-            (json!({"quantization_config": {"quant_method": "gptq"}}), "gptq"),
-        ] {
-            let error = file(json).refuse_what_is_not_implemented().unwrap_err().to_string();
-            assert!(error.contains(what) && error.contains("not supported"), "{error}");
-        }
-        let plain = json!({"rope_scaling": null, "rope_parameters": {"rope_type": "default"}, "attention_bias": false});
-        file(plain).refuse_what_is_not_implemented().unwrap();
-    }
-
-    #[test]
-    fn the_scale_convention_follows_the_linear_class() {
-        let convention =
-            |class: Value| file(json!({"quantization_config": {"linear_class": class}})).scale_convention();
-        assert_eq!(convention(json!("autobitlinear")).unwrap(), ScaleConvention::Direct);
-        assert_eq!(convention(json!("bitlinear")).unwrap(), ScaleConvention::Inverse);
-        assert_eq!(convention(json!(null)).unwrap(), ScaleConvention::Inverse);
-        assert_eq!(file(json!({})).scale_convention().unwrap(), ScaleConvention::Inverse);
-        assert!(convention(json!("linear")).is_err());
     }
 
     #[test]

@@ -31,7 +31,7 @@ struct Linear {
 }
 
 struct Layer {
-    norms: [Vec<f32>; 4],
+    norms: [Vec<f32>; LayerNorm::ALL.len()],
     projections: Vec<Linear>,
 }
 
@@ -166,7 +166,7 @@ impl ReferenceSession<'_> {
 
     /// A norm of the layer, or nothing if the model has no such norm.
     fn norm(&self, layer: &Layer, norm: LayerNorm, x: &[f32]) -> Vec<f32> {
-        match &layer.norms[norm as usize][..] {
+        match &layer.norms[norm.index()][..] {
             [] => x.to_vec(),
             weights => rms_norm(x, weights, self.model.config.norm_eps),
         }

@@ -68,14 +68,14 @@ pub(super) struct Linear {
 /// The weights of one layer.
 #[derive(Debug)]
 pub(super) struct Layer {
-    norms: [Vec<f32>; 4],
+    norms: [Vec<f32>; LayerNorm::ALL.len()],
     projections: Vec<Linear>,
 }
 
 impl Layer {
     /// Weights of a norm; empty if the model has no such norm.
     pub(super) fn norm(&self, norm: LayerNorm) -> &[f32] {
-        &self.norms[norm as usize]
+        &self.norms[norm.index()]
     }
 
     pub(super) fn linear(&self, projection: Projection) -> &Linear {

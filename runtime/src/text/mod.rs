@@ -3,7 +3,9 @@
 mod chat;
 mod detokenize;
 mod python_json;
+pub(crate) mod sentencepiece;
 mod tokenizer;
+pub(crate) mod vocabulary;
 
 pub use chat::{ChatError, ChatTemplate, Message};
 pub use detokenize::Detokenizer;

@@ -17,9 +17,9 @@ pub enum TokenizerError {
     /// The JSON is damaged or describes something the `tokenizers` crate does not know.
     #[error("damaged or unknown tokenizer.json ({0}): get the file again")]
     Invalid(String),
-    /// Not a byte-level vocabulary.
-    #[error("the tokenizer's decoder is {0}, but only ByteLevel is supported: convert the tokenizer")]
-    NotByteLevel(String),
+    /// A vocabulary whose tokens are not known to stand for fixed bytes.
+    #[error("the tokenizer's decoder is {0}, but only ByteLevel and ByteFallback are supported: convert the tokenizer")]
+    UnknownDecoder(String),
     /// The tokenizer belongs to another model.
     #[error(
         "the tokenizer has token {largest}, but the model's vocabulary ends at {vocabulary}: they belong to different models"
@@ -51,6 +51,9 @@ pub enum TokenizerError {
 pub struct TokenizerConfig {
     /// Whether texts begin with the BOS token; if unknown, the tokenizer's own post-processor tells.
     pub add_bos: Option<bool>,
+    /// Whether texts end with the EOS token: those of embedding models do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub add_eos: Option<bool>,
     /// Text of the token that begins a text.
     pub bos_token: Option<String>,
     /// Text of the token that ends a text.
@@ -64,11 +67,17 @@ impl TokenizerConfig {
             let token = &json[field];
             token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
         };
-        Self { add_bos: json["add_bos_token"].as_bool(), bos_token: token("bos_token"), eos_token: token("eos_token") }
+        Self {
+            add_bos: json["add_bos_token"].as_bool(),
+            // `false` is what most files say, and what is meant without it.
+            add_eos: json["add_eos_token"].as_bool().filter(|add| *add),
+            bos_token: token("bos_token"),
+            eos_token: token("eos_token"),
+        }
     }
 }
 
-/// A byte-level tokenizer.
+/// A tokenizer whose tokens stand for bytes: byte-level, or SentencePiece's with byte fallback.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// The bytes that each token stands for, one after the other.
@@ -76,7 +85,10 @@ pub struct Tokenizer {
     /// Where each token's bytes end.
     ends: Vec<usize>,
     special: HashSet<u32>,
+    /// Whether a text is encoded as if a space stood before it, which decoding takes away again.
+    strip_space: bool,
     add_bos: bool,
+    add_eos: bool,
     bos: Option<u32>,
     eos: Option<u32>,
 }
@@ -85,14 +97,12 @@ impl Tokenizer {
     /// Builds a tokenizer from the text of its `tokenizer.json`, for a model with `vocabulary` tokens.
     ///
     /// # Errors
-    /// If it is damaged, not byte-level, or has tokens that the model has not.
+    /// If it is damaged, of another kind, or has tokens that the model has not.
     pub fn new(json: &[u8], config: &TokenizerConfig, vocabulary: usize) -> Result<Self, TokenizerError> {
         let invalid = |error: &dyn std::fmt::Display| TokenizerError::Invalid(one_line(&error.to_string()));
         let json = std::str::from_utf8(json).map_err(|error| invalid(&error))?;
         let outline: Outline = serde_json::from_str(json).map_err(|error| invalid(&error))?;
-        if outline.decoder["type"] != "ByteLevel" {
-            return Err(TokenizerError::NotByteLevel(outline.decoder["type"].to_string()));
-        }
+        let alphabet = Alphabet::of(&outline.decoder)?;
         if mentions_precompiled(&outline.normalizer) {
             return Err(TokenizerError::Invalid("a byte-level vocabulary with a Precompiled normalizer".to_owned()));
         }
@@ -112,7 +122,10 @@ impl Tokenizer {
         }
         let (mut bytes, mut ends) = (Vec::new(), Vec::with_capacity(tokens.len()));
         for token in tokens {
-            push_bytes(token, &mut bytes);
+            match alphabet {
+                Alphabet::ByteLevel => push_bytes(token, &mut bytes),
+                Alphabet::SentencePiece { .. } => push_piece(token, &mut bytes),
+            }
             ends.push(bytes.len());
         }
 
@@ -130,7 +143,9 @@ impl Tokenizer {
             .and_then(|token| inner.token_to_id(token))
             .filter(|first| named.is_none_or(|bos| bos == *first));
         let add_bos = config.add_bos.unwrap_or(processed.is_some());
-        Ok(Self { special, bytes, ends, add_bos, bos: named.or(processed), eos, inner })
+        let add_eos = config.add_eos.unwrap_or(false);
+        let strip_space = alphabet == Alphabet::SentencePiece { strip_space: true };
+        Ok(Self { special, bytes, ends, strip_space, add_eos, add_bos, bos: named.or(processed), eos, inner })
     }
 
     /// Token ids of `text`, preceded by the BOS token if `add_bos` is set and the model has one. Special tokens
@@ -147,7 +162,9 @@ impl Tokenizer {
         Ok(bos.into_iter().chain(encoding.get_ids().iter().copied()).collect())
     }
 
-    /// The text of `tokens`, without special ones. Bytes that are no UTF-8 become U+FFFD.
+    /// The text of `tokens`, without special ones. Bytes that are no UTF-8 become U+FFFD. It is taken for a whole text:
+    /// the space that SentencePiece puts before one is taken away again, which [`detokenizer`](Self::detokenizer),
+    /// whose text continues another, does not do.
     #[must_use]
     pub fn decode(&self, tokens: &[u32]) -> String {
         let bytes: Vec<u8> = tokens
@@ -156,7 +173,8 @@ impl Tokenizer {
             .flat_map(|token| self.token_bytes(*token))
             .copied()
             .collect();
-        String::from_utf8_lossy(&bytes).into_owned()
+        let space = usize::from(self.strip_space && bytes.first() == Some(&b' '));
+        String::from_utf8_lossy(&bytes[space..]).into_owned()
     }
 
     /// A detokenizer for the text that continues here.
@@ -191,6 +209,12 @@ impl Tokenizer {
     #[must_use]
     pub fn adds_bos(&self) -> bool {
         self.add_bos && self.bos.is_some()
+    }
+
+    /// Whether the model wants texts to end with the EOS token (embedding models).
+    #[must_use]
+    pub fn adds_eos(&self) -> bool {
+        self.add_eos && self.eos.is_some()
     }
 
     /// The token that begins a text.
@@ -246,6 +270,46 @@ fn first_special(post_processor: &Value) -> Option<&str> {
         "TemplateProcessing" => post_processor["single"][0]["SpecialToken"]["id"].as_str(),
         "Sequence" => post_processor["processors"].as_array()?.iter().find_map(first_special),
         _ => None,
+    }
+}
+
+/// How a token's text tells the bytes it stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Alphabet {
+    /// One character for each byte.
+    ByteLevel,
+    /// `▁` for a space, `<0x0A>` for a byte.
+    SentencePiece { strip_space: bool },
+}
+
+impl Alphabet {
+    fn of(decoder: &Value) -> Result<Self, TokenizerError> {
+        let kind = |decoder: &Value, name: &str| decoder["type"] == name;
+        if kind(decoder, "ByteLevel") {
+            return Ok(Self::ByteLevel);
+        }
+        if let Some(decoders) = decoder["decoders"].as_array().filter(|_| kind(decoder, "Sequence")) {
+            let replaces = |decoder: &Value| decoder["pattern"]["String"] == "▁" && decoder["content"] == " ";
+            let known = |decoder: &Value| match decoder["type"].as_str() {
+                Some("Replace") => replaces(decoder),
+                Some("Strip") => decoder["content"] == " " && decoder["start"] == 1 && decoder["stop"] == 0,
+                Some("ByteFallback" | "Fuse") => true,
+                _ => false,
+            };
+            if decoders.iter().all(known) && decoders.iter().any(replaces) {
+                return Ok(Self::SentencePiece { strip_space: decoders.iter().any(|d| kind(d, "Strip")) });
+            }
+        }
+        Err(TokenizerError::UnknownDecoder(one_line(&decoder.to_string())))
+    }
+}
+
+/// Appends the bytes of a SentencePiece token.
+fn push_piece(token: &str, bytes: &mut Vec<u8>) {
+    let hex = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>')).filter(|hex| hex.len() == 2);
+    match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+        Some(byte) => bytes.push(byte),
+        None => bytes.extend(token.replace('▁', " ").bytes()),
     }
 }
 

@@ -3,6 +3,8 @@
 
 #![allow(dead_code)] // each test crate uses its part of it
 
+pub(crate) mod gguf;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -115,11 +117,11 @@ pub(crate) struct HuggingFaceFixture {
     pub(crate) damage: Option<Damage>,
 }
 
-struct Tensor {
-    name: String,
-    dtype: &'static str,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
+pub(crate) struct Tensor {
+    pub(crate) name: String,
+    pub(crate) dtype: &'static str,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: Vec<u8>,
 }
 
 impl HuggingFaceFixture {
@@ -236,6 +238,9 @@ impl HuggingFaceFixture {
         for layer in 0..config.layers {
             for kind in LayerNorm::ALL {
                 let weights = model.norm(layer, kind).expect("norm");
+                if weights.is_empty() {
+                    continue;
+                }
                 tensors.push(norm(format!("model.layers.{layer}.{kind}.weight"), weights));
             }
             for projection in Projection::ALL {
@@ -340,7 +345,7 @@ impl HuggingFaceFixture {
 }
 
 /// The trits of a canonical matrix, row-major.
-fn trits(tensor: &TernaryTensor) -> Vec<i8> {
+pub(crate) fn trits(tensor: &TernaryTensor) -> Vec<i8> {
     let code = |at: usize| {
         let (row, column) = (at / tensor.k, at % tensor.k);
         tensor.bytes[row * tensor.k.div_ceil(4) + column / 4] >> (2 * (column % 4)) & 3
@@ -386,7 +391,7 @@ fn safetensors_type(dtype: FloatType) -> &'static str {
     }
 }
 
-fn safetensors(tensors: &[Tensor]) -> Vec<u8> {
+pub(crate) fn safetensors(tensors: &[Tensor]) -> Vec<u8> {
     let (mut header, mut end) = (serde_json::Map::new(), 0);
     for tensor in tensors {
         let offsets = [end, end + tensor.bytes.len()];
@@ -403,4 +408,33 @@ fn safetensors(tensors: &[Tensor]) -> Vec<u8> {
         bytes.extend(&tensor.bytes);
     }
     bytes
+}
+
+/// A byte-level tokenizer of the special tokens `<s>` and `</s>` and the 256 bytes.
+pub(crate) fn small_tokenizer() -> Value {
+    let byte = |byte: u8| match byte {
+        0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => u32::from(byte),
+        0..=0x20 => 0x100 + u32::from(byte),
+        0x7f..=0xa0 => 0x121 + u32::from(byte - 0x7f),
+        0xad => 0x143,
+    };
+    let letters = (0..=255).map(|at| char::from_u32(byte(at)).expect("a character").to_string());
+    let tokens = ["<s>", "</s>"].into_iter().map(str::to_owned).chain(letters);
+    let vocab: serde_json::Map<String, Value> = tokens.zip(0..).map(|(token, id)| (token, Value::from(id))).collect();
+    let special = |id: u32, content: &str| {
+        json!({
+            "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+            "special": true,
+        })
+    };
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [special(0, "<s>"), special(1, "</s>")],
+        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": vocab, "merges": [],
+        },
+    })
 }

@@ -1,55 +1,23 @@
 //! BitNet b1.58 2B4T and models of its architecture: `BitNetForCausalLM`.
 
-use super::{Family, TensorNames};
-use crate::formats::hf::ConfigFile;
-use crate::formats::{Activation, FormatError, LayerNorm, ModelConfig, Projection};
+use super::{Family, common, usual_norm};
+use crate::formats::config_file::ConfigFile;
+use crate::formats::{Activation, FormatError, ModelConfig};
 
 const ARCHITECTURE: &str = "BitNetForCausalLM";
 
 pub(super) const FAMILY: Family = Family {
     architecture: ARCHITECTURE,
+    model_type: "bitnet",
     config,
-    names: TensorNames {
-        embedding: "model.embed_tokens",
-        final_norm: "model.norm",
-        head: "lm_head",
-        layers: "model.layers",
-        projection: |projection| match projection {
-            Projection::Query => "self_attn.q_proj",
-            Projection::Key => "self_attn.k_proj",
-            Projection::Value => "self_attn.v_proj",
-            Projection::Output => "self_attn.o_proj",
-            Projection::Gate => "mlp.gate_proj",
-            Projection::Up => "mlp.up_proj",
-            Projection::Down => "mlp.down_proj",
-        },
-        norm: |norm| match norm {
-            LayerNorm::Input => "input_layernorm",
-            LayerNorm::AttentionSub => "self_attn.attn_sub_norm",
-            LayerNorm::PostAttention => "post_attention_layernorm",
-            LayerNorm::FfnSub => "mlp.ffn_sub_norm",
-        },
-    },
+    norm: usual_norm,
+    bitnet: true,
+    norms_add_one: false,
 };
 
 /// Defaults are those of the `transformers` class of this name.
 fn config(file: &ConfigFile) -> Result<ModelConfig, FormatError> {
-    let (hidden, heads) = (file.size("hidden_size")?, file.size("num_attention_heads")?);
-    let config = ModelConfig {
-        architecture: ARCHITECTURE.to_owned(),
-        layers: file.size("num_hidden_layers")?,
-        hidden,
-        ffn: file.size("intermediate_size")?,
-        heads,
-        kv_heads: file.size_or("num_key_value_heads", heads)?,
-        head_dim: file.head_dim(hidden, heads)?,
-        vocabulary: file.size("vocab_size")?,
-        context: file.size("max_position_embeddings")?,
-        rope_theta: file.rope_theta(500_000.0)?,
-        norm_eps: file.number_or("rms_norm_eps", 1e-5)? as f32,
-        activation: file.activation_or(Activation::Relu2)?,
-        sub_norms: true,
-        tied_head: file.flag_or("tie_word_embeddings", false)?,
-    };
-    Ok(config)
+    let activation = Activation::Relu2;
+    let default = ModelConfig { rope_theta: 500_000.0, activation, sub_norms: true, ..ModelConfig::default() };
+    common(file, ARCHITECTURE, default)
 }

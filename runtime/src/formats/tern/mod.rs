@@ -6,7 +6,9 @@
 mod read;
 mod write;
 
-pub use write::{WriteSummary, write};
+pub use write::{WriteSummary, planned_bytes, write};
+
+pub(super) use write::temporary_beside;
 
 pub(super) use read::Prepared;
 
@@ -78,6 +80,7 @@ enum Content {
 enum Part {
     Tokenizer,
     Norms,
+    Biases,
     Embedding,
     Head,
     Projection(usize, Projection),
@@ -85,7 +88,11 @@ enum Part {
 
 impl Part {
     fn all(config: &ModelConfig) -> Vec<Self> {
-        let mut parts = vec![Self::Tokenizer, Self::Norms, Self::Embedding];
+        let mut parts = vec![Self::Tokenizer, Self::Norms];
+        if biases_len(config) > 0 {
+            parts.push(Self::Biases);
+        }
+        parts.push(Self::Embedding);
         if !config.tied_head {
             parts.push(Self::Head);
         }
@@ -99,6 +106,7 @@ impl fmt::Display for Part {
         match self {
             Self::Tokenizer => f.write_str("tokenizer.json"),
             Self::Norms => f.write_str("norms"),
+            Self::Biases => f.write_str("biases"),
             Self::Embedding => f.write_str("embedding"),
             Self::Head => f.write_str("head"),
             Self::Projection(layer, projection) => write!(f, "layers.{layer}.{projection}"),
@@ -109,12 +117,29 @@ impl fmt::Display for Part {
 /// Where in the norms' section a layer's norm starts, in elements; the final norm follows the last layer.
 fn norm_start(config: &ModelConfig, layer: usize, norm: LayerNorm) -> usize {
     let widths = LayerNorm::ALL.map(|norm| norm.width(config));
-    layer * widths.iter().sum::<usize>() + widths[..norm as usize].iter().sum::<usize>()
+    let before = LayerNorm::ALL.iter().position(|other| *other == norm).unwrap_or(0);
+    layer * widths.iter().sum::<usize>() + widths[..before].iter().sum::<usize>()
 }
 
 /// Elements of the norms' section.
 fn norms_len(config: &ModelConfig) -> usize {
     norm_start(config, config.layers, LayerNorm::Input) + config.hidden
+}
+
+/// Where in the biases' section a projection's bias starts, in elements.
+fn bias_start(config: &ModelConfig, layer: usize, projection: Projection) -> usize {
+    let widths = Projection::ALL.map(|projection| bias_len(config, projection));
+    layer * widths.iter().sum::<usize>() + widths[..projection as usize].iter().sum::<usize>()
+}
+
+/// Elements of a projection's bias; 0 if there is none.
+fn bias_len(config: &ModelConfig, projection: Projection) -> usize {
+    if projection.has_bias(config) { projection.shape(config).0 } else { 0 }
+}
+
+/// Elements of the biases' section.
+fn biases_len(config: &ModelConfig) -> usize {
+    bias_start(config, config.layers, Projection::Query)
 }
 
 /// Numbers as fixed-width hexadecimal strings: exact, and the header's length does not depend on them.

@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::{CHECKSUM_AT, Content, Header, MAGIC, PAGE, PREAMBLE, Part, Section, VERSION, norm_start, norms_len};
+use super::{
+    CHECKSUM_AT, Content, Header, MAGIC, PAGE, PREAMBLE, Part, Section, VERSION, bias_len, bias_start, biases_len,
+};
+use super::{norm_start, norms_len};
 use crate::formats::{
     Bytes, FloatMatrix, FloatType, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, TernaryTensor,
 };
@@ -107,8 +110,17 @@ impl Prepared {
         self.norms(norm_start(self.config(), self.config().layers, LayerNorm::Input), self.config().hidden)
     }
 
+    pub(in crate::formats) fn bias(&self, layer: usize, projection: Projection) -> Vec<f32> {
+        let config = self.config();
+        self.floats_of(Part::Biases, bias_start(config, layer, projection), bias_len(config, projection))
+    }
+
     fn norms(&self, start: usize, width: usize) -> Vec<f32> {
-        let bytes = self.section(Part::Norms).1;
+        self.floats_of(Part::Norms, start, width)
+    }
+
+    fn floats_of(&self, part: Part, start: usize, width: usize) -> Vec<f32> {
+        let bytes = self.section(part).1;
         let mut values = vec![0.0; width];
         FloatType::F32.widen(&bytes[start * 4..][..width * 4], &mut values);
         values
@@ -131,12 +143,14 @@ impl Prepared {
     }
 
     fn section(&self, part: Part) -> (&Section, Bytes) {
-        let fixed = if self.config().tied_head { 3 } else { 4 };
+        let biases = usize::from(biases_len(self.config()) > 0);
+        let fixed = if self.config().tied_head { 3 } else { 4 } + biases;
         let section = &self.header.sections[match part {
             Part::Tokenizer => 0,
             Part::Norms => 1,
-            Part::Embedding => 2,
-            Part::Head => 3,
+            Part::Biases => 2,
+            Part::Embedding => 2 + biases,
+            Part::Head => 3 + biases,
             Part::Projection(layer, projection) => fixed + layer * Projection::ALL.len() + projection as usize,
         }];
         let start = self.data + section.offset as usize;
@@ -195,6 +209,11 @@ fn fits(part: Part, content: &Content, bytes: u64, config: &ModelConfig) -> bool
     let needs = match (part, content) {
         (Part::Tokenizer, Content::Text {}) => return true,
         (Part::Norms, Content::Floats { rows: 1, columns, dtype: FloatType::F32 }) if *columns == norms_len(config) => {
+            columns.checked_mul(4)
+        }
+        (Part::Biases, Content::Floats { rows: 1, columns, dtype: FloatType::F32 })
+            if *columns == biases_len(config) =>
+        {
             columns.checked_mul(4)
         }
         (Part::Embedding | Part::Head, Content::Floats { rows, columns, dtype })

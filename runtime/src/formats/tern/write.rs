@@ -15,7 +15,7 @@ use tempfile::NamedTempFile;
 use ternion_compiler::Layout;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::{CHECKSUM_AT, Content, Header, MAGIC, PAGE, PREAMBLE, Part, Section, VERSION, norms_len};
+use super::{CHECKSUM_AT, Content, Header, MAGIC, PAGE, PREAMBLE, Part, Section, VERSION, biases_len, norms_len};
 use crate::formats::{Bytes, Checkpoint, FloatType, FormatError, LayerNorm, Projection, TernaryTensor};
 
 /// Bytes written between two calls of the progress callback.
@@ -78,6 +78,19 @@ pub fn write(
     Ok(WriteSummary { bytes: total, matrices, digest })
 }
 
+/// Bytes that [`write`] would make of a model, without reading its weights.
+///
+/// # Errors
+/// If the model's texts cannot be read.
+pub fn planned_bytes(
+    model: &Checkpoint,
+    layout: &dyn Fn(usize, Projection, usize, usize) -> Layout,
+) -> Result<u64, FormatError> {
+    let header = plan(model, &Part::all(model.config()), layout)?;
+    let data = ((PREAMBLE + to_json(&header).len()) as u64).next_multiple_of(PAGE);
+    Ok(data + header.sections.last().map_or(0, |section| section.offset + section.bytes))
+}
+
 /// The header, with checksums and scales still to come.
 fn plan(
     model: &Checkpoint,
@@ -85,19 +98,20 @@ fn plan(
     layout: &dyn Fn(usize, Projection, usize, usize) -> Layout,
 ) -> Result<Header, FormatError> {
     let config = model.config();
+    let (embedding, head) = model.token_row_types()?;
     let mut sections: Vec<Section> = Vec::with_capacity(parts.len());
     for part in parts {
         let (content, bytes) = match *part {
             Part::Tokenizer => (Content::Text {}, model.tokenizer_json()?.len()),
-            Part::Norms => {
-                let columns = norms_len(config);
+            Part::Norms | Part::Biases => {
+                let columns = if *part == Part::Norms { norms_len(config) } else { biases_len(config) };
                 (Content::Floats { rows: 1, columns, dtype: FloatType::F32 }, columns * FloatType::F32.bytes())
             }
             Part::Embedding | Part::Head => {
-                let matrix = if *part == Part::Head { model.head()? } else { None };
-                let matrix = matrix.map_or_else(|| model.embedding(), Ok)?;
-                let (rows, columns, dtype) = (matrix.rows, matrix.columns, matrix.dtype);
-                (Content::Floats { rows, columns, dtype }, matrix.bytes.len())
+                let dtype = if *part == Part::Head { head.unwrap_or(embedding) } else { embedding };
+                let (rows, columns) = (config.vocabulary, config.hidden);
+                // Bounded by `ModelConfig::check`, far below any overflow.
+                (Content::Floats { rows, columns, dtype }, rows * columns * dtype.bytes())
             }
             Part::Projection(layer, projection) => {
                 let (m, k) = projection.shape(config);
@@ -140,7 +154,7 @@ fn front(header: &Header, data: u64) -> (Vec<u8>, u64) {
 }
 
 /// A new file in the directory of `path`, so that it can be renamed; it disappears unless it is.
-fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
+pub(in crate::formats) fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
     // Renaming would replace a device as readily as a file.
     if path.file_name().is_none() || path.exists() && !path.is_file() {
         return Err(io::Error::other("there is something that is no ordinary file"));
@@ -206,6 +220,7 @@ fn section_bytes(model: &Checkpoint, part: Part, section: &Section) -> Result<(B
     let (bytes, scale) = match part {
         Part::Tokenizer => (model.tokenizer_json()?, None),
         Part::Norms => (norms(model)?, None),
+        Part::Biases => (biases(model)?, None),
         Part::Embedding => (model.embedding()?.bytes, None),
         Part::Head => (model.head()?.map_or_else(|| Bytes::from(Vec::new()), |head| head.bytes), None),
         Part::Projection(layer, projection) => {
@@ -247,6 +262,17 @@ fn norms(model: &Checkpoint) -> Result<Bytes, FormatError> {
         }
     }
     values.extend(model.final_norm()?);
+    Ok(Bytes::from(values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>()))
+}
+
+/// All biases as little-endian `f32`, each layer's in the order of [`Projection::ALL`].
+fn biases(model: &Checkpoint) -> Result<Bytes, FormatError> {
+    let mut values = Vec::with_capacity(biases_len(model.config()));
+    for layer in 0..model.config().layers {
+        for projection in Projection::ALL {
+            values.extend(model.bias(layer, projection)?);
+        }
+    }
     Ok(Bytes::from(values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>()))
 }
 

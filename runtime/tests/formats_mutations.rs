@@ -1,0 +1,239 @@
+//! Thousands of damaged files of every format: each ends in one clear line or in a model that can be read, none in a
+//! panic, a hang, or memory beyond the file's size plus 64 MB.
+//!
+//! A process of its own: its allocator counts.
+
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout as Allocation, System};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use ternion_compiler::Layout;
+use ternion_runtime::formats::gguf::{TernaryType, TokenRowType, export};
+use ternion_runtime::formats::synth::Recipe;
+use ternion_runtime::formats::{
+    Bytes, Checkpoint, FormatError, LayerNorm, ModelConfig, OpenOptions, Projection, export_hf, tern,
+};
+use xxhash_rust::xxh3::xxh3_64;
+
+struct Counting;
+
+static NOW: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is passed on to the system's allocator as it is; only numbers are kept.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, allocation: Allocation) -> *mut u8 {
+        let now = NOW.fetch_add(allocation.size(), Ordering::Relaxed) + allocation.size();
+        PEAK.fetch_max(now, Ordering::Relaxed);
+        // SAFETY: the caller's promises are the system allocator's.
+        unsafe { System.alloc(allocation) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, allocation: Allocation) {
+        NOW.fetch_sub(allocation.size(), Ordering::Relaxed);
+        // SAFETY: `memory` came from `alloc` above, which had it from the system.
+        unsafe { System.dealloc(memory, allocation) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// One format at a time, so that memory is its own.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+const FILES: usize = 5000;
+const EXTRA_MEMORY: usize = 64 << 20;
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A model of a few kilobytes.
+fn tiny() -> Checkpoint {
+    let config = ModelConfig {
+        layers: 1,
+        hidden: 32,
+        ffn: 32,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 32,
+        vocabulary: 270,
+        ..Recipe::preset("125M").unwrap().config
+    };
+    let recipe = Recipe { config, gate_sparsity: None, ..Recipe::preset("125M").unwrap() };
+    Checkpoint::synthetic(recipe).unwrap()
+}
+
+/// Opens a model and reads all that running it would read.
+fn read_all(model: &Checkpoint) -> Result<(), FormatError> {
+    let tokenizer = model.tokenizer()?;
+    let _ = tokenizer.encode("Once upon a time 🦊", true);
+    model.embedding()?;
+    model.head()?;
+    model.final_norm()?;
+    for layer in 0..model.config().layers.min(3) {
+        LayerNorm::ALL.into_iter().try_for_each(|norm| model.norm(layer, norm).map(drop))?;
+        for projection in Projection::ALL {
+            let _ = model.projection(layer, projection)?.to_matrix();
+            model.bias(layer, projection)?;
+        }
+    }
+    let _ = model.verify_checksums();
+    let _ = model.chat();
+    Ok(())
+}
+
+/// A generator of damage, the same each time.
+struct Damage(u64);
+
+impl Damage {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as usize % bound.max(1)
+    }
+
+    /// Flips bits, replaces bytes, cuts, doubles, and puts telling numbers where a length may be; mostly in the first
+    /// `head` bytes.
+    fn apply(&mut self, bytes: &mut Vec<u8>, head: usize) {
+        const LENGTHS: [u64; 14] = [
+            0,
+            1,
+            2,
+            255,
+            4096,
+            65_535,
+            1 << 20,
+            u32::MAX as u64,
+            1 << 32,
+            1 << 40,
+            i64::MAX as u64,
+            1 << 63,
+            u64::MAX - 7,
+            u64::MAX,
+        ];
+        for _ in 0..=self.below(3) {
+            let range = if self.below(4) == 0 { bytes.len() } else { head.min(bytes.len()) };
+            let at = self.below(range);
+            match self.below(8) {
+                0..3 => {
+                    if let Some(byte) = bytes.get_mut(at) {
+                        *byte ^= 1 << self.below(8);
+                    }
+                }
+                3 => {
+                    let value = self.below(256) as u8;
+                    bytes.get_mut(at).into_iter().for_each(|byte| *byte = value);
+                }
+                4 => bytes.truncate(at),
+                5 => {
+                    let length = LENGTHS[self.below(LENGTHS.len())].to_le_bytes();
+                    let width = [4, 8][self.below(2)];
+                    bytes.iter_mut().skip(at).zip(&length[..width]).for_each(|(byte, new)| *byte = *new);
+                }
+                6 => {
+                    let count = self.below(64).min(bytes.len() - at.min(bytes.len()));
+                    let again = bytes[at.min(bytes.len())..][..count].to_vec();
+                    bytes.splice(at.min(bytes.len())..at.min(bytes.len()), again);
+                }
+                _ => {
+                    let count = self.below(16).min(bytes.len() - at.min(bytes.len()));
+                    bytes.drain(at.min(bytes.len())..at.min(bytes.len()) + count);
+                }
+            }
+        }
+    }
+}
+
+/// Opens `FILES` damaged files; `open` says how one is made and opened.
+fn survive(size: usize, mut open: impl FnMut(&mut Damage) -> Result<Checkpoint, FormatError>) {
+    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut damage = Damage(0x5eed);
+    let mut refused = 0;
+    for file in 0..FILES {
+        let (before, start) = (NOW.load(Ordering::Relaxed), Instant::now());
+        PEAK.store(before, Ordering::Relaxed);
+        if let Err(error) = open(&mut damage).and_then(|model| read_all(&model)) {
+            let message = error.to_string();
+            assert!(!message.contains('\n') && message.len() < 2000, "file {file}: {message}");
+            refused += 1;
+        }
+        let peak = PEAK.load(Ordering::Relaxed) - before;
+        assert!(peak <= size + EXTRA_MEMORY, "file {file} took {peak} bytes");
+        assert!(start.elapsed() < PATIENCE, "file {file} took {:?}", start.elapsed());
+    }
+    assert!(refused > FILES / 4, "only {refused} files were refused: the damage is too mild to tell anything");
+}
+
+fn directory_of(write: impl FnOnce(&Path)) -> (tempfile::TempDir, Vec<u8>) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model");
+    write(&path);
+    let bytes = if path.is_dir() { Vec::new() } else { std::fs::read(&path).unwrap() };
+    (directory, bytes)
+}
+
+#[test]
+fn damaged_gguf_files() {
+    for kind in [TernaryType::I2S, TernaryType::F16] {
+        let (_directory, whole) = directory_of(|path| {
+            export(&tiny(), path, kind, TokenRowType::Q8_0, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        });
+        let options = OpenOptions { for_conversion: true, ..OpenOptions::default() };
+        survive(whole.len(), |damage| {
+            let mut bytes = whole.clone();
+            // Sizes and the tensors' table lie at the two ends of the head; the vocabulary between them is dull.
+            let head = if damage.below(2) == 0 { 1500 } else { bytes.len() - 16_000 };
+            damage.apply(&mut bytes, head);
+            Checkpoint::from_bytes("model.gguf", Bytes::from(bytes), &options)
+        });
+    }
+}
+
+#[test]
+fn damaged_prepared_files() {
+    let (_directory, whole) = directory_of(|path| {
+        tern::write(&tiny(), path, &|_, _, _, _| Layout::Canonical, &mut |_, _| ControlFlow::Continue(())).unwrap();
+    });
+    let header = 32 + u64::from_le_bytes(whole[16..24].try_into().unwrap()) as usize;
+    survive(whole.len(), |damage| {
+        let mut bytes = whole.clone();
+        damage.apply(&mut bytes, header);
+        // Half of the files have a checksum that fits what became of the header.
+        if damage.below(2) == 0 && bytes.len() > 32 {
+            let length = u64::from_le_bytes(bytes[16..24].try_into().unwrap()) as usize;
+            let end = length.saturating_add(32).min(bytes.len());
+            let checksum = xxh3_64(&[&bytes[..24], &bytes[32..end]].concat());
+            bytes[24..32].copy_from_slice(&checksum.to_le_bytes());
+        }
+        Checkpoint::from_prepared("model.tern", Bytes::from(bytes))
+    });
+}
+
+#[test]
+fn damaged_hugging_face_directories() {
+    let (directory, _) = directory_of(|path| {
+        export_hf::export(&tiny(), path, &mut |_, _| ControlFlow::Continue(())).unwrap();
+    });
+    let path = directory.path().join("model");
+    let files =
+        ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json"];
+    let files = files.map(|name| (path.join(name), std::fs::read(path.join(name)).unwrap()));
+    survive(files.iter().map(|(_, bytes)| bytes.len()).sum(), |damage| {
+        // The weights and the configuration more often than the rest.
+        let (name, whole) = &files[[0, 0, 0, 1, 1, 2, 3, 4][damage.below(8)]];
+        let mut bytes = whole.clone();
+        damage.apply(&mut bytes, 4000);
+        std::fs::write(name, bytes).unwrap();
+        let model = Checkpoint::open(&path);
+        let read = model.and_then(|model| read_all(&model).map(|()| model));
+        // A mapped file must not change while it is open.
+        std::fs::remove_file(name).unwrap();
+        std::fs::write(name, whole).unwrap();
+        read
+    });
+}
