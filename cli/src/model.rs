@@ -38,11 +38,15 @@ pub(crate) struct ReadyTimes {
 }
 
 /// Opens the model at `path`, or the embedded one.
+///
+/// What had to be guessed or corrected while reading it is said once.
 pub(crate) fn open(path: Option<&Path>) -> Result<Checkpoint> {
-    match path {
-        Some(path) => Ok(Checkpoint::open(path)?),
-        None => embedded::open(),
-    }
+    let checkpoint = match path {
+        Some(path) => Checkpoint::open(path)?,
+        None => embedded::open()?,
+    };
+    checkpoint.notes().iter().for_each(|line| note(&format!("note: {line}")));
+    Ok(checkpoint)
 }
 
 /// The CPU that kernels are compiled for.
