@@ -34,14 +34,14 @@ pub(crate) enum Command {
 /// The model and how it is run.
 #[derive(Debug, Args)]
 pub(crate) struct ModelOptions {
-    /// A prepared file (.tern) or a Hugging Face directory; without it, the embedded model runs
+    /// A prepared file (.tern), a Hugging Face directory or a GGUF file; without it, the embedded model runs
     pub(crate) model: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) threads: Threads,
     /// Type of the key-value cache
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     pub(crate) kv: KvType,
-    /// Use this kernel family (mad, tl1) or this very schedule instead of the fastest known; tokens stay the same
+    /// Use this kernel family (mad, tl1, vlut, t5) or this very schedule instead of the fastest known; tokens stay the same
     #[arg(long, value_name = "FAMILY|SCHEDULE", value_parser = parse_kernel)]
     pub(crate) kernel: Option<ForcedKernel>,
 }
@@ -112,7 +112,7 @@ pub(crate) struct SamplingOptions {
 
 #[derive(Debug, Args)]
 pub(crate) struct Setup {
-    /// A Hugging Face directory or a prepared file; without it, the kernels of the embedded model are tuned
+    /// A Hugging Face directory, a GGUF file or a prepared file; without it, the embedded model's kernels are tuned
     pub(crate) model: Option<PathBuf>,
     /// The prepared file to write [default: the model's name with .tern, in this directory]
     #[arg(short, long, value_name = "FILE", requires = "model")]
@@ -125,7 +125,7 @@ pub(crate) struct Setup {
 
 #[derive(Debug, Args)]
 pub(crate) struct Prepare {
-    /// A Hugging Face directory or a prepared file
+    /// A Hugging Face directory, a GGUF file or a prepared file
     pub(crate) source: PathBuf,
     /// The prepared file to write
     #[arg(short, long, value_name = "FILE")]
@@ -148,7 +148,7 @@ pub(crate) struct TuningBudget {
 
 #[derive(Debug, Args)]
 pub(crate) struct Verify {
-    /// A prepared file (.tern) or a Hugging Face directory; without it, the embedded model
+    /// A prepared file (.tern), a Hugging Face directory or a GGUF file; without it, the embedded model
     pub(crate) model: Option<PathBuf>,
     /// Verify with 1 to this many threads; without it, every processor that this process may use, and at least 2
     #[arg(short, long)]
