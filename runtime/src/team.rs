@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
-pub use ternion_tuner::Workers;
+pub use ternion_tuner::{Workers, share};
 
 /// Turns of the waiting loop before a thread offers its core to others: a few microseconds.
 const SPINS: usize = 256;
@@ -30,13 +30,6 @@ const YIELDS: usize = 128;
 #[must_use]
 pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// The part of `0..total` that belongs to `thread` when `threads` share it evenly and in order.
-#[must_use]
-pub fn share(total: usize, threads: usize, thread: usize) -> Range<usize> {
-    let at = |thread: usize| (total as u128 * thread as u128 / threads.max(1) as u128) as usize;
-    at(thread)..at(thread + 1)
 }
 
 /// Why a team could not be made.

@@ -25,4 +25,4 @@ pub use contest::{Figures, PROMPT_COLUMNS, PROMPT_TOKENS_PER_GENERATED};
 pub use probe::{Cache, Cores, CpuProfile, HugePages, Memory, probe};
 pub use profile::{CacheDir, MachineProfile, ProfileKey, Refusal, ShapeEntry, Warning};
 pub use stopwatch::{Stopwatch, SystemStopwatch};
-pub use workers::Workers;
+pub use workers::{Workers, share};

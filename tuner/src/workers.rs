@@ -14,7 +14,8 @@ pub trait Workers: Sync {
 }
 
 /// The part of `0..total` that belongs to `thread` when `threads` share it evenly and in order.
-pub(crate) fn share(total: usize, threads: usize, thread: usize) -> Range<usize> {
+#[must_use]
+pub fn share(total: usize, threads: usize, thread: usize) -> Range<usize> {
     let at = |thread: usize| (total as u128 * thread as u128 / threads.max(1) as u128) as usize;
     at(thread)..at(thread + 1)
 }

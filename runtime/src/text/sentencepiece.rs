@@ -77,14 +77,7 @@ pub(crate) fn tokenizer_json(model: &[u8], mut added: Vec<AddedToken>) -> Result
     let mut tokens = Vec::with_capacity(model.pieces.len());
     let mut scores = Vec::with_capacity(model.pieces.len());
     for piece in model.pieces {
-        let kind = match piece.kind.unwrap_or(1) {
-            2 => TokenKind::Unknown,
-            3 => TokenKind::Control,
-            4 => TokenKind::UserDefined,
-            5 => TokenKind::Unused,
-            6 => TokenKind::Byte,
-            _ => TokenKind::Normal,
-        };
+        let kind = TokenKind::from_number(piece.kind.unwrap_or(1).cast_unsigned());
         tokens.push((piece.piece.unwrap_or_default(), kind));
         scores.push(piece.score.unwrap_or(0.0));
     }

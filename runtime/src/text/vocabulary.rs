@@ -24,6 +24,20 @@ pub(crate) enum TokenKind {
     Byte,
 }
 
+impl TokenKind {
+    /// The kind that SentencePiece models and GGUF files number so; any other number is a normal token.
+    pub(crate) const fn from_number(number: u32) -> Self {
+        match number {
+            2 => Self::Unknown,
+            3 => Self::Control,
+            4 => Self::UserDefined,
+            5 => Self::Unused,
+            6 => Self::Byte,
+            _ => Self::Normal,
+        }
+    }
+}
+
 /// Patterns that split a text into words before merging, by the names that GGUF files give them.
 pub(crate) struct SplitPattern {
     pub(crate) names: &'static [&'static str],

@@ -138,14 +138,7 @@ fn kinds(container: &Container) -> Result<Option<Vec<TokenKind>>, FormatError> {
     let Some(array) = array(container, "tokenizer.ggml.token_type")? else { return Ok(None) };
     let problem = || container.field("tokenizer.ggml.token_type", "are no kinds of tokens".to_owned());
     let numbers = array.numbers().ok_or_else(problem)?;
-    let kinds = numbers.map(|number| match number as u32 {
-        2 => TokenKind::Unknown,
-        3 => TokenKind::Control,
-        4 => TokenKind::UserDefined,
-        5 => TokenKind::Unused,
-        6 => TokenKind::Byte,
-        _ => TokenKind::Normal,
-    });
+    let kinds = numbers.map(|number| TokenKind::from_number(number as u32));
     Ok(Some(kinds.collect()))
 }
 
