@@ -103,6 +103,7 @@ fn sampling(options: &Run, checkpoint: &Checkpoint) -> Result<Sampling> {
         min_p: asked.min_p,
         repetition_penalty: asked.repeat_penalty,
         seed: asked.seed,
+        ..SamplingOptions::default()
     };
     Sampling::new(&options, checkpoint.generation()).map_err(|error| UsageError(error.to_string()).into())
 }

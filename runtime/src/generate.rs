@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use crate::model::{ModelError, Session};
-use crate::sampling::Sampling;
+use crate::sampling::{Sampler, Sampling};
 
 /// When to stop, and how to choose tokens.
 #[derive(Clone, Debug)]
@@ -91,7 +91,7 @@ pub fn generate(
     on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generated, ModelError> {
     let start = Instant::now();
-    session.prefill(prompt)?;
+    session.read(prompt)?;
     let mut generated = Generated {
         tokens: Vec::new(),
         reason: StopReason::Length,
@@ -100,15 +100,19 @@ pub fn generate(
         decode_time: Duration::ZERO,
         decode_steps: 0,
     };
-    let mut history = session.tokens().to_vec();
+    let mut sampler = Sampler::new(options.sampling, options.sequence, session.tokens());
     while options.limit.is_none_or(|limit| generated.tokens.len() < limit) {
-        let Some(token) = options.sampling.sample(session.logits_mut(), &history, options.sequence) else { break };
+        let begin = Instant::now();
+        let candidates = session.candidates(sampler.wanted(), sampler.penalised());
+        let Some(token) = sampler.sample(candidates) else { break };
+        let time = if generated.tokens.is_empty() { &mut generated.prompt_time } else { &mut generated.decode_time };
+        *time += begin.elapsed();
         if options.stop.contains(&token) {
             generated.reason = StopReason::Stop;
             break;
         }
         generated.tokens.push(token);
-        history.push(token);
+        sampler.accept(token);
         if on_token(token).is_break() {
             generated.reason = StopReason::Cancelled;
             break;
@@ -118,7 +122,7 @@ pub fn generate(
             break;
         }
         let begin = Instant::now();
-        session.step(token)?;
+        session.read(&[token])?;
         generated.decode_time += begin.elapsed();
         generated.decode_steps += 1;
     }

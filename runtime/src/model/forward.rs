@@ -1,27 +1,37 @@
 //! The forward pass on compiled kernels.
 //!
-//! A chunk of tokens goes through the layers together. Each step shares its work among the team in a way that does not
+//! The tokens of a batch, of one sequence or several, go through the layers together. Each step shares its work among the team in a way that does not
 //! show in the results: products by row tiles, attention by query heads and tokens, everything else by tokens. With one
 //! token the small steps stay on the calling thread: waking the others would take longer.
+
+use std::ops::Range;
 
 use ternion_compiler::{ActivationFormat, Kernel, OutRows};
 use ternion_tuner::Workers;
 
 use super::activations::ActivationBuffer;
-use super::kv_cache::{AttentionScratch, KvCache};
+use super::kv_cache::AttentionScratch;
 use super::rope::RopeTable;
 use super::weights::{Layer, Linear};
-use super::{Model, ModelError};
+use super::{Model, ModelError, Part};
 use crate::formats::{LayerNorm, ModelConfig, Projection};
 use crate::ops;
 use crate::team::{SharedSlice, Team, share};
 
-/// Rows of the head that are read for all tokens before the next: they stay in a core's cache.
-const HEAD_ROWS: usize = 32;
+/// Where a token stands.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// Number of the part that it belongs to.
+    part: usize,
+    /// Its position in that part's sequence.
+    position: usize,
+}
 
-/// What a chunk of tokens needs on its way, allocated once per session.
+/// What a pass of tokens needs on its way, allocated once per batch.
 #[derive(Debug)]
 pub(super) struct Scratch {
+    /// One per token.
+    places: Vec<Place>,
     /// The residual stream, `[tokens, hidden]`.
     hidden: Vec<f32>,
     /// The residual stream after the last norm, `[tokens, hidden]`.
@@ -44,7 +54,7 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    /// For chunks of up to `tokens` tokens on `threads` threads.
+    /// For passes of up to `tokens` tokens on `threads` threads.
     pub(super) fn new(model: &Model, tokens: usize, threads: usize) -> Result<Self, ModelError> {
         let config = model.config();
         let (all_heads, kv_heads) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
@@ -60,6 +70,7 @@ impl Scratch {
         let activations = ActivationBuffer::new(tokens, longest, formats.into_iter());
         let group = config.heads / config.kv_heads;
         Ok(Self {
+            places: Vec::with_capacity(tokens),
             hidden: floats(config.hidden),
             normed: floats(config.hidden),
             queries: floats(all_heads),
@@ -105,65 +116,56 @@ impl Linear {
     }
 }
 
-/// One forward pass: `n` tokens of one sequence, at positions from `start` on.
+/// One forward pass of `n` tokens.
 pub(super) struct Forward<'a> {
     pub(super) model: &'a Model,
     pub(super) team: &'a Team,
-    pub(super) start: usize,
     pub(super) n: usize,
 }
 
 impl Forward<'_> {
-    /// Runs `tokens` through all layers. Their keys and values are in `cache` afterwards, their last hidden states in
-    /// `scratch`.
-    pub(super) fn run(&self, tokens: &[u32], cache: &mut KvCache, rope: &mut RopeTable, scratch: &mut Scratch) {
+    /// Runs the tokens of all `parts` through all layers. Their keys and values are in the caches afterwards, their last
+    /// hidden states in `scratch`.
+    pub(super) fn run(&self, parts: &mut [Part<'_>], rope: &mut RopeTable, scratch: &mut Scratch) {
         let (model, config) = (self.model, self.config());
-        cache.reserve(self.start + self.n);
-        rope.reserve(self.start + self.n, &model.inverse_frequencies);
-        for (token, hidden) in tokens.iter().zip(scratch.hidden.chunks_exact_mut(config.hidden)) {
+        scratch.places.clear();
+        for (index, Part { sequence, tokens }) in parts.iter_mut().enumerate() {
+            let start = sequence.tokens.len();
+            let end = start + tokens.len();
+            sequence.cache.reserve(end);
+            rope.reserve(end, &model.inverse_frequencies);
+            scratch.places.extend((start..end).map(|position| Place { part: index, position }));
+        }
+        let tokens = parts.iter().flat_map(|part| part.tokens);
+        for (token, hidden) in tokens.zip(scratch.hidden.chunks_exact_mut(config.hidden)) {
             model.embedding.widen_row(*token as usize, hidden);
         }
         for (index, layer) in model.layers.iter().enumerate() {
-            self.attention(index, layer, cache, rope, scratch);
+            self.attention(index, layer, parts, rope, scratch);
             self.feed_forward(layer, scratch);
         }
     }
 
-    /// Logits of the tokens from `first` of the chunk on, `[tokens, vocabulary]`.
-    pub(super) fn logits(&self, first: usize, scratch: &mut Scratch, logits: &mut [f32]) {
-        let (model, config) = (self.model, self.config());
-        let (hidden, vocabulary) = (config.hidden, config.vocabulary);
-        let rows = &scratch.hidden[first * hidden..self.n * hidden];
-        let normed = &mut scratch.normed[..rows.len()];
-        for (row, normed) in rows.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
-            ops::rms_norm(row, &model.final_norm, config.norm_eps, normed);
+    /// The final norm's output for some tokens of the pass, `[tokens, hidden]`.
+    pub(super) fn states<'b>(&self, tokens: Range<usize>, scratch: &'b mut Scratch) -> &'b [f32] {
+        let width = self.config().hidden;
+        let range = tokens.start * width..tokens.end * width;
+        let (rows, normed) = (&scratch.hidden[range.clone()], &mut scratch.normed[range]);
+        for (row, normed) in rows.chunks_exact(width).zip(normed.chunks_exact_mut(width)) {
+            ops::rms_norm(row, &self.model.final_norm, self.config().norm_eps, normed);
         }
-        let (normed, head) = (&*normed, &model.head);
-        let shared = SharedSlice::new(logits);
-        self.team.divide(&|part| {
-            let blocks = share(vocabulary.div_ceil(HEAD_ROWS), self.team.threads(), part);
-            for block in blocks {
-                let rows = block * HEAD_ROWS..vocabulary.min((block + 1) * HEAD_ROWS);
-                let bytes = &head.bytes[rows.start * head.row_bytes()..rows.end * head.row_bytes()];
-                for (token, normed) in normed.chunks_exact(hidden).enumerate() {
-                    let at = token * vocabulary;
-                    // SAFETY: every block of rows is in one part of the work.
-                    let target = unsafe { shared.part(at + rows.start..at + rows.end) };
-                    ops::dot_rows(normed, head.dtype, bytes, target);
-                }
-            }
-        });
+        normed
     }
 
     fn config(&self) -> &ModelConfig {
         self.model.config()
     }
 
-    fn attention(&self, index: usize, layer: &Layer, cache: &mut KvCache, rope: &RopeTable, scratch: &mut Scratch) {
+    fn attention(&self, index: usize, layer: &Layer, parts: &mut [Part<'_>], rope: &RopeTable, scratch: &mut Scratch) {
         let config = self.config();
         let [query, key, value, output] =
             [Projection::Query, Projection::Key, Projection::Value, Projection::Output].map(|p| layer.linear(p));
-        let Scratch { hidden, queries, keys, values, attention, sums, activations, heads, .. } = scratch;
+        let Scratch { places, hidden, queries, keys, values, attention, sums, activations, heads, .. } = scratch;
         let [query_sums, key_sums, value_sums] = sums;
 
         self.quantize(hidden, config.hidden, layer.norm(LayerNorm::Input), &[query, key, value], activations);
@@ -177,18 +179,18 @@ impl Forward<'_> {
                 [(0, all_heads), (1, kv_heads), (2, kv_heads)]
                     .map(|(of, width)| shared[of].part(token * width..(token + 1) * width))
             };
-            let (cos, sin) = rope.at(self.start + token);
+            let (cos, sin) = rope.at(places[token].position);
             ops::dequantize(query.row(query_sums, token), query.step(q), queries);
             ops::rotate(queries, cos, sin);
             ops::dequantize(key.row(key_sums, token), key.step(q), keys);
             ops::rotate(keys, cos, sin);
             ops::dequantize(value.row(value_sums, token), value.step(q), values);
         });
-        let rows = keys.chunks_exact(kv_heads).zip(values.chunks_exact(kv_heads)).take(self.n);
-        for (token, (key, value)) in rows.enumerate() {
-            cache.store(index, self.start + token, key, value);
+        let rows = keys.chunks_exact(kv_heads).zip(values.chunks_exact(kv_heads));
+        for (place, (key, value)) in places.iter().zip(rows) {
+            parts[place.part].sequence.cache.store(index, place.position, key, value);
         }
-        self.attend(index, cache, queries, attention, heads);
+        self.attend(index, parts, places, queries, attention, heads);
 
         self.quantize(attention, all_heads, layer.norm(LayerNorm::AttentionSub), &[output], activations);
         self.project([(output, query_sums)], activations);
@@ -280,7 +282,8 @@ impl Forward<'_> {
     fn attend(
         &self,
         layer: usize,
-        cache: &KvCache,
+        parts: &[Part<'_>],
+        places: &[Place],
         queries: &[f32],
         output: &mut [f32],
         scratch: &mut [AttentionScratch],
@@ -296,10 +299,11 @@ impl Forward<'_> {
                 let count = (group - first).min(items.len());
                 let at = (token * heads + kv_head * group + first) * head_dim;
                 let range = at..at + count * head_dim;
-                let positions = self.start + token + 1;
+                let Place { part: of, position } = places[token];
+                let cache = &parts[of].sequence.cache;
                 // SAFETY: every item, so every head of every token, is in one part of the work, and each has its scratch.
                 let (output, scratch) = unsafe { (shared.part(range.clone()), &mut scratch.part(part..part + 1)[0]) };
-                cache.attend(layer, kv_head, positions, &queries[range], output, scratch);
+                cache.attend(layer, kv_head, position + 1, &queries[range], output, scratch);
                 items.start += count;
             }
         });

@@ -15,7 +15,7 @@ use ternion_kernels_ref::rope::inverse_frequencies;
 use ternion_tuner::Workers;
 
 use super::kernels::{Kernels, compile_all};
-use super::{KernelChoice, ModelError};
+use super::{Head, KernelChoice, ModelError};
 use crate::formats::{Bytes, Checkpoint, FloatMatrix, LayerNorm, ModelConfig, Projection, TernaryTensor};
 use crate::memory::PageBuffer;
 use crate::team::SharedSlice;
@@ -47,6 +47,8 @@ pub struct LoadReport {
     pub packed_bytes: usize,
     /// Bytes of ternary matrices that are used where the file is mapped.
     pub mapped_bytes: usize,
+    /// Bytes of the head's int8 screen.
+    pub screen_bytes: usize,
 }
 
 /// Where a matrix lies.
@@ -88,7 +90,7 @@ impl Layer {
 pub struct Model {
     config: ModelConfig,
     pub(super) embedding: FloatMatrix,
-    pub(super) head: FloatMatrix,
+    head: Head,
     pub(super) final_norm: Vec<f32>,
     pub(super) layers: Vec<Layer>,
     pub(super) inverse_frequencies: Vec<f32>,
@@ -123,6 +125,8 @@ impl Model {
         }
         let final_norm = checkpoint.final_norm()?;
         check_elements("final norm", final_norm.len(), config.hidden)?;
+        let rows = head.rows * head.columns;
+        let head = Head::new(head, workers).map_err(|source| ModelError::Memory { bytes: rows, source })?;
         let (packed, mut linears) = pack_all(checkpoint, &kernels, workers, progress)?;
         let mut layers = Vec::with_capacity(config.layers);
         for layer in 0..config.layers {
@@ -135,6 +139,7 @@ impl Model {
             layers.push(Layer { norms, projections });
         }
         let mut report = LoadReport { compile, weights: start.elapsed(), ..LoadReport::default() };
+        report.screen_bytes = head.screen_bytes();
         for kernel in kernels.values().flat_map(|kernels| [&kernels.one, &kernels.many]) {
             report.kernels += 1;
             report.code_bytes += kernel.code_bytes();
@@ -159,6 +164,12 @@ impl Model {
     #[must_use]
     pub const fn report(&self) -> LoadReport {
         self.report
+    }
+
+    /// The head.
+    #[must_use]
+    pub const fn head(&self) -> &Head {
+        &self.head
     }
 
     /// The packed bytes of a projection, in the layout of its kernels.
