@@ -268,24 +268,17 @@ struct Scale {
 
 impl Scale {
     /// Brings a row into its int8 form. A row that is not all numbers gets a bound that excludes nothing.
-    fn quantize(row: &[f32], target: &mut [i8]) -> Self {
-        let largest = row.iter().fold(0f32, |largest, w| largest.max(w.abs()));
-        let scale = largest / 127.0;
-        let unbounded = Self { scale: 0.0, error: f32::INFINITY, weight: f32::INFINITY };
-        let whole = norm(row.iter().map(|w| f64::from(*w)));
-        if !whole.is_finite() || row.iter().any(|w| w.is_nan()) {
-            return unbounded;
+    fn quantize(row: &[f32], target: &mut [u8]) -> Self {
+        let form = ops::screen_form(row, target);
+        let whole = form.whole.sqrt() * SLACK;
+        // A row with an infinity or a NaN anywhere has such a norm.
+        if !whole.is_finite() {
+            return Self { scale: 0.0, error: f32::INFINITY, weight: f32::INFINITY };
         }
-        for (w, target) in row.iter().zip(&mut *target) {
-            // Where the scale has underflowed to nothing the form is 0 and the row its own error.
-            *target = if scale > 0.0 { (w / scale).round_ties_even().clamp(-127.0, 127.0) as i8 } else { 0 };
-        }
-        let form = |q: i8| f64::from(scale) * f64::from(q);
-        let error = norm(row.iter().zip(&*target).map(|(w, q)| f64::from(*w) - form(*q)));
         Self {
-            scale,
-            error: rounded_up(error + gamma(row.len()) * whole),
-            weight: rounded_up(norm(target.iter().map(|q| form(*q)))),
+            scale: form.scale,
+            error: rounded_up(form.error.sqrt() * SLACK + gamma(row.len()) * whole),
+            weight: rounded_up(form.form.sqrt() * SLACK),
         }
     }
 }
@@ -320,14 +313,13 @@ impl Screen {
         let mut scales = vec![Scale::default(); rows.rows];
         let (bytes, shared) = (SharedSlice::new(&mut screen), SharedSlice::new(&mut scales));
         workers.run(&|thread| {
-            let (mut row, mut form) = (vec![0.0; k], vec![0i8; k]);
+            let mut row = vec![0.0; k];
             for index in share(rows.rows, workers.threads(), thread) {
                 rows.widen_row(index, &mut row);
                 // SAFETY: every row is in one thread's share.
                 let (target, scale) =
                     unsafe { (bytes.part(index * width..index * width + k), shared.part(index..index + 1)) };
-                scale[0] = Scale::quantize(&row, &mut form);
-                target.iter_mut().zip(&form).for_each(|(target, q)| *target = q.cast_unsigned());
+                scale[0] = Scale::quantize(&row, target);
             }
         });
         Ok(Self { rows: screen, scales, k, width })
