@@ -135,10 +135,10 @@ impl Head {
     ///
     /// # Panics
     /// If there are not as many lists as queries, or a state does not have the width of the head.
-    pub fn candidates(
+    pub fn candidates<'a>(
         &self,
         team: &Team,
-        queries: &[Query<'_>],
+        queries: impl ExactSizeIterator<Item = Query<'a>> + Clone,
         scratch: &mut HeadScratch,
         found: &mut [Vec<Candidate>],
     ) {
@@ -152,8 +152,8 @@ impl Head {
         };
         scratch.integers.clear();
         scratch.forms.clear();
-        for query in queries {
-            if let Some(screen) = screens(query) {
+        for query in queries.clone() {
+            if let Some(screen) = screens(&query) {
                 scratch.forms.push(screen.form(query.state, &mut scratch.integers));
             }
         }
@@ -161,9 +161,9 @@ impl Head {
             self.intervals(team, screen, scratch);
         }
         let mut screened = 0;
-        for (query, found) in queries.iter().zip(found) {
+        for (query, found) in queries.zip(found) {
             found.clear();
-            if screens(query).is_none() {
+            if screens(&query).is_none() {
                 scratch.logits.resize(vocabulary, 0.0);
                 self.logits(team, query.state, &mut scratch.logits);
                 found.extend(scratch.logits.iter().copied().zip(0..));
@@ -411,9 +411,9 @@ mod tests {
             logits
         });
         let logits = logits.collect();
-        let queries: Vec<_> = states.iter().map(|state| Query { state, wanted, always }).collect();
+        let queries = states.iter().map(|state| Query { state, wanted, always });
         let mut found = vec![Vec::new(); states.len()];
-        head.candidates(&team, &queries, &mut HeadScratch::default(), &mut found);
+        head.candidates(&team, queries, &mut HeadScratch::default(), &mut found);
         (logits, found)
     }
 
