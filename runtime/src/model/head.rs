@@ -17,10 +17,10 @@ use ternion_tuner::Workers;
 
 use crate::formats::FloatMatrix;
 use crate::memory::PageBuffer;
-use crate::ops;
+use crate::ops::{self, SCREEN_ROWS, ScreenTile};
 use crate::team::{SharedSlice, Team, share};
 
-/// Rows that are read for all states before the next: they stay in a core's cache.
+/// Rows that are read for all states before the next: they stay in a core's cache. A multiple of [`SCREEN_ROWS`].
 const BLOCK: usize = 32;
 /// More than the rounding of a norm's sum of squares, of its square root and of the products with it.
 const SLACK: f64 = 1.0 + 1e-9;
@@ -58,8 +58,8 @@ pub struct Query<'a> {
 /// What [`Head::candidates`] needs on its way; grows to its size with the first use.
 #[derive(Debug, Default)]
 pub struct HeadScratch {
-    /// Norms of the states that are screened.
-    norms: Vec<f64>,
+    /// Norms of the states; `None` for one that is not screened.
+    norms: Vec<Option<f64>>,
     /// Lower and upper ends of the intervals, `[screened, vocabulary]` each.
     lower: Vec<f32>,
     upper: Vec<f32>,
@@ -96,7 +96,7 @@ impl Head {
     /// Bytes of memory beside the rows themselves.
     #[must_use]
     pub fn screen_bytes(&self) -> usize {
-        self.screen.as_ref().map_or(0, |screen| screen.rows.len() + size_of_val(&screen.scales[..]))
+        self.screen.as_ref().map_or(0, |screen| screen.tiles.len() + size_of_val(&screen.scales[..]))
     }
 
     /// All logits of some states: `states` is `[n, hidden]`, `logits` `[n, vocabulary]`.
@@ -134,28 +134,25 @@ impl Head {
         let vocabulary = self.rows.rows;
         let screen = self.screen.as_ref();
         // Bounds need every element to be a number, and squares that do not overflow.
-        let screened = |query: &Query<'_>| {
+        let norm = |query: Query<'_>| {
             let norm = norm(query.state);
             (screen.is_some() && query.wanted != Wanted::All && norm.is_finite()).then_some(norm)
         };
         scratch.norms.clear();
-        scratch.norms.extend(queries.clone().filter_map(|query| screened(&query)));
-        if let Some(screen) = screen.filter(|_| !scratch.norms.is_empty()) {
-            let states = queries.clone().filter(|query| screened(query).is_some()).map(|query| query.state);
-            self.intervals(team, screen, states, scratch);
+        scratch.norms.extend(queries.clone().map(norm));
+        if let Some(screen) = screen.filter(|_| scratch.norms.iter().any(Option::is_some)) {
+            self.intervals(team, screen, queries.clone().map(|query| query.state), scratch);
         }
-        let mut done = 0;
-        for (query, found) in queries.zip(found) {
+        for (n, (query, found)) in queries.zip(found).enumerate() {
             found.clear();
-            if screened(&query).is_none() {
+            if scratch.norms[n].is_none() {
                 scratch.logits.resize(vocabulary, 0.0);
                 self.logits(team, query.state, &mut scratch.logits);
                 found.extend(scratch.logits.iter().copied().zip(0..));
                 continue;
             }
-            let range = done * vocabulary..(done + 1) * vocabulary;
+            let range = n * vocabulary..(n + 1) * vocabulary;
             let (lower, upper) = (&mut scratch.lower[range.clone()], &mut scratch.upper[range]);
-            done += 1;
             // What is computed in any case neither sets the threshold nor has to reach it.
             for token in query.always.iter().map(|token| *token as usize).filter(|token| *token < vocabulary) {
                 (lower[token], upper[token]) = (f32::NEG_INFINITY, f32::INFINITY);
@@ -182,6 +179,7 @@ impl Head {
         let (lower, upper) = (SharedSlice::new(lower), SharedSlice::new(upper));
         self.each_block(team, &|rows| {
             for (n, (state, norm)) in states.clone().zip(&*norms).enumerate() {
+                let Some(norm) = norm else { continue };
                 let range = n * vocabulary + rows.start..n * vocabulary + rows.end;
                 // SAFETY: every block of rows is in one part of the work.
                 let (lower, upper) = unsafe { (lower.part(range.clone()), upper.part(range)) };
@@ -282,41 +280,51 @@ fn gamma(k: usize) -> f64 {
 /// All rows as int8.
 #[derive(Debug)]
 struct Screen {
-    /// `[vocabulary, hidden]`
-    rows: PageBuffer,
+    /// Tiles of rows, `[⌈vocabulary / 8⌉, ⌈hidden / 16⌉, 8, 16]`.
+    tiles: PageBuffer,
     scales: Vec<Scale>,
 }
 
 impl Screen {
     fn new(rows: &FloatMatrix, workers: &dyn Workers) -> std::io::Result<Self> {
         let k = rows.columns;
-        let mut screen = PageBuffer::zeroed(rows.rows * k)?;
+        let tile_bytes = k.div_ceil(LANES) * size_of::<ScreenTile>();
+        let mut tiles = PageBuffer::zeroed(rows.rows.div_ceil(SCREEN_ROWS) * tile_bytes)?;
         let mut scales = vec![Scale::default(); rows.rows];
-        let (bytes, shared) = (SharedSlice::new(&mut screen), SharedSlice::new(&mut scales));
+        let (bytes, shared) = (SharedSlice::new(&mut tiles), SharedSlice::new(&mut scales));
         workers.run(&|thread| {
-            let mut row = vec![0.0; k];
-            for index in share(rows.rows, workers.threads(), thread) {
-                rows.widen_row(index, &mut row);
-                // SAFETY: every row is in one thread's share.
-                let (target, scale) =
-                    unsafe { (bytes.part(index * k..(index + 1) * k), shared.part(index..index + 1)) };
-                scale[0] = Scale::quantize(&row, target);
+            let (mut row, mut form) = (vec![0.0; k], vec![0; k]);
+            for tile in share(rows.rows.div_ceil(SCREEN_ROWS), workers.threads(), thread) {
+                let within = tile * SCREEN_ROWS..rows.rows.min((tile + 1) * SCREEN_ROWS);
+                // SAFETY: every tile is in one thread's share.
+                let (bytes, scales) =
+                    unsafe { (bytes.part(tile * tile_bytes..(tile + 1) * tile_bytes), shared.part(within.clone())) };
+                for (r, (index, scale)) in within.zip(scales).enumerate() {
+                    rows.widen_row(index, &mut row);
+                    *scale = Scale::quantize(&row, &mut form);
+                    let places = bytes.as_chunks_mut::<LANES>().0[r..].iter_mut().step_by(SCREEN_ROWS);
+                    for (place, form) in places.zip(form.chunks(LANES)) {
+                        place[..form.len()].copy_from_slice(form);
+                    }
+                }
             }
         });
-        Ok(Self { rows: screen, scales })
+        Ok(Self { tiles, scales })
     }
 
     /// Intervals of the logits of some rows, at most [`BLOCK`], for a state of this norm.
     fn intervals(&self, state: &[f32], norm: f64, rows: std::ops::Range<usize>, lower: &mut [f32], upper: &mut [f32]) {
-        let (k, mut sums) = (state.len(), [0.0; BLOCK]);
-        let sums = &mut sums[..rows.len()];
-        ops::dot_int8_rows(state, &self.rows[rows.start * k..rows.end * k], sums);
+        let (k, mut sums) = (state.len(), [[0.0; SCREEN_ROWS]; BLOCK / SCREEN_ROWS]);
+        let within = rows.start / SCREEN_ROWS..rows.end.div_ceil(SCREEN_ROWS);
+        let steps = k.div_ceil(LANES);
+        let tiles = self.tiles.as_chunks::<LANES>().0.as_chunks::<SCREEN_ROWS>().0;
+        ops::dot_screen(state, &tiles[within.start * steps..within.end * steps], &mut sums[..within.len()]);
         // Partial sums are at most `‖x‖·√k` times the largest element of a row. Where one might overflow there is no bound.
         let largest = LARGEST / (127.0 * norm * (k as f64).sqrt());
         // Of the sum in its integers' scale and of the logit.
         let underflow = roundings(k) * LANES as f64 * f64::from(f32::from_bits(1));
         let ends = lower.iter_mut().zip(upper);
-        for ((sum, scale), (lower, upper)) in sums.iter().zip(&self.scales[rows]).zip(ends) {
+        for ((sum, scale), (lower, upper)) in sums.as_flattened().iter().zip(&self.scales[rows]).zip(ends) {
             let estimate = f64::from(scale.scale) * f64::from(*sum);
             let bound = norm * f64::from(scale.error) * SLACK + (1.0 + f64::from(scale.scale)) * underflow;
             if bound.is_finite() && f64::from(scale.scale).max(1.0) <= largest {

@@ -1,4 +1,4 @@
-//! Dot products of one vector with many rows of a float matrix in its file's own type, or of an int8 one.
+//! Dot products of one vector with many rows of a float matrix in its file's own type.
 
 use ternion_kernels_ref::lanes::LANES;
 use ternion_kernels_ref::widen::bf16_to_f32;
@@ -18,7 +18,6 @@ trait Element<const BYTES: usize> {
 struct Bf16;
 struct F16;
 struct F32;
-struct Int8;
 
 impl Element<2> for Bf16 {
     #[inline(always)]
@@ -38,13 +37,6 @@ impl Element<4> for F32 {
     #[inline(always)]
     fn widen(bytes: [u8; 4]) -> f32 {
         f32::from_le_bytes(bytes)
-    }
-}
-
-impl Element<1> for Int8 {
-    #[inline(always)]
-    fn widen([byte]: [u8; 1]) -> f32 {
-        f32::from(byte.cast_signed())
     }
 }
 
@@ -96,18 +88,7 @@ fn dot_rows_body(x: &[f32], dtype: FloatType, rows: &[u8], target: &mut [f32]) {
     }
 }
 
-#[inline(always)]
-fn dot_int8_rows_body(x: &[f32], rows: &[u8], target: &mut [f32]) {
-    dot_all::<Int8, 1>(x, rows, target);
-}
-
 for_every_level! {
-    /// As [`dot_rows`], of rows whose elements are signed bytes.
-    ///
-    /// # Panics
-    /// If the lengths do not fit.
-    pub fn dot_int8_rows(x: &[f32], rows: &[u8], target: &mut [f32]) = dot_int8_rows_body;
-
     /// `target[v] = Σ x[i] · rows[v][i]`, each row as [`ternion_kernels_ref::lanes::dot`]. `rows` holds
     /// `target.len()` rows of `x.len()` little-endian elements of `dtype`, at any alignment.
     ///
@@ -164,21 +145,6 @@ mod tests {
                     dot_rows(&x, dtype, &shifted[1..], &mut logits);
                     assert_same_bits(&logits, &expected);
                 }
-            }
-        }
-
-        #[test]
-        fn rows_of_bytes_give_the_references_dot_products(
-            (x, rows) in (1usize..70, 0usize..20)
-                .prop_flat_map(|(k, rows)| (floats(k), prop::collection::vec(any::<i8>(), k * rows)))
-        ) {
-            let wide: Vec<f32> = rows.iter().map(|byte| f32::from(*byte)).collect();
-            let bytes: Vec<u8> = rows.iter().map(|byte| byte.cast_unsigned()).collect();
-            let expected = head::logits(&x, wide.chunks_exact(x.len()));
-            for dot_rows in [dot_int8_rows as fn(&[f32], &[u8], &mut [f32]), dot_int8_rows_body] {
-                let mut found = vec![0.0; expected.len()];
-                dot_rows(&x, &bytes, &mut found);
-                assert_same_bits(&found, &expected);
             }
         }
     }

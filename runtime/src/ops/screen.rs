@@ -1,6 +1,36 @@
 //! Rows as int8 with a scale each: what estimates of logits are made of.
+//!
+//! Rows come in tiles of [`SCREEN_ROWS`], sixteen elements of each in turn, so that a tile is one sequential stream.
 
 use ternion_kernels_ref::lanes::LANES;
+
+use super::lanes::Lanes;
+
+/// Rows of a tile.
+pub const SCREEN_ROWS: usize = 8;
+
+/// Sixteen elements of each row of a tile: the bits of signed bytes.
+pub type ScreenTile = [[u8; LANES]; SCREEN_ROWS];
+
+#[inline(always)]
+fn dot_screen_body(x: &[f32], tiles: &[ScreenTile], target: &mut [[f32; SCREEN_ROWS]]) {
+    let steps = x.len().div_ceil(LANES);
+    assert_eq!(tiles.len(), target.len() * steps, "dot_screen: a tile for every group of results");
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    let mut last = [0.0; LANES];
+    last[..tail.len()].copy_from_slice(tail);
+    let last = std::slice::from_ref(&last);
+    let chunks = || chunks.iter().chain(if tail.is_empty() { &[] } else { last });
+    for (tile, target) in tiles.chunks_exact(steps.max(1)).zip(target) {
+        let mut sums = [Lanes::ZERO; SCREEN_ROWS];
+        for (x, rows) in chunks().zip(tile) {
+            for (sum, row) in sums.iter_mut().zip(rows) {
+                *sum = Lanes(*x).mul_add(Lanes(row.map(|byte| f32::from(byte.cast_signed()))), *sum);
+            }
+        }
+        *target = sums.map(Lanes::tree_sum);
+    }
+}
 
 /// A row `w = s·q + e` in its int8 form, but for `q` itself. Norms are sums in `f64` without any promise of order.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -60,14 +90,44 @@ for_every_level! {
     /// # Panics
     /// If the lengths differ.
     pub fn screen_form(row: &[f32], target: &mut [u8]) -> ScreenForm = screen_form_body;
+
+    /// `target[t][r] = Σ x[i] · w[i]`, `w` the row `r` of tile `t`, each as [`ternion_kernels_ref::lanes::dot`] but for
+    /// the sign of a zero. There are `⌈x.len() / 16⌉` parts of each tile, zero past the end of a row.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn dot_screen(x: &[f32], tiles: &[ScreenTile], target: &mut [[f32; SCREEN_ROWS]]) = dot_screen_body;
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use ternion_kernels_ref::head;
 
     proptest! {
+        #[test]
+        fn tiles_give_the_references_dot_products(
+            (x, rows) in (1usize..70, 0usize..3).prop_flat_map(|(k, tiles)| {
+                (crate::ops::tests::floats(k), prop::collection::vec(any::<i8>(), k * tiles * SCREEN_ROWS))
+            })
+        ) {
+            let (k, steps) = (x.len(), x.len().div_ceil(LANES));
+            let count = rows.len() / k;
+            let mut tiles = vec![[[0; LANES]; SCREEN_ROWS]; count / SCREEN_ROWS * steps];
+            for (at, w) in rows.iter().enumerate() {
+                let (row, i) = (at / k, at % k);
+                tiles[row / SCREEN_ROWS * steps + i / LANES][row % SCREEN_ROWS][i % LANES] = w.cast_unsigned();
+            }
+            let wide: Vec<f32> = rows.iter().map(|w| f32::from(*w)).collect();
+            let expected = head::logits(&x, wide.chunks_exact(k));
+            for dot in [dot_screen as fn(&[f32], &[ScreenTile], &mut [[f32; SCREEN_ROWS]]), dot_screen_body] {
+                let mut found = vec![[0.0; SCREEN_ROWS]; count / SCREEN_ROWS];
+                dot(&x, &tiles, &mut found);
+                prop_assert_eq!(found.as_flattened(), &expected);
+            }
+        }
+
         #[test]
         fn forms_are_near_their_rows_and_say_how_near(row in crate::ops::tests::floats(70), len in 0usize..70) {
             let row = &row[..len];
