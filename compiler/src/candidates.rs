@@ -106,7 +106,7 @@ fn sparse(machine: MachineKind, multiply: Multiply, columns: Columns, candidates
         Columns::ListedRows => (Family::SparseRows, Layout::Rows { rows: 1, chunk: 64 }),
         _ => (Family::SparseColumns, Layout::Columns { chunk: machine.vector_bytes() as u8 }),
     };
-    let prefetches: &[u16] = if machine == MachineKind::Clif128 { &[0] } else { &[16, 32, 8, 0] };
+    let prefetches: &[u16] = if machine == MachineKind::Clif128 { &[0] } else { &[16, 8, 32, 0] };
     for unroll in [2, 1, 4] {
         for prefetch in prefetches {
             candidates.push(Schedule { family, prefetch: *prefetch, ..mad(machine, layout, multiply, unroll) });

@@ -38,6 +38,11 @@ impl Family {
         !matches!(self, Self::Tl1 | Self::Vlut)
     }
 
+    /// The families that read whole matrices.
+    pub fn dense() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|family| family.list().is_none())
+    }
+
     /// What it is called with: `None` for one column and for many.
     #[must_use]
     pub const fn list(self) -> Option<Columns> {

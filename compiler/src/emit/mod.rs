@@ -3,7 +3,7 @@
 mod mad;
 pub(crate) mod mad_lanes;
 pub(crate) mod sparse_columns;
-pub(crate) mod sparse_rows;
+mod sparse_rows;
 mod t5;
 pub(crate) mod tl1;
 pub(crate) mod vlut;

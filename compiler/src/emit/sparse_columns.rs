@@ -9,13 +9,12 @@
 //! ```text
 //! fill the results with −Σa
 //! for 4 · unroll records of the list
-//!   ask for the records `prefetch` places on
 //!   for vector of m
+//!     ask for as much of the records `prefetch` places on
 //!     interleave 4 records (per quad), giving 4 vectors
 //!     for vector, for place in byte: load results, (shift, and, multiply-add) per quad, store results
 //! ```
 
-use super::sparse_rows::ask_ahead;
 use crate::machine::{Argument, Machine, Vector, advance, repeat, while_at_least};
 use crate::{KernelSpec, Multiply, Schedule};
 
@@ -37,15 +36,6 @@ pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
     let [list, activations, left] = [list, activations, left].map(|start| m.int_variable(start));
     while_at_least(m, left, records as i32, |m| {
         let here = m.get_int(list);
-        ask_ahead(m, here, records, record, schedule);
-        let weights = m.argument(Argument::Weights);
-        let starts: Vec<_> = (0..records)
-            .map(|r| {
-                let offset = m.load32(here, 4 * r as i32);
-                let start = m.add(weights, offset);
-                m.int_variable(start)
-            })
-            .collect();
         let column = m.get_int(activations);
         let factors: Vec<_> = (0..quads)
             .map(|quad| {
@@ -53,20 +43,29 @@ pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
                 m.vector_variable(four)
             })
             .collect();
-        let out = m.argument(Argument::Out);
-        let out = m.int_variable(out);
+        let (out, zero) = (m.argument(Argument::Out), m.constant(0));
+        let [out, position] = [out, zero].map(|start| m.int_variable(start));
         repeat(m, record / width, |m| {
+            let (weights, at) = (m.argument(Argument::Weights), m.get_int(position));
+            let weights = m.add(weights, at);
+            let record = |m: &mut dyn Machine, place: usize| {
+                let offset = m.load32(here, 4 * place as i32);
+                m.add(weights, offset)
+            };
+            if schedule.prefetch > 0 {
+                for r in 0..records {
+                    let ahead = record(m, usize::from(schedule.prefetch) + r);
+                    m.prefetch_second_level(ahead, 0);
+                }
+            }
             let mask = m.splat8(3);
             let mut codes: Vec<[Vector; 4]> = Vec::with_capacity(quads);
-            for quad in starts.chunks_exact(QUAD) {
-                let bytes: Vec<_> = quad
-                    .iter()
-                    .map(|start| {
-                        let start = m.get_int(*start);
-                        m.load(start, 0)
-                    })
-                    .collect();
-                codes.push(interleave(m, [bytes[0], bytes[1], bytes[2], bytes[3]]));
+            for quad in 0..quads {
+                let bytes = std::array::from_fn(|r| {
+                    let bytes = record(m, QUAD * quad + r);
+                    m.load(bytes, 0)
+                });
+                codes.push(interleave(m, bytes));
             }
             let factors: Vec<_> = factors.iter().map(|factor| m.get(*factor)).collect();
             let target = m.get_int(out);
@@ -99,9 +98,7 @@ pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
                     m.store(target, offset, total);
                 }
             }
-            for start in &starts {
-                advance(m, *start, width as i32);
-            }
+            advance(m, position, width as i32);
             advance(m, out, 16 * width as i32);
         });
         advance(m, list, 4 * records as i32);
