@@ -63,6 +63,11 @@ impl ActivationBuffer {
         self.scales[token]
     }
 
+    /// The int8 values of the first token, `[k]`.
+    pub(super) fn values(&self, k: usize) -> &[i8] {
+        &self.values[..k]
+    }
+
     /// The first `n` tokens' activations as `kernel` reads them.
     pub(super) fn read(&self, n: usize, kernel: &Kernel) -> Activations<'_> {
         let format = kernel.activation_format();

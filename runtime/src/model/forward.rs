@@ -12,6 +12,7 @@ use ternion_tuner::Workers;
 use super::activations::ActivationBuffer;
 use super::kv_cache::AttentionScratch;
 use super::rope::RopeTable;
+use super::sparse::{SparseFfn, SparseScratch};
 use super::weights::{Layer, Linear};
 use super::{Model, ModelError, Part};
 use crate::formats::{LayerNorm, ModelConfig, Projection};
@@ -49,6 +50,7 @@ pub(super) struct Scratch {
     /// Integer sums of up to three projections of the same activations, `[tokens, padded rows]`.
     sums: [Vec<i32>; 3],
     activations: ActivationBuffer,
+    sparse: SparseScratch,
     /// One per part of the work.
     heads: Vec<AttentionScratch>,
 }
@@ -65,7 +67,9 @@ impl Scratch {
             let rows = layers.flat_map(|layer| projections.iter().map(move |p| of(layer.linear(*p)))).max();
             vec![0; tokens * rows.unwrap_or(0)]
         };
-        let formats: Vec<ActivationFormat> = model.linears().flat_map(Linear::activation_formats).collect();
+        let listed = model.sparse.iter().map(|sparse| sparse.rows().activation_format());
+        let formats: Vec<ActivationFormat> =
+            model.linears().flat_map(Linear::activation_formats).chain(listed).collect();
         let longest = all_heads.max(config.hidden).max(config.ffn);
         let activations = ActivationBuffer::new(tokens, longest, formats.into_iter());
         let group = config.heads / config.kv_heads;
@@ -83,6 +87,7 @@ impl Scratch {
                 padded(&[Projection::Key, Projection::Up]),
                 padded(&[Projection::Value]),
             ],
+            sparse: SparseScratch::new(config.ffn, model.sparse.as_ref().map_or(0, SparseFfn::results), threads),
             activations: activations.map_err(|source| ModelError::Memory { bytes: tokens * longest, source })?,
             heads: vec![AttentionScratch::new(group, config.head_dim); threads],
         })
@@ -142,7 +147,7 @@ impl Forward<'_> {
         }
         for (index, layer) in model.layers.iter().enumerate() {
             self.attention(index, layer, parts, rope, scratch);
-            self.feed_forward(layer, scratch);
+            self.feed_forward(index, layer, scratch);
         }
     }
 
@@ -197,25 +202,40 @@ impl Forward<'_> {
         self.add(output, query_sums, activations, hidden);
     }
 
-    fn feed_forward(&self, layer: &Layer, scratch: &mut Scratch) {
+    fn feed_forward(&self, index: usize, layer: &Layer, scratch: &mut Scratch) {
         let config = self.config();
         let [gate, up, down] = [Projection::Gate, Projection::Up, Projection::Down].map(|p| layer.linear(p));
-        let Scratch { hidden, gated, sums, activations, .. } = scratch;
+        let Scratch { hidden, gated, sums, activations, sparse: scratch, .. } = scratch;
         let [gate_sums, up_sums, _] = sums;
 
+        // One token may leave out what is multiplied with 0.
+        let sparse = self.model.sparse.as_ref().filter(|_| self.n == 1);
         self.quantize(hidden, config.hidden, layer.norm(LayerNorm::PostAttention), &[gate, up], activations);
-        self.project([(gate, gate_sums), (up, up_sums)], activations);
-        let shared = SharedSlice::new(gated);
-        self.each_token(&|token| {
-            let q = activations.scale(token);
-            // SAFETY: every token is in one part of the work, and rows of different tokens are disjoint.
-            let gated = unsafe { shared.part(token * config.ffn..(token + 1) * config.ffn) };
-            let gate = (gate.row(gate_sums, token), gate.step(q));
-            ops::gated(config.activation, gate, (up.row(up_sums, token), up.step(q)), gated);
+        self.project([(gate, gate_sums)], activations);
+        let q = activations.scale(0);
+        let done = sparse.filter(|_| gate.step(q) > 0.0).is_some_and(|sparse| {
+            let gate = (gate.row(gate_sums, 0), gate.step(q));
+            let column = activations.read(1, sparse.rows());
+            sparse.up(index, self.team, gate, up.step(q), &column, scratch, &mut gated[..config.ffn])
         });
+        if !done {
+            self.project([(up, up_sums)], activations);
+            let shared = SharedSlice::new(gated);
+            self.each_token(&|token| {
+                let q = activations.scale(token);
+                // SAFETY: every token is in one part of the work, and rows of different tokens are disjoint.
+                let gated = unsafe { shared.part(token * config.ffn..(token + 1) * config.ffn) };
+                let gate = (gate.row(gate_sums, token), gate.step(q));
+                ops::gated(config.activation, gate, (up.row(up_sums, token), up.step(q)), gated);
+            });
+        }
 
         self.quantize(gated, config.ffn, layer.norm(LayerNorm::FfnSub), &[down], activations);
-        self.project([(down, gate_sums)], activations);
+        let done = sparse
+            .is_some_and(|sparse| sparse.down(index, self.team, activations.values(config.ffn), scratch, gate_sums));
+        if !done {
+            self.project([(down, gate_sums)], activations);
+        }
         self.add(down, gate_sums, activations, hidden);
     }
 
@@ -236,7 +256,9 @@ impl Forward<'_> {
         readers: &[&Linear],
         activations: &mut ActivationBuffer,
     ) {
-        let writer = activations.writer(width, readers.iter().map(|linear| linear.kernel(self.n)));
+        // Whoever reads a list of rows reads these activations too, if at all.
+        let listed = self.model.sparse.iter().filter(|_| self.n == 1).map(SparseFfn::rows);
+        let writer = activations.writer(width, readers.iter().map(|linear| linear.kernel(self.n)).chain(listed));
         let eps = self.config().norm_eps;
         self.each_token(&|token| {
             let row = &rows[token * width..(token + 1) * width];

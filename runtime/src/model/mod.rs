@@ -18,6 +18,7 @@ pub mod reference;
 mod rope;
 mod sequence;
 mod session;
+mod sparse;
 mod weights;
 
 pub use batch::{Batch, Part};

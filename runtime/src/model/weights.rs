@@ -15,6 +15,7 @@ use ternion_kernels_ref::rope::inverse_frequencies;
 use ternion_tuner::Workers;
 
 use super::kernels::{Kernels, compile_all};
+use super::sparse::SparseFfn;
 use super::{Head, KernelChoice, ModelError};
 use crate::formats::{Bytes, Checkpoint, FloatMatrix, LayerNorm, ModelConfig, Projection, TernaryTensor};
 use crate::memory::PageBuffer;
@@ -47,6 +48,8 @@ pub struct LoadReport {
     pub packed_bytes: usize,
     /// Bytes of ternary matrices that are used where the file is mapped.
     pub mapped_bytes: usize,
+    /// Bytes of the up- and down-projections as records.
+    pub record_bytes: usize,
     /// Bytes of the head's int8 screen.
     pub screen_bytes: usize,
 }
@@ -93,6 +96,8 @@ pub struct Model {
     head: Head,
     pub(super) final_norm: Vec<f32>,
     pub(super) layers: Vec<Layer>,
+    /// The feed-forward's matrices once more, for activations that make zeros.
+    pub(super) sparse: Option<SparseFfn>,
     pub(super) inverse_frequencies: Vec<f32>,
     packed: PageBuffer,
     report: LoadReport,
@@ -150,8 +155,11 @@ impl Model {
                 Place::Buffer(range) => report.packed_bytes += range.len(),
             }
         }
+        let sparse = SparseFfn::load(checkpoint, cpu, workers)?;
+        report.record_bytes = sparse.as_ref().map_or(0, SparseFfn::bytes);
+        report.weights = start.elapsed();
         let inverse_frequencies = inverse_frequencies(config.head_dim, config.rope_theta);
-        Ok(Self { config, embedding, head, final_norm, layers, inverse_frequencies, packed, report })
+        Ok(Self { config, embedding, head, final_norm, layers, sparse, inverse_frequencies, packed, report })
     }
 
     /// Sizes and constants.
