@@ -58,6 +58,11 @@ impl ActivationBuffer {
         }
     }
 
+    /// The int8 values of one token, of rows of `k`.
+    pub(super) fn values(&self, token: usize, k: usize) -> &[i8] {
+        &self.values[token * k..(token + 1) * k]
+    }
+
     /// The scale q of one token.
     pub(super) fn scale(&self, token: usize) -> f32 {
         self.scales[token]

@@ -8,39 +8,42 @@ use ternion_compiler::{ActivationFormat, Kernel, OutRows};
 use ternion_tuner::Workers;
 
 use super::activations::ActivationBuffer;
+use super::general::GeneralScratch;
 use super::kv_cache::{AttentionScratch, KvCache};
 use super::rope::RopeTable;
 use super::weights::{Layer, Linear};
-use super::{Model, ModelError};
-use crate::formats::{LayerNorm, ModelConfig, Projection};
+use super::{Model, ModelError, Observer};
+use crate::formats::{FloatMatrix, LayerNorm, ModelConfig, Projection};
 use crate::ops;
 use crate::team::{SharedSlice, Team, share};
 
-/// Rows of the head that are read for all tokens before the next: they stay in a core's cache.
-const HEAD_ROWS: usize = 32;
+/// Rows of a float matrix that are read for all tokens before the next: they stay in a core's cache.
+const FLOAT_ROWS: usize = 32;
 
 /// What a chunk of tokens needs on its way, allocated once per session.
 #[derive(Debug)]
 pub(super) struct Scratch {
     /// The residual stream, `[tokens, hidden]`.
-    hidden: Vec<f32>,
+    pub(super) hidden: Vec<f32>,
     /// The residual stream after the last norm, `[tokens, hidden]`.
     normed: Vec<f32>,
     /// `[tokens, heads · head_dim]`
-    queries: Vec<f32>,
+    pub(super) queries: Vec<f32>,
     /// `[tokens, kv_heads · head_dim]`
-    keys: Vec<f32>,
+    pub(super) keys: Vec<f32>,
     /// `[tokens, kv_heads · head_dim]`
-    values: Vec<f32>,
+    pub(super) values: Vec<f32>,
     /// Attention output, `[tokens, heads · head_dim]`.
-    attention: Vec<f32>,
+    pub(super) attention: Vec<f32>,
     /// `activation(gate) · up`, `[tokens, ffn]`.
-    gated: Vec<f32>,
+    pub(super) gated: Vec<f32>,
     /// Integer sums of up to three projections of the same activations, `[tokens, padded rows]`.
-    sums: [Vec<i32>; 3],
-    activations: ActivationBuffer,
+    pub(super) sums: [Vec<i32>; 3],
+    pub(super) activations: ActivationBuffer,
     /// One per part of the work.
-    heads: Vec<AttentionScratch>,
+    pub(super) heads: Vec<AttentionScratch>,
+    /// For layers that need it, and for observed ones from the first time on.
+    pub(super) general: Option<GeneralScratch>,
 }
 
 impl Scratch {
@@ -74,6 +77,7 @@ impl Scratch {
             ],
             activations: activations.map_err(|source| ModelError::Memory { bytes: tokens * longest, source })?,
             heads: vec![AttentionScratch::new(group, config.head_dim); threads],
+            general: (!model.is_plain()).then(|| GeneralScratch::new(model, tokens)),
         })
     }
 }
@@ -95,12 +99,12 @@ impl Linear {
     }
 
     /// What an integer sum is multiplied with when its activations have scale `q`.
-    fn step(&self, q: f32) -> f32 {
+    pub(super) fn step(&self, q: f32) -> f32 {
         self.scale / q
     }
 
     /// One token's rows of `sums`, padding left out.
-    fn row<'a>(&self, sums: &'a [i32], token: usize) -> &'a [i32] {
+    pub(super) fn row<'a>(&self, sums: &'a [i32], token: usize) -> &'a [i32] {
         &sums[token * self.padded_rows()..][..self.m]
     }
 }
@@ -116,50 +120,76 @@ pub(super) struct Forward<'a> {
 impl Forward<'_> {
     /// Runs `tokens` through all layers. Their keys and values are in `cache` afterwards, their last hidden states in
     /// `scratch`.
-    pub(super) fn run(&self, tokens: &[u32], cache: &mut KvCache, rope: &mut RopeTable, scratch: &mut Scratch) {
+    pub(super) fn run(
+        &self,
+        tokens: &[u32],
+        cache: &mut KvCache,
+        rope: &mut RopeTable,
+        scratch: &mut Scratch,
+        observer: &mut Option<&mut dyn Observer>,
+    ) {
         let (model, config) = (self.model, self.config());
         cache.reserve(self.start + self.n);
-        rope.reserve(self.start + self.n, &model.inverse_frequencies);
+        rope.reserve(self.start + self.n, &model.frequencies);
         for (token, hidden) in tokens.iter().zip(scratch.hidden.chunks_exact_mut(config.hidden)) {
             model.embedding.widen_row(*token as usize, hidden);
+            if config.embedding_scale != 1.0 {
+                hidden.iter_mut().for_each(|x| *x *= config.embedding_scale);
+            }
         }
+        let plain = model.is_plain() && observer.is_none();
         for (index, layer) in model.layers.iter().enumerate() {
-            self.attention(index, layer, cache, rope, scratch);
-            self.feed_forward(layer, scratch);
+            if plain {
+                self.attention((index, layer), cache, rope, scratch);
+                self.feed_forward(layer, scratch);
+            } else {
+                self.attention_in_general((index, layer), cache, rope, scratch, observer);
+                self.feed_forward_in_general((index, layer), scratch, observer);
+            }
         }
     }
 
-    /// Logits of the tokens from `first` of the chunk on, `[tokens, vocabulary]`.
-    pub(super) fn logits(&self, first: usize, scratch: &mut Scratch, logits: &mut [f32]) {
+    /// The last norm of the tokens from `first` of the chunk on, `[tokens, hidden]`.
+    pub(super) fn last_norm<'s>(&self, first: usize, scratch: &'s mut Scratch) -> &'s [f32] {
         let (model, config) = (self.model, self.config());
-        let (hidden, vocabulary) = (config.hidden, config.vocabulary);
+        let hidden = config.hidden;
         let rows = &scratch.hidden[first * hidden..self.n * hidden];
         let normed = &mut scratch.normed[..rows.len()];
         for (row, normed) in rows.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
             ops::rms_norm(row, &model.final_norm, config.norm_eps, normed);
         }
-        let (normed, head) = (&*normed, &model.head);
-        let shared = SharedSlice::new(logits);
+        normed
+    }
+
+    /// Logits of the tokens from `first` of the chunk on, `[tokens, vocabulary]`.
+    pub(super) fn logits(&self, first: usize, scratch: &mut Scratch, logits: &mut [f32]) {
+        let normed = self.last_norm(first, scratch);
+        self.float_product(&self.model.head, normed, logits);
+    }
+
+    /// `target[token][row] = Σ inputs[token] · matrix[row]`, `[tokens, rows]`, shared by rows.
+    pub(super) fn float_product(&self, matrix: &FloatMatrix, inputs: &[f32], target: &mut [f32]) {
+        let shared = SharedSlice::new(target);
         self.team.divide(&|part| {
-            let blocks = share(vocabulary.div_ceil(HEAD_ROWS), self.team.threads(), part);
+            let blocks = share(matrix.rows.div_ceil(FLOAT_ROWS), self.team.threads(), part);
             for block in blocks {
-                let rows = block * HEAD_ROWS..vocabulary.min((block + 1) * HEAD_ROWS);
-                let bytes = &head.bytes[rows.start * head.row_bytes()..rows.end * head.row_bytes()];
-                for (token, normed) in normed.chunks_exact(hidden).enumerate() {
-                    let at = token * vocabulary;
+                let rows = block * FLOAT_ROWS..matrix.rows.min((block + 1) * FLOAT_ROWS);
+                let bytes = &matrix.bytes[rows.start * matrix.row_bytes()..rows.end * matrix.row_bytes()];
+                for (token, input) in inputs.chunks_exact(matrix.columns).enumerate() {
+                    let at = token * matrix.rows;
                     // SAFETY: every block of rows is in one part of the work.
                     let target = unsafe { shared.part(at + rows.start..at + rows.end) };
-                    ops::dot_rows(normed, head.dtype, bytes, target);
+                    ops::dot_rows(input, matrix.dtype, bytes, target);
                 }
             }
         });
     }
 
-    fn config(&self) -> &ModelConfig {
+    pub(super) fn config(&self) -> &ModelConfig {
         self.model.config()
     }
 
-    fn attention(&self, index: usize, layer: &Layer, cache: &mut KvCache, rope: &RopeTable, scratch: &mut Scratch) {
+    fn attention(&self, (index, layer): (usize, &Layer), cache: &mut KvCache, rope: &RopeTable, scratch: &mut Scratch) {
         let config = self.config();
         let [query, key, value, output] =
             [Projection::Query, Projection::Key, Projection::Value, Projection::Output].map(|p| layer.linear(p));
@@ -177,18 +207,15 @@ impl Forward<'_> {
                 [(0, all_heads), (1, kv_heads), (2, kv_heads)]
                     .map(|(of, width)| shared[of].part(token * width..(token + 1) * width))
             };
-            let (cos, sin) = rope.at(self.start + token);
+            let (cos, sin) = rope.at(layer.rope, self.start + token);
             ops::dequantize(query.row(query_sums, token), query.step(q), queries);
             ops::rotate(queries, cos, sin);
             ops::dequantize(key.row(key_sums, token), key.step(q), keys);
             ops::rotate(keys, cos, sin);
             ops::dequantize(value.row(value_sums, token), value.step(q), values);
         });
-        let rows = keys.chunks_exact(kv_heads).zip(values.chunks_exact(kv_heads)).take(self.n);
-        for (token, (key, value)) in rows.enumerate() {
-            cache.store(index, self.start + token, key, value);
-        }
-        self.attend(index, cache, queries, attention, heads);
+        self.store(index, cache, keys, values);
+        self.attend((index, layer), cache, queries, attention, heads);
 
         self.quantize(attention, all_heads, layer.norm(LayerNorm::AttentionSub), &[output], activations);
         self.project([(output, query_sums)], activations);
@@ -217,8 +244,17 @@ impl Forward<'_> {
         self.add(down, gate_sums, activations, hidden);
     }
 
+    /// Puts the tokens' keys and values, `[n, kv_heads · head_dim]` each, into the cache.
+    pub(super) fn store(&self, layer: usize, cache: &mut KvCache, keys: &[f32], values: &[f32]) {
+        let width = self.config().kv_heads * self.config().head_dim;
+        let rows = keys.chunks_exact(width).zip(values.chunks_exact(width)).take(self.n);
+        for (token, (key, value)) in rows.enumerate() {
+            cache.store(layer, self.start + token, key, value);
+        }
+    }
+
     /// Calls `work` once for every token, sharing them among the team.
-    fn each_token(&self, work: &(dyn Fn(usize) + Sync)) {
+    pub(super) fn each_token(&self, work: &(dyn Fn(usize) + Sync)) {
         if self.n == 1 {
             return work(0);
         }
@@ -234,8 +270,19 @@ impl Forward<'_> {
         readers: &[&Linear],
         activations: &mut ActivationBuffer,
     ) {
+        self.quantize_by(rows, width, (norm, self.config().norm_eps), readers, activations);
+    }
+
+    /// [`quantize`](Self::quantize) with an epsilon of the norm's own.
+    pub(super) fn quantize_by(
+        &self,
+        rows: &[f32],
+        width: usize,
+        (norm, eps): (&[f32], f32),
+        readers: &[&Linear],
+        activations: &mut ActivationBuffer,
+    ) {
         let writer = activations.writer(width, readers.iter().map(|linear| linear.kernel(self.n)));
-        let eps = self.config().norm_eps;
         self.each_token(&|token| {
             let row = &rows[token * width..(token + 1) * width];
             let quantize = |target: &mut [i8]| match norm {
@@ -248,7 +295,11 @@ impl Forward<'_> {
     }
 
     /// Integer sums of some projections of the same activations, shared by row tiles.
-    fn project<const P: usize>(&self, linears: [(&Linear, &mut Vec<i32>); P], activations: &ActivationBuffer) {
+    pub(super) fn project<const P: usize>(
+        &self,
+        linears: [(&Linear, &mut Vec<i32>); P],
+        activations: &ActivationBuffer,
+    ) {
         let jobs = linears.map(|(linear, sums)| (linear, OutRows::new(sums, linear.padded_rows())));
         let threads = self.team.threads();
         self.team.divide(&|part| {
@@ -273,13 +324,13 @@ impl Forward<'_> {
         });
     }
 
-    /// Attention of every query head of every token over the positions up to its own.
+    /// Attention of every query head of every token over the positions that its layer sees, up to its own.
     ///
     /// Work is shared query head by query head, ordered so that those of one token that read the same keys follow each
     /// other: they are done together, and a thread stays with few key-value heads.
-    fn attend(
+    pub(super) fn attend(
         &self,
-        layer: usize,
+        (index, layer): (usize, &Layer),
         cache: &KvCache,
         queries: &[f32],
         output: &mut [f32],
@@ -296,10 +347,11 @@ impl Forward<'_> {
                 let count = (group - first).min(items.len());
                 let at = (token * heads + kv_head * group + first) * head_dim;
                 let range = at..at + count * head_dim;
-                let positions = self.start + token + 1;
+                let end = self.start + token + 1;
+                let positions = end.saturating_sub(layer.window)..end;
                 // SAFETY: every item, so every head of every token, is in one part of the work, and each has its scratch.
                 let (output, scratch) = unsafe { (shared.part(range.clone()), &mut scratch.part(part..part + 1)[0]) };
-                cache.attend(layer, kv_head, positions, &queries[range], output, scratch);
+                cache.attend(index, kv_head, positions, &queries[range], output, scratch);
                 items.start += count;
             }
         });

@@ -7,8 +7,11 @@
 mod activations;
 mod error;
 mod forward;
+mod general;
 mod kernels;
 pub mod kv_cache;
+pub(crate) mod low_rank;
+mod observe;
 pub mod reference;
 mod rope;
 mod session;
@@ -17,5 +20,6 @@ mod weights;
 pub use error::ModelError;
 pub use kernels::{KernelChoice, problems};
 pub use kv_cache::KvType;
+pub use observe::Observer;
 pub use session::{DEFAULT_CHUNK, Session, SessionOptions};
 pub use weights::{LoadProgress, LoadReport, Model};

@@ -7,7 +7,7 @@ use ternion_tuner::Workers;
 use super::forward::{Forward, Scratch};
 use super::kv_cache::KvCache;
 use super::rope::RopeTable;
-use super::{KvType, Model, ModelError};
+use super::{KvType, Model, ModelError, Observer};
 use crate::team::Team;
 
 /// Tokens of a prompt that go through the layers together, unless asked otherwise: enough to share the reading of
@@ -65,7 +65,7 @@ impl Session {
             chunk,
             tokens: Vec::with_capacity(context),
             cache: KvCache::new(options.kv, config.layers, config.kv_heads, config.head_dim),
-            rope: RopeTable::new(config.head_dim / 2),
+            rope: RopeTable::new(config.head_dim / 2, model.frequencies.len()),
             scratch: Scratch::new(&model, chunk, team.threads())?,
             logits: vec![0.0; config.vocabulary],
             all_logits: Vec::new(),
@@ -84,7 +84,7 @@ impl Session {
         for (i, chunk) in tokens.chunks(self.chunk).enumerate() {
             let logits = (i + 1 == chunks).then_some(&mut self.logits);
             let forward = Forward { model: &self.model, team: &self.team, start: self.tokens.len(), n: chunk.len() };
-            forward.run(chunk, &mut self.cache, &mut self.rope, &mut self.scratch);
+            forward.run(chunk, &mut self.cache, &mut self.rope, &mut self.scratch, &mut None);
             if let Some(logits) = logits {
                 forward.logits(chunk.len() - 1, &mut self.scratch, logits);
             }
@@ -98,13 +98,27 @@ impl Session {
     /// # Errors
     /// As [`prefill`](Self::prefill).
     pub fn prefill_all(&mut self, tokens: &[u32], visit: &mut dyn FnMut(usize, &[f32])) -> Result<(), ModelError> {
+        self.prefill_observed(tokens, visit, &mut None)
+    }
+
+    /// As [`prefill_all`](Self::prefill_all), while `observer`, if there is one, watches the layers. The logits are the
+    /// same bits; they take longer.
+    ///
+    /// # Errors
+    /// As [`prefill`](Self::prefill).
+    pub fn prefill_observed(
+        &mut self,
+        tokens: &[u32],
+        visit: &mut dyn FnMut(usize, &[f32]),
+        observer: &mut Option<&mut dyn Observer>,
+    ) -> Result<(), ModelError> {
         self.check(tokens)?;
         let vocabulary = self.model.config().vocabulary;
         self.all_logits.resize(self.chunk.min(tokens.len()) * vocabulary, 0.0);
         for chunk in tokens.chunks(self.chunk) {
             let start = self.tokens.len();
             let forward = Forward { model: &self.model, team: &self.team, start, n: chunk.len() };
-            forward.run(chunk, &mut self.cache, &mut self.rope, &mut self.scratch);
+            forward.run(chunk, &mut self.cache, &mut self.rope, &mut self.scratch, observer);
             let logits = &mut self.all_logits[..chunk.len() * vocabulary];
             forward.logits(0, &mut self.scratch, logits);
             self.tokens.extend(chunk);
@@ -112,6 +126,25 @@ impl Session {
                 visit(start + i, logits);
             }
             self.logits.copy_from_slice(&logits[(chunk.len() - 1) * vocabulary..]);
+        }
+        Ok(())
+    }
+
+    /// Reads more tokens without any logits; `visit` sees the last norm's output, `[hidden]`, after every token, with the
+    /// token's position. It is what embeddings are made of.
+    ///
+    /// # Errors
+    /// As [`prefill`](Self::prefill).
+    pub fn prefill_hidden(&mut self, tokens: &[u32], visit: &mut dyn FnMut(usize, &[f32])) -> Result<(), ModelError> {
+        self.check(tokens)?;
+        let hidden = self.model.config().hidden;
+        for chunk in tokens.chunks(self.chunk) {
+            let start = self.tokens.len();
+            let forward = Forward { model: &self.model, team: &self.team, start, n: chunk.len() };
+            forward.run(chunk, &mut self.cache, &mut self.rope, &mut self.scratch, &mut None);
+            let rows = forward.last_norm(0, &mut self.scratch).chunks_exact(hidden);
+            rows.enumerate().for_each(|(i, row)| visit(start + i, row));
+            self.tokens.extend(chunk);
         }
         Ok(())
     }
