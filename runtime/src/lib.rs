@@ -1,5 +1,6 @@
 //! Loads BitNet b1.58 models and runs them on compiled ternary kernels.
 //!
+//! - [`embedding`]: vectors of texts.
 //! - [`evaluate`]: loss on a text, multiple choice, sparsity.
 //! - [`formats`]: model files, from a Hugging Face directory to the prepared `.tern` file, as one [`formats::Checkpoint`].
 //! - [`model`]: the forward pass: weights bound to compiled kernels, sessions, and the reference they must equal.
@@ -10,6 +11,7 @@
 //! Results are exact: the tokens are a function of the model, the stated precision of head and KV cache, the prompt,
 //! the sampling settings and the seed. No kernel, layout, thread count or batch size changes a bit of them.
 
+pub mod embedding;
 pub mod evaluate;
 pub mod formats;
 pub mod generate;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use safetensors::SafeTensors;
 use ternion_compiler::{Cpu, Family};
+use ternion_runtime::embedding::embed;
 use ternion_runtime::formats::{Activation, Checkpoint, LayerNorm, Pooling, RopeScaling};
 use ternion_runtime::model::reference::{Precision, Reference, ReferenceSession};
 use ternion_runtime::model::{KernelChoice, KvType, Model, ModelError, Session, SessionOptions};
@@ -138,6 +139,35 @@ fn every_family_has_the_references_bits_for_all_kernels_threads_chunks_and_cache
                 let found = bits(&compiled(&models[model], &ids, threads, options));
                 assert!(found == expected, "{name}: kv {kv}, model {model}, {threads} threads, chunks of {chunk}");
             }
+        }
+    }
+}
+
+#[test]
+fn embeddings_are_the_last_positions_norm_of_length_one_for_all_kernels_threads_and_chunks() {
+    let cpu = Cpu::host().expect("a CPU that ternion compiles for");
+    for name in ["bitnet-embedding-qwen3", "bitnet-embedding-gemma3", "bitnet-2b4t"] {
+        let checkpoint = open(name);
+        let Golden { ids, int8, .. } = golden(name);
+        let mut vectors: Vec<Vec<f32>> = Vec::new();
+        for (family, threads, chunk) in [(Family::Mad, 1, 64), (Family::Tl1, 2, 7), (Family::Mad, 3, 1)] {
+            let team = Arc::new(Team::new(threads).unwrap());
+            let model = Model::load(&checkpoint, &KernelChoice::Family(family), &cpu, &*team, &|_| {}).unwrap();
+            let options = SessionOptions { kv: KvType::F32, chunk, context: None };
+            let mut session = Session::new(Arc::new(model), team, &options).unwrap();
+            // What was read before does not matter.
+            embed(&mut session, &ids[..5]).unwrap();
+            vectors.push(embed(&mut session, &ids).unwrap());
+        }
+        assert!(vectors.iter().all(|vector| bits(&vectors[..1]) == bits(std::slice::from_ref(vector))), "{name}");
+        let vector = &vectors[0];
+        let length = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
+        assert!((length(vector) - 1.0).abs() < 1e-6 && vector.len() == 64, "{name}");
+        if checkpoint.config().pooling.is_some() {
+            let last = int8.last().unwrap();
+            let expected: Vec<f32> = last.iter().map(|x| x / length(last)).collect();
+            let cosine: f32 = vector.iter().zip(&expected).map(|(a, b)| a * b).sum();
+            assert!(cosine > 0.9999, "{name}: cosine {cosine} with what transformers computes");
         }
     }
 }

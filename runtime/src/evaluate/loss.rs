@@ -90,8 +90,16 @@ pub fn loss(
     if context < 2 || stride == 0 || stride > context {
         return Err(EvaluateError::Windows { context, stride });
     }
+    if context > session.context() {
+        return Err(ModelError::Context { asked: context, limit: session.context() }.into());
+    }
     if tokens.len() < 2 {
         return Err(EvaluateError::TooShort { tokens: tokens.len() });
+    }
+    // The last token of a window is only predicted, so no session ever looks at it.
+    let vocabulary = session.model().config().vocabulary;
+    if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
+        return Err(ModelError::NoSuchToken { token: *token, vocabulary }.into());
     }
     let mut loss = Loss::default();
     let mut add = |scored: Scored| {
