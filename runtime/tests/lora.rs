@@ -108,6 +108,43 @@ fn changed(config: impl Fn(&mut Value), weights: impl Fn(Vec<u8>) -> Vec<u8>) ->
 }
 
 #[test]
+fn damaged_adapters_are_errors_or_valid_adapters_and_nothing_else() {
+    let checkpoint = base();
+    let place = tempfile::tempdir().unwrap();
+    let files = ["adapter_config.json", "adapter_model.safetensors"];
+    let sources = files.map(|name| std::fs::read(fixture("lora/second").join(name)).unwrap());
+    let mut random = 1u64;
+    let mut next = |below: usize| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) as usize % below
+    };
+    let (mut refused, mut opened) = (0, 0);
+    for round in 0..2000 {
+        let mut damaged = sources.clone();
+        let bytes = &mut damaged[round % 2];
+        // Mostly in the header, where a change means something.
+        let at = next(bytes.len().min(900));
+        match next(4) {
+            0 => bytes[at] ^= 1 << next(8),
+            1 => bytes[at] = [0, 0xff, b'9', b'"', b'}'][next(5)],
+            2 => bytes.truncate(at),
+            _ => drop(bytes.splice(at..at, b"99999999999999999999".iter().copied())),
+        }
+        for (name, bytes) in files.iter().zip(&damaged) {
+            std::fs::write(place.path().join(name), bytes).unwrap();
+        }
+        match Adapter::open(place.path(), checkpoint.config(), 1.0) {
+            Ok(_) => opened += 1,
+            Err(error) => {
+                assert_eq!(error.to_string().lines().count(), 1, "{error}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 800 && opened > 20, "{refused} refused, {opened} opened");
+}
+
+#[test]
 fn what_does_not_fit_or_is_more_than_plain_lora_is_refused_in_one_line() {
     let same = |bytes| bytes;
     assert_eq!(changed(|_| {}, same), "4 projections");
