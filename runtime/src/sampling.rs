@@ -1,7 +1,8 @@
 //! From logits to a token: one documented chain, the same in every program that uses this crate.
 //!
-//! 1. **Repetition penalty**: the logit of every token that occurs in the sequence is divided by the penalty if it is
-//!    positive and multiplied by it if not.
+//! 1. **Penalties**: the logit of every token that occurs in the sequence is divided by the repetition penalty if it is
+//!    positive and multiplied by it if not. From those that have been generated, the frequency penalty times the number of
+//!    times is subtracted, and the presence penalty once.
 //! 2. **Top-k**: the k most likely tokens stay.
 //! 3. **Top-p**: of those, the most likely ones whose probabilities first add up to p stay.
 //! 4. **Min-p**: of those, the ones with at least this fraction of the largest probability stay.
@@ -9,10 +10,14 @@
 //!
 //! Ties go to the lowest id. The random number of a token is a function of (seed, sequence, position) alone, and every
 //! sum runs in order of falling likelihood, so a text can be generated again on any machine, in any batch.
+//!
+//! [`Sampling`] is the settings, a [`Sampler`] one text under them. Most settings need a few logits only, and
+//! [`Sampler::wanted`] says which, so that the others need not be computed.
 
-use ternion_kernels_ref::{head, math};
+use ternion_kernels_ref::math;
 
 use crate::formats::GenerationDefaults;
+use crate::model::{Candidate, Wanted};
 
 /// What a caller asks for; `None` leaves it to the model's defaults.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -27,6 +32,10 @@ pub struct SamplingOptions {
     pub min_p: Option<f32>,
     /// Penalty of repeated tokens, above 0; 1 is none.
     pub repetition_penalty: Option<f32>,
+    /// Penalty of generated tokens per occurrence, −2 to 2.
+    pub frequency_penalty: f32,
+    /// Penalty of tokens that have been generated, −2 to 2.
+    pub presence_penalty: f32,
     /// Seed of the random numbers.
     pub seed: u64,
 }
@@ -51,13 +60,23 @@ pub struct Sampling {
     top_p: f32,
     min_p: f32,
     repetition_penalty: f32,
+    frequency_penalty: f32,
+    presence_penalty: f32,
     seed: u64,
 }
 
 impl Sampling {
     /// Always the most likely token.
-    pub const GREEDY: Self =
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 };
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        frequency_penalty: 0.0,
+        presence_penalty: 0.0,
+        seed: 0,
+    };
 
     /// The options, completed by the model's defaults: where neither says anything, a step of the chain is off. A model
     /// whose defaults do not sample (`do_sample` is not true) has temperature 0 unless the options give another.
@@ -73,17 +92,22 @@ impl Sampling {
             top_p: options.top_p.or(model.top_p).unwrap_or(1.0),
             min_p: options.min_p.or(model.min_p).unwrap_or(0.0),
             repetition_penalty: options.repetition_penalty.or(model.repetition_penalty).unwrap_or(1.0),
+            frequency_penalty: options.frequency_penalty,
+            presence_penalty: options.presence_penalty,
             seed: options.seed,
         };
         let check = |name, value: f32, legal: bool, expected| {
             if legal { Ok(()) } else { Err(SamplingError { name, value, expected }) }
         };
-        let Self { temperature, top_p, min_p, repetition_penalty, .. } = sampling;
+        let Self { temperature, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, .. } = sampling;
         check("temperature", temperature, (0.0..=100.0).contains(&temperature), "0 to 100")?;
         check("top-p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1")?;
         check("min-p", min_p, (0.0..=1.0).contains(&min_p), "0 to 1")?;
         let legal = repetition_penalty > 0.0 && repetition_penalty <= 100.0;
         check("repetition penalty", repetition_penalty, legal, "above 0 and at most 100")?;
+        for (name, value) in [("frequency penalty", frequency_penalty), ("presence penalty", presence_penalty)] {
+            check(name, value, (-2.0..=2.0).contains(&value), "-2 to 2")?;
+        }
         Ok(sampling)
     }
 
@@ -93,51 +117,18 @@ impl Sampling {
         self.temperature == 0.0
     }
 
-    /// The token that follows `history` in sequence number `sequence`. Logits are changed: penalties are applied to
-    /// them, and what is not a number becomes −∞.
-    ///
-    /// `None` if there are no logits.
-    #[must_use]
-    pub fn sample(&self, logits: &mut [f32], history: &[u32], sequence: u64) -> Option<u32> {
-        for logit in logits.iter_mut().filter(|logit| logit.is_nan()) {
-            *logit = f32::NEG_INFINITY;
-        }
-        self.penalise(logits, history);
-        if self.is_greedy() {
-            return head::argmax(logits).and_then(|token| u32::try_from(token).ok());
-        }
-        let mut candidates = most_likely(logits, self.top_k);
-        self.truncate(&mut candidates);
-        let weights = weights(&candidates, self.temperature);
-        let total: f64 = weights.iter().map(|weight| f64::from(*weight)).sum();
-        let mut left = random(self.seed, sequence, history.len() as u64) * total;
-        for ((_, token), weight) in candidates.iter().zip(&weights) {
-            left -= f64::from(*weight);
-            if left < 0.0 {
-                return Some(*token);
-            }
-        }
-        candidates.last().map(|(_, token)| *token)
+    /// Whether logits of tokens in the text are changed.
+    fn penalises(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
     }
 
-    fn penalise(&self, logits: &mut [f32], history: &[u32]) {
-        if self.repetition_penalty == 1.0 {
-            return;
+    /// Top-k, top-p and min-p on candidates in order of falling likelihood; at least one stays.
+    fn truncate(&self, candidates: &mut Vec<Candidate>, weights: &mut Vec<f32>) {
+        if self.top_k > 0 {
+            candidates.truncate(self.top_k);
         }
-        let mut seen = history.to_vec();
-        seen.sort_unstable();
-        seen.dedup();
-        for token in seen {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit = if *logit > 0.0 { *logit / self.repetition_penalty } else { *logit * self.repetition_penalty };
-            }
-        }
-    }
-
-    /// Top-p and min-p on candidates in order of falling likelihood; at least one stays.
-    fn truncate(&self, candidates: &mut Vec<(f32, u32)>) {
         if self.top_p < 1.0 {
-            let weights = weights(candidates, 1.0);
+            weigh(candidates, 1.0, weights);
             let total: f64 = weights.iter().map(|weight| f64::from(*weight)).sum();
             let mut mass = 0.0;
             let enough = weights.iter().position(|weight| {
@@ -147,33 +138,149 @@ impl Sampling {
             candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
         }
         if self.min_p > 0.0 {
+            weigh(candidates, 1.0, weights);
             // The first weight is e^0 = 1, so the others are fractions of the largest probability.
-            let kept = weights(candidates, 1.0).iter().take_while(|weight| **weight >= self.min_p).count();
+            let kept = weights.iter().take_while(|weight| **weight >= self.min_p).count();
             candidates.truncate(kept.max(1));
         }
     }
 }
 
-/// The `k` most likely tokens (all for 0), most likely first, lower ids first among equals.
-fn most_likely(logits: &[f32], k: usize) -> Vec<(f32, u32)> {
-    let mut candidates: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
-    let order = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-    if k > 0 && k < candidates.len() {
-        candidates.select_nth_unstable_by(k, order);
-        candidates.truncate(k);
+/// Chooses the tokens of one text.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    sampling: Sampling,
+    sequence: u64,
+    /// Tokens of the text so far.
+    position: usize,
+    /// The different tokens of the text, in rising order; kept only for penalties.
+    tokens: Vec<u32>,
+    /// How often each has been generated: not at all if it is in the prompt alone.
+    generated: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+impl Sampler {
+    /// For sequence number `sequence`, which begins with `prompt`.
+    #[must_use]
+    pub fn new(sampling: Sampling, sequence: u64, prompt: &[u32]) -> Self {
+        let tokens = if sampling.penalises() {
+            let mut tokens = prompt.to_vec();
+            tokens.sort_unstable();
+            tokens.dedup();
+            tokens
+        } else {
+            Vec::new()
+        };
+        let generated = vec![0; tokens.len()];
+        Self { sampling, sequence, position: prompt.len(), tokens, generated, weights: Vec::new() }
     }
-    candidates.sort_unstable_by(order);
-    candidates
+
+    /// The logits that [`sample`](Self::sample) needs, besides those of [`penalised`](Self::penalised) tokens.
+    #[must_use]
+    pub fn wanted(&self) -> Wanted {
+        let Sampling { top_k, top_p, min_p, .. } = self.sampling;
+        if self.sampling.is_greedy() {
+            Wanted::Top(1)
+        } else if top_k > 0 {
+            Wanted::Top(top_k)
+        } else if top_p == 1.0 && min_p > 0.0 {
+            // A little more than the logarithm, for the rounding of it and of exponentials.
+            Wanted::Within(-libm::logf(min_p) + 1e-3)
+        } else {
+            Wanted::All
+        }
+    }
+
+    /// The tokens whose logits a penalty changes, in rising order.
+    #[must_use]
+    pub fn penalised(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Whether penalties change logits.
+    #[must_use]
+    pub fn penalises(&self) -> bool {
+        self.sampling.penalises()
+    }
+
+    /// The token that follows, if these are the logits: at least those of all tokens that are
+    /// [`wanted`](Self::wanted) or [`penalised`](Self::penalised), in rising order of tokens. What is not a number
+    /// counts as −∞.
+    ///
+    /// `None` if there are no candidates. They are in another order afterwards, and some are gone.
+    #[must_use]
+    pub fn sample(&mut self, candidates: &mut Vec<Candidate>) -> Option<u32> {
+        for (logit, _) in candidates.iter_mut().filter(|(logit, _)| logit.is_nan()) {
+            *logit = f32::NEG_INFINITY;
+        }
+        self.penalise(candidates);
+        // By falling likelihood, lower ids first among equals.
+        let order = |a: &Candidate, b: &Candidate| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        if self.sampling.is_greedy() {
+            return candidates.iter().copied().min_by(order).map(|(_, token)| token);
+        }
+        let k = self.sampling.top_k;
+        if k > 0 && k < candidates.len() {
+            candidates.select_nth_unstable_by(k, order);
+            candidates.truncate(k);
+        }
+        candidates.sort_unstable_by(order);
+        self.sampling.truncate(candidates, &mut self.weights);
+        weigh(candidates, self.sampling.temperature, &mut self.weights);
+        let total: f64 = self.weights.iter().map(|weight| f64::from(*weight)).sum();
+        let mut left = random(self.sampling.seed, self.sequence, self.position as u64) * total;
+        for ((_, token), weight) in candidates.iter().zip(&self.weights) {
+            left -= f64::from(*weight);
+            if left < 0.0 {
+                return Some(*token);
+            }
+        }
+        candidates.last().map(|(_, token)| *token)
+    }
+
+    /// Takes `token` for the next of the text.
+    pub fn accept(&mut self, token: u32) {
+        self.position += 1;
+        if !self.sampling.penalises() {
+            return;
+        }
+        match self.tokens.binary_search(&token) {
+            Ok(at) => self.generated[at] += 1,
+            Err(at) => {
+                self.tokens.insert(at, token);
+                self.generated.insert(at, 1);
+            }
+        }
+    }
+
+    fn penalise(&self, candidates: &mut [Candidate]) {
+        let Sampling { repetition_penalty, frequency_penalty, presence_penalty, .. } = self.sampling;
+        let mut rest = candidates;
+        for (token, generated) in self.tokens.iter().zip(&self.generated) {
+            let at = rest.partition_point(|candidate| candidate.1 < *token);
+            rest = &mut rest[at..];
+            let Some((logit, _)) = rest.first_mut().filter(|candidate| candidate.1 == *token) else { continue };
+            *logit = if *logit > 0.0 { *logit / repetition_penalty } else { *logit * repetition_penalty };
+            if *generated > 0 {
+                *logit -= frequency_penalty * *generated as f32 + presence_penalty;
+            }
+        }
+    }
 }
 
 /// `e^((logit − largest) / temperature)` of candidates in order of falling likelihood.
-fn weights(candidates: &[(f32, u32)], temperature: f32) -> Vec<f32> {
+fn weigh(candidates: &[Candidate], temperature: f32, weights: &mut Vec<f32>) {
     let largest = candidates.first().map_or(0.0, |(logit, _)| *logit);
+    weights.clear();
     // Infinitely many logits may be −∞; if all are, they are equally likely.
-    candidates
-        .iter()
-        .map(|(logit, _)| if *logit == largest { 1.0 } else { math::exp((logit - largest) / temperature) })
-        .collect()
+    weights.extend(
+        candidates.iter().map(
+            |(logit, _)| {
+                if *logit == largest { 1.0 } else { math::exp((logit - largest) / temperature) }
+            },
+        ),
+    );
 }
 
 /// A number in [0, 1) that depends on its three arguments alone: SplitMix64's finaliser over each in turn.
@@ -199,18 +306,28 @@ mod tests {
         Sampling::new(&options, &GenerationDefaults::default()).unwrap()
     }
 
+    /// All logits, as candidates.
+    fn all(logits: &[f32]) -> Vec<Candidate> {
+        logits.iter().copied().zip(0..).collect()
+    }
+
+    /// The token after `history` in a sequence.
+    fn sample(sampling: Sampling, logits: &[f32], history: &[u32], sequence: u64) -> Option<u32> {
+        Sampler::new(sampling, sequence, history).sample(&mut all(logits))
+    }
+
     /// The tokens that 2,000 draws from `logits` give.
-    fn drawn(sampling: &Sampling, logits: &[f32]) -> Vec<usize> {
+    fn drawn(sampling: Sampling, logits: &[f32]) -> Vec<usize> {
         let mut counts = vec![0; logits.len()];
         for sequence in 0..2000 {
-            counts[sampling.sample(&mut logits.to_vec(), &[], sequence).unwrap() as usize] += 1;
+            counts[sample(sampling, logits, &[], sequence).unwrap() as usize] += 1;
         }
         counts
     }
 
     #[test]
     fn draws_follow_the_probabilities() {
-        let counts = drawn(&sampling(|_| {}), &[0.0, 2f32.ln(), 5f32.ln()]);
+        let counts = drawn(sampling(|_| {}), &[0.0, 2f32.ln(), 5f32.ln()]);
         for (count, expected) in counts.into_iter().zip([250.0, 500.0, 1250.0]) {
             assert!((f64::from(count as u32) - expected).abs() < 100.0, "{count} of {expected}");
         }
@@ -219,19 +336,18 @@ mod tests {
     #[test]
     fn a_low_temperature_prefers_the_most_likely_and_zero_takes_it() {
         let logits = [0.0, 1.0, 0.5];
-        let warm = drawn(&sampling(|_| {}), &logits)[1];
-        let cold = drawn(&sampling(|options| options.temperature = Some(0.2)), &logits)[1];
+        let warm = drawn(sampling(|_| {}), &logits)[1];
+        let cold = drawn(sampling(|options| options.temperature = Some(0.2)), &logits)[1];
         assert!(cold > warm);
-        assert_eq!(drawn(&Sampling::GREEDY, &logits), [0, 2000, 0]);
-        assert_eq!(drawn(&Sampling::GREEDY, &[1.0, 1.0, 0.0]), [2000, 0, 0]);
+        assert_eq!(drawn(Sampling::GREEDY, &logits), [0, 2000, 0]);
+        assert_eq!(drawn(Sampling::GREEDY, &[1.0, 1.0, 0.0]), [2000, 0, 0]);
     }
 
     #[test]
     fn each_step_of_the_chain_keeps_what_it_says() {
         // Probabilities 0.5, 0.3, 0.2, in another order than the ids.
         let logits = [0.2f32.ln(), 0.5f32.ln(), 0.3f32.ln()];
-        let kept =
-            |sampling: Sampling| drawn(&sampling, &logits).into_iter().map(|count| count > 0).collect::<Vec<_>>();
+        let kept = |sampling: Sampling| drawn(sampling, &logits).into_iter().map(|count| count > 0).collect::<Vec<_>>();
         assert_eq!(kept(sampling(|options| options.top_k = Some(2))), [false, true, true]);
         assert_eq!(kept(sampling(|options| options.top_p = Some(0.5))), [false, true, false]);
         assert_eq!(kept(sampling(|options| options.top_p = Some(0.75))), [false, true, true]);
@@ -242,18 +358,29 @@ mod tests {
     }
 
     #[test]
-    fn the_penalty_divides_positive_and_multiplies_negative_logits_once_per_token() {
-        let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::GREEDY };
-        let mut logits = [3.0, 2.0, -1.0];
-        assert_eq!(sampling.sample(&mut logits, &[0, 2, 0, 9], 0), Some(1));
-        assert_eq!(logits, [1.5, 2.0, -2.0]);
+    fn penalties_change_the_tokens_of_the_text_alone() {
+        let repetition = Sampling { repetition_penalty: 2.0, ..Sampling::GREEDY };
+        let mut candidates = all(&[3.0, 2.0, -1.0]);
+        Sampler::new(repetition, 0, &[0, 2, 0, 9]).penalise(&mut candidates);
+        assert_eq!(candidates, all(&[1.5, 2.0, -2.0]));
+        let others = Sampling { frequency_penalty: 0.5, presence_penalty: 0.25, ..Sampling::GREEDY };
+        let mut sampler = Sampler::new(others, 0, &[0, 2]);
+        for token in [1, 2, 1] {
+            sampler.accept(token);
+        }
+        let mut candidates = all(&[3.0, 2.0, -1.0]);
+        sampler.penalise(&mut candidates);
+        // Prompt alone; generated twice; in the prompt and generated once.
+        assert_eq!(candidates, all(&[3.0, 0.75, -1.75]));
+        assert_eq!(sampler.penalised(), [0, 1, 2]);
+        assert!(Sampler::new(Sampling::GREEDY, 0, &[0, 2]).penalised().is_empty());
     }
 
     #[test]
     fn a_token_depends_on_seed_sequence_and_position_alone() {
         let logits: Vec<f32> = (0..50).map(|i| (i % 7) as f32 * 0.1).collect();
         let draw = |seed, sequence, history: &[u32]| {
-            sampling(|options| options.seed = seed).sample(&mut logits.clone(), history, sequence)
+            sample(sampling(|options| options.seed = seed), &logits, history, sequence)
         };
         assert_eq!(draw(7, 0, &[1, 2]), draw(7, 0, &[3, 4]));
         let different = |other: &dyn Fn(u64) -> Option<u32>| (0..20).any(|i| other(i) != draw(i, 0, &[1]));
@@ -283,6 +410,8 @@ mod tests {
             ("temperature", SamplingOptions { temperature: Some(f32::NAN), ..SamplingOptions::default() }),
             ("top-p", SamplingOptions { top_p: Some(0.0), ..SamplingOptions::default() }),
             ("min-p", SamplingOptions { min_p: Some(1.5), ..SamplingOptions::default() }),
+            ("presence penalty", SamplingOptions { presence_penalty: 2.5, ..SamplingOptions::default() }),
+            ("frequency penalty", SamplingOptions { frequency_penalty: f32::NAN, ..SamplingOptions::default() }),
             ("repetition penalty", SamplingOptions { repetition_penalty: Some(0.0), ..SamplingOptions::default() }),
         ] {
             assert_eq!(Sampling::new(&options, &GenerationDefaults::default()).unwrap_err().name, name);
@@ -292,12 +421,38 @@ mod tests {
     proptest! {
         #[test]
         fn any_logits_at_all_give_a_token_that_exists(
-            mut logits in prop::collection::vec(any::<f32>(), 1..40), k in 0usize..50, p in 0.01f32..1.0, sequence in any::<u64>()
+            logits in prop::collection::vec(any::<f32>(), 1..40), k in 0usize..50, p in 0.01f32..1.0, sequence in any::<u64>()
         ) {
             let sampling = sampling(|options| (options.top_k, options.top_p, options.repetition_penalty) = (Some(k), Some(p), Some(1.3)));
-            let length = logits.len();
-            let token = sampling.sample(&mut logits, &[0, 1, 2], sequence).unwrap();
-            prop_assert!((token as usize) < length);
+            let token = sample(sampling, &logits, &[0, 1, 2], sequence).unwrap();
+            prop_assert!((token as usize) < logits.len());
+        }
+
+        #[test]
+        fn the_logits_that_are_wanted_suffice(
+            logits in prop::collection::vec(-6f32..6.0, 1..60), k in 0usize..8, min_p in 0f32..1.0, greedy in any::<bool>(),
+            penalty in prop::sample::select(vec![1.0, 1.3, 0.8]), history in prop::collection::vec(0u32..60, 0..6), sequence in any::<u64>()
+        ) {
+            let sampling = sampling(|options| {
+                (options.top_k, options.min_p, options.repetition_penalty) = (Some(k), Some(min_p), Some(penalty));
+                options.presence_penalty = penalty - 1.0;
+                if greedy {
+                    options.temperature = Some(0.0);
+                }
+            });
+            let expected = sample(sampling, &logits, &history, sequence);
+            let mut sampler = Sampler::new(sampling, sequence, &history);
+            let mut others: Vec<f32> =
+                all(&logits).iter().filter(|c| !sampler.penalised().contains(&c.1)).map(|c| c.0).collect();
+            others.sort_unstable_by(|a, b| b.total_cmp(a));
+            let threshold = match sampler.wanted() {
+                Wanted::All => f32::NEG_INFINITY,
+                Wanted::Top(k) => others.get(k - 1).copied().unwrap_or(f32::NEG_INFINITY),
+                Wanted::Within(distance) => others.first().map_or(f32::NEG_INFINITY, |largest| largest - distance),
+            };
+            let mut candidates = all(&logits);
+            candidates.retain(|c| c.0 >= threshold || sampler.penalised().contains(&c.1));
+            prop_assert_eq!(sampler.sample(&mut candidates), expected);
         }
     }
 }

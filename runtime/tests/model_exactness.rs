@@ -108,7 +108,7 @@ fn what_a_session_cannot_read_is_refused_and_changes_nothing() {
     assert!(matches!(session.prefill(&[]), Err(ModelError::EmptyPrompt)));
     assert!(matches!(session.prefill(&[1; 9]), Err(ModelError::PromptTooLong { tokens: 9, used: 2, context: 10 })));
     assert!(matches!(session.step(2048), Err(ModelError::NoSuchToken { token: 2048, vocabulary: 2048 })));
-    assert_eq!((session.tokens(), bits(session.logits())), (&[0, 5][..], logits));
+    assert_eq!((bits(session.logits()), session.tokens()), (logits, &[0, 5][..]));
     session.prefill(&[1; 8]).unwrap();
     assert_eq!(session.room(), 0);
     assert!(matches!(session.step(1), Err(ModelError::PromptTooLong { tokens: 1, used: 10, context: 10 })));

@@ -97,6 +97,14 @@ pub enum ModelError {
         /// Tokens that it holds.
         context: usize,
     },
+    /// More tokens than a batch has room for.
+    #[error("{tokens} tokens in one pass: this batch holds {capacity}, read them in several passes")]
+    BatchTooLarge {
+        /// Tokens of all parts.
+        tokens: usize,
+        /// Tokens that a pass may have.
+        capacity: usize,
+    },
     /// Nothing to run.
     #[error("the prompt is empty: give at least one token")]
     EmptyPrompt,

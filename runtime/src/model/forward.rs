@@ -1,28 +1,38 @@
 //! The forward pass on compiled kernels.
 //!
-//! A chunk of tokens goes through the layers together. Each step shares its work among the team in a way that does not
+//! The tokens of a batch, of one sequence or several, go through the layers together. Each step shares its work among the team in a way that does not
 //! show in the results: products by row tiles, attention by query heads and tokens, everything else by tokens. With one
 //! token the small steps stay on the calling thread: waking the others would take longer.
+
+use std::ops::Range;
 
 use ternion_compiler::{ActivationFormat, Kernel, OutRows};
 use ternion_tuner::Workers;
 
 use super::activations::ActivationBuffer;
 use super::general::GeneralScratch;
-use super::kv_cache::{AttentionScratch, KvCache};
+use super::kv_cache::AttentionScratch;
 use super::rope::RopeTable;
 use super::weights::{Layer, Linear};
-use super::{Model, ModelError, Observer};
-use crate::formats::{FloatMatrix, LayerNorm, ModelConfig, Projection};
+use super::{Model, ModelError, Observer, Part};
+use crate::formats::{LayerNorm, ModelConfig, Projection};
 use crate::ops;
 use crate::team::{SharedSlice, Team, share};
 
-/// Rows of a float matrix that are read for all tokens before the next: they stay in a core's cache.
-const FLOAT_ROWS: usize = 32;
+/// Where a token stands.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    /// Number of the part that it belongs to.
+    part: usize,
+    /// Its position in that part's sequence.
+    pub(super) position: usize,
+}
 
-/// What a chunk of tokens needs on its way, allocated once per session.
+/// What a pass of tokens needs on its way, allocated once per batch.
 #[derive(Debug)]
 pub(super) struct Scratch {
+    /// One per token.
+    pub(super) places: Vec<Place>,
     /// The residual stream, `[tokens, hidden]`.
     pub(super) hidden: Vec<f32>,
     /// The residual stream after the last norm, `[tokens, hidden]`.
@@ -47,7 +57,7 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    /// For chunks of up to `tokens` tokens on `threads` threads.
+    /// For passes of up to `tokens` tokens on `threads` threads.
     pub(super) fn new(model: &Model, tokens: usize, threads: usize) -> Result<Self, ModelError> {
         let config = model.config();
         let (all_heads, kv_heads) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
@@ -63,6 +73,7 @@ impl Scratch {
         let activations = ActivationBuffer::new(tokens, longest, formats.into_iter());
         let group = config.heads / config.kv_heads;
         Ok(Self {
+            places: Vec::with_capacity(tokens),
             hidden: floats(config.hidden),
             normed: floats(config.hidden),
             queries: floats(all_heads),
@@ -109,29 +120,34 @@ impl Linear {
     }
 }
 
-/// One forward pass: `n` tokens of one sequence, at positions from `start` on.
+/// One forward pass of `n` tokens.
 pub(super) struct Forward<'a> {
     pub(super) model: &'a Model,
     pub(super) team: &'a Team,
-    pub(super) start: usize,
     pub(super) n: usize,
 }
 
 impl Forward<'_> {
-    /// Runs `tokens` through all layers. Their keys and values are in `cache` afterwards, their last hidden states in
-    /// `scratch`.
+    /// Runs the tokens of all `parts` through all layers. Their keys and values are in the caches afterwards, their last
+    /// hidden states in `scratch`.
     pub(super) fn run(
         &self,
-        tokens: &[u32],
-        cache: &mut KvCache,
+        parts: &mut [Part<'_>],
         rope: &mut RopeTable,
         scratch: &mut Scratch,
         observer: &mut Option<&mut dyn Observer>,
     ) {
         let (model, config) = (self.model, self.config());
-        cache.reserve(self.start + self.n);
-        rope.reserve(self.start + self.n, &model.frequencies);
-        for (token, hidden) in tokens.iter().zip(scratch.hidden.chunks_exact_mut(config.hidden)) {
+        scratch.places.clear();
+        for (index, Part { sequence, tokens }) in parts.iter_mut().enumerate() {
+            let start = sequence.tokens.len();
+            let end = start + tokens.len();
+            sequence.cache.reserve(end);
+            rope.reserve(end, &model.frequencies);
+            scratch.places.extend((start..end).map(|position| Place { part: index, position }));
+        }
+        let tokens = parts.iter().flat_map(|part| part.tokens);
+        for (token, hidden) in tokens.zip(scratch.hidden.chunks_exact_mut(config.hidden)) {
             model.embedding.widen_row(*token as usize, hidden);
             if config.embedding_scale != 1.0 {
                 hidden.iter_mut().for_each(|x| *x *= config.embedding_scale);
@@ -140,60 +156,35 @@ impl Forward<'_> {
         let plain = model.is_plain() && observer.is_none();
         for (index, layer) in model.layers.iter().enumerate() {
             if plain {
-                self.attention((index, layer), cache, rope, scratch);
+                self.attention(index, layer, parts, rope, scratch);
                 self.feed_forward(layer, scratch);
             } else {
-                self.attention_in_general((index, layer), cache, rope, scratch, observer);
+                self.attention_in_general((index, layer), parts, rope, scratch, observer);
                 self.feed_forward_in_general((index, layer), scratch, observer);
             }
         }
     }
 
-    /// The last norm of the tokens from `first` of the chunk on, `[tokens, hidden]`.
-    pub(super) fn last_norm<'s>(&self, first: usize, scratch: &'s mut Scratch) -> &'s [f32] {
-        let (model, config) = (self.model, self.config());
-        let hidden = config.hidden;
-        let rows = &scratch.hidden[first * hidden..self.n * hidden];
-        let normed = &mut scratch.normed[..rows.len()];
-        for (row, normed) in rows.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
-            ops::rms_norm(row, &model.final_norm, config.norm_eps, normed);
+    /// The final norm's output for some tokens of the pass, `[tokens, hidden]`.
+    pub(super) fn states<'b>(&self, tokens: Range<usize>, scratch: &'b mut Scratch) -> &'b [f32] {
+        let width = self.config().hidden;
+        let range = tokens.start * width..tokens.end * width;
+        let (rows, normed) = (&scratch.hidden[range.clone()], &mut scratch.normed[range]);
+        for (row, normed) in rows.chunks_exact(width).zip(normed.chunks_exact_mut(width)) {
+            ops::rms_norm(row, &self.model.final_norm, self.config().norm_eps, normed);
         }
         normed
-    }
-
-    /// Logits of the tokens from `first` of the chunk on, `[tokens, vocabulary]`.
-    pub(super) fn logits(&self, first: usize, scratch: &mut Scratch, logits: &mut [f32]) {
-        let normed = self.last_norm(first, scratch);
-        self.float_product(&self.model.head, normed, logits);
-    }
-
-    /// `target[token][row] = Σ inputs[token] · matrix[row]`, `[tokens, rows]`, shared by rows.
-    pub(super) fn float_product(&self, matrix: &FloatMatrix, inputs: &[f32], target: &mut [f32]) {
-        let shared = SharedSlice::new(target);
-        self.team.divide(&|part| {
-            let blocks = share(matrix.rows.div_ceil(FLOAT_ROWS), self.team.threads(), part);
-            for block in blocks {
-                let rows = block * FLOAT_ROWS..matrix.rows.min((block + 1) * FLOAT_ROWS);
-                let bytes = &matrix.bytes[rows.start * matrix.row_bytes()..rows.end * matrix.row_bytes()];
-                for (token, input) in inputs.chunks_exact(matrix.columns).enumerate() {
-                    let at = token * matrix.rows;
-                    // SAFETY: every block of rows is in one part of the work.
-                    let target = unsafe { shared.part(at + rows.start..at + rows.end) };
-                    ops::dot_rows(input, matrix.dtype, bytes, target);
-                }
-            }
-        });
     }
 
     pub(super) fn config(&self) -> &ModelConfig {
         self.model.config()
     }
 
-    fn attention(&self, (index, layer): (usize, &Layer), cache: &mut KvCache, rope: &RopeTable, scratch: &mut Scratch) {
+    fn attention(&self, index: usize, layer: &Layer, parts: &mut [Part<'_>], rope: &RopeTable, scratch: &mut Scratch) {
         let config = self.config();
         let [query, key, value, output] =
             [Projection::Query, Projection::Key, Projection::Value, Projection::Output].map(|p| layer.linear(p));
-        let Scratch { hidden, queries, keys, values, attention, sums, activations, heads, .. } = scratch;
+        let Scratch { places, hidden, queries, keys, values, attention, sums, activations, heads, .. } = scratch;
         let [query_sums, key_sums, value_sums] = sums;
 
         self.quantize(hidden, config.hidden, layer.norm(LayerNorm::Input), &[query, key, value], activations);
@@ -207,15 +198,15 @@ impl Forward<'_> {
                 [(0, all_heads), (1, kv_heads), (2, kv_heads)]
                     .map(|(of, width)| shared[of].part(token * width..(token + 1) * width))
             };
-            let (cos, sin) = rope.at(layer.rope, self.start + token);
+            let (cos, sin) = rope.at(layer.rope, places[token].position);
             ops::dequantize(query.row(query_sums, token), query.step(q), queries);
             ops::rotate(queries, cos, sin);
             ops::dequantize(key.row(key_sums, token), key.step(q), keys);
             ops::rotate(keys, cos, sin);
             ops::dequantize(value.row(value_sums, token), value.step(q), values);
         });
-        self.store(index, cache, keys, values);
-        self.attend((index, layer), cache, queries, attention, heads);
+        self.store(index, parts, places, keys, values);
+        self.attend((index, layer), parts, places, queries, attention, heads);
 
         self.quantize(attention, all_heads, layer.norm(LayerNorm::AttentionSub), &[output], activations);
         self.project([(output, query_sums)], activations);
@@ -244,12 +235,12 @@ impl Forward<'_> {
         self.add(down, gate_sums, activations, hidden);
     }
 
-    /// Puts the tokens' keys and values, `[n, kv_heads · head_dim]` each, into the cache.
-    pub(super) fn store(&self, layer: usize, cache: &mut KvCache, keys: &[f32], values: &[f32]) {
+    /// Puts the tokens' keys and values, `[n, kv_heads · head_dim]` each, into their sequences' caches.
+    pub(super) fn store(&self, layer: usize, parts: &mut [Part<'_>], places: &[Place], keys: &[f32], values: &[f32]) {
         let width = self.config().kv_heads * self.config().head_dim;
-        let rows = keys.chunks_exact(width).zip(values.chunks_exact(width)).take(self.n);
-        for (token, (key, value)) in rows.enumerate() {
-            cache.store(layer, self.start + token, key, value);
+        let rows = keys.chunks_exact(width).zip(values.chunks_exact(width));
+        for (place, (key, value)) in places.iter().zip(rows) {
+            parts[place.part].sequence.cache.store(layer, place.position, key, value);
         }
     }
 
@@ -331,7 +322,8 @@ impl Forward<'_> {
     pub(super) fn attend(
         &self,
         (index, layer): (usize, &Layer),
-        cache: &KvCache,
+        parts: &[Part<'_>],
+        places: &[Place],
         queries: &[f32],
         output: &mut [f32],
         scratch: &mut [AttentionScratch],
@@ -347,11 +339,12 @@ impl Forward<'_> {
                 let count = (group - first).min(items.len());
                 let at = (token * heads + kv_head * group + first) * head_dim;
                 let range = at..at + count * head_dim;
-                let end = self.start + token + 1;
-                let positions = end.saturating_sub(layer.window)..end;
+                let Place { part: of, position } = places[token];
+                let (cache, end) = (&parts[of].sequence.cache, position + 1);
+                let seen = end.saturating_sub(layer.window)..end;
                 // SAFETY: every item, so every head of every token, is in one part of the work, and each has its scratch.
                 let (output, scratch) = unsafe { (shared.part(range.clone()), &mut scratch.part(part..part + 1)[0]) };
-                cache.attend(index, kv_head, positions, &queries[range], output, scratch);
+                cache.attend(index, kv_head, seen, &queries[range], output, scratch);
                 items.start += count;
             }
         });

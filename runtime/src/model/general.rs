@@ -4,16 +4,22 @@
 //! Here every projection's result becomes `f32` by itself. A plain layer gives the same bits this way as on the fused
 //! path of [`forward`](super::forward), only more slowly.
 
+use std::ops::Range;
+
+use ternion_tuner::Workers;
+
 use super::activations::ActivationBuffer;
 use super::forward::{Forward, Scratch};
-use super::kv_cache::KvCache;
 use super::low_rank::LowRank;
 use super::rope::RopeTable;
 use super::weights::{Layer, Linear};
-use super::{Model, observe::Observer};
-use crate::formats::{LayerNorm, Projection};
+use super::{Model, Observer, Part};
+use crate::formats::{FloatMatrix, LayerNorm, Projection};
 use crate::ops;
-use crate::team::SharedSlice;
+use crate::team::{SharedSlice, share};
+
+/// Multiply-adds that take longer than waking the other threads.
+const WORTH_SHARING: usize = 1 << 15;
 
 /// What these layers need besides [`Scratch`].
 #[derive(Debug)]
@@ -64,14 +70,15 @@ impl Forward<'_> {
     pub(super) fn attention_in_general(
         &self,
         (index, layer): (usize, &Layer),
-        cache: &mut KvCache,
+        parts: &mut [Part<'_>],
         rope: &RopeTable,
         scratch: &mut Scratch,
         observer: &mut Option<&mut dyn Observer>,
     ) {
         let config = self.config();
         let (all_heads, kv_heads) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let Scratch { hidden, queries, keys, values, attention, sums, activations, heads, general, .. } = scratch;
+        let Scratch { places, hidden, queries, keys, values, attention, sums, activations, heads, general, .. } =
+            scratch;
         let general = general.get_or_insert_with(|| GeneralScratch::new(self.model, hidden.len() / config.hidden));
         let GeneralScratch { inputs, result, low, high, .. } = general;
         let [query_sums, key_sums, value_sums] = sums;
@@ -85,7 +92,7 @@ impl Forward<'_> {
         self.results(Projections { index, layer, inputs, activations, low, high }, targets, observer);
         let shared = [&mut *queries, &mut *keys].map(|slice| SharedSlice::new(slice));
         self.each_token(&|token| {
-            let (cos, sin) = rope.at(layer.rope, self.start + token);
+            let (cos, sin) = rope.at(layer.rope, places[token].position);
             let norms = [LayerNorm::QueryHead, LayerNorm::KeyHead];
             for ((shared, norm), width) in shared.iter().zip(norms).zip([all_heads, kv_heads]) {
                 // SAFETY: every token is in one part of the work, and rows of different tokens are disjoint.
@@ -98,8 +105,8 @@ impl Forward<'_> {
                 ops::rotate(heads, cos, sin);
             }
         });
-        self.store(index, cache, keys, values);
-        self.attend((index, layer), cache, queries, attention, heads);
+        self.store(index, parts, places, keys, values);
+        self.attend((index, layer), parts, places, queries, attention, heads);
 
         self.normalise(attention, layer.norm(LayerNorm::AttentionSub), all_heads, inputs);
         let targets = [(Projection::Output, &mut sums[0], &mut *result)];
@@ -206,6 +213,24 @@ impl Forward<'_> {
         let high = &mut high[..self.n * b.rows];
         self.float_product(b, low, high);
         target.iter_mut().zip(&*high).for_each(|(target, u)| *target = u.mul_add(*scale, *target));
+    }
+
+    /// `target[token][row] = Σ inputs[token] · matrix[row]`, `[n, rows]`, shared by rows.
+    fn float_product(&self, matrix: &FloatMatrix, inputs: &[f32], target: &mut [f32]) {
+        let shared = SharedSlice::new(target);
+        let product = |rows: Range<usize>| {
+            let bytes = &matrix.bytes[rows.start * matrix.row_bytes()..rows.end * matrix.row_bytes()];
+            for (token, input) in inputs.chunks_exact(matrix.columns).enumerate() {
+                let at = token * matrix.rows;
+                // SAFETY: every row is in one part of the work.
+                let target = unsafe { shared.part(at + rows.start..at + rows.end) };
+                ops::dot_rows(input, matrix.dtype, bytes, target);
+            }
+        };
+        if self.n * matrix.rows * matrix.columns < WORTH_SHARING {
+            return product(0..matrix.rows);
+        }
+        self.team.divide(&|part| product(share(matrix.rows, self.team.threads(), part)));
     }
 
     /// Adds what attention or feed-forward network give to the residual stream, after the norm with these weights, if

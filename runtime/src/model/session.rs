@@ -1,13 +1,8 @@
-//! One sequence on a model: what has been read so far and what comes next.
+//! One text on a model: what has been read so far and what comes next.
 
 use std::sync::Arc;
 
-use ternion_tuner::Workers;
-
-use super::forward::{Forward, Scratch};
-use super::kv_cache::KvCache;
-use super::rope::RopeTable;
-use super::{KvType, Model, ModelError, Observer};
+use super::{Batch, Candidate, HeadScratch, KvType, Model, ModelError, Observer, Part, Query, Sequence, Wanted};
 use crate::team::Team;
 
 /// Tokens of a prompt that go through the layers together, unless asked otherwise: enough to share the reading of
@@ -31,21 +26,16 @@ impl Default for SessionOptions {
     }
 }
 
-/// A sequence of tokens on a model.
+/// A sequence of tokens with everything that it takes to run it.
 #[derive(Debug)]
 pub struct Session {
-    model: Arc<Model>,
-    team: Arc<Team>,
-    context: usize,
-    chunk: usize,
-    tokens: Vec<u32>,
-    cache: KvCache,
-    rope: RopeTable,
-    scratch: Scratch,
-    /// Logits after the last token.
+    sequence: Sequence,
+    batch: Batch,
+    head: HeadScratch,
+    /// Logits after the last token, or room for them.
     logits: Vec<f32>,
-    /// Logits of a whole chunk, if they have been asked for.
-    all_logits: Vec<f32>,
+    /// Candidates to be the next token.
+    candidates: Vec<Candidate>,
 }
 
 impl Session {
@@ -54,49 +44,37 @@ impl Session {
     /// # Errors
     /// If the context is longer than the model's, or memory runs out.
     pub fn new(model: Arc<Model>, team: Arc<Team>, options: &SessionOptions) -> Result<Self, ModelError> {
-        let config = model.config();
-        let context = options.context.unwrap_or(config.context);
-        if context == 0 || context > config.context {
-            return Err(ModelError::Context { asked: context, limit: config.context });
+        let sequence = Sequence::new(&model, options.kv, options.context)?;
+        let batch = Batch::new(model, team, options.chunk.clamp(1, sequence.context()))?;
+        let (head, logits, candidates) = (HeadScratch::default(), Vec::new(), Vec::new());
+        Ok(Self { sequence, batch, head, logits, candidates })
+    }
+
+    /// Reads more tokens.
+    ///
+    /// # Errors
+    /// If there are none, too many for the context, or one that the model does not have. Nothing has been read then.
+    pub fn read(&mut self, tokens: &[u32]) -> Result<(), ModelError> {
+        self.sequence.check(tokens, self.batch.model().config().vocabulary)?;
+        for tokens in tokens.chunks(self.batch.capacity()) {
+            self.batch.forward(&mut [Part { sequence: &mut self.sequence, tokens }])?;
         }
-        let chunk = options.chunk.clamp(1, context);
-        Ok(Self {
-            context,
-            chunk,
-            tokens: Vec::with_capacity(context),
-            cache: KvCache::new(options.kv, config.layers, config.kv_heads, config.head_dim),
-            rope: RopeTable::new(config.head_dim / 2, model.frequencies.len()),
-            scratch: Scratch::new(&model, chunk, team.threads())?,
-            logits: vec![0.0; config.vocabulary],
-            all_logits: Vec::new(),
-            model,
-            team,
-        })
+        Ok(())
     }
 
     /// Reads more tokens; returns the logits after the last.
     ///
     /// # Errors
-    /// If there are none, too many for the context, or one that the model does not have. Nothing has been read then.
+    /// As [`read`](Self::read).
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<&[f32], ModelError> {
-        self.check(tokens)?;
-        let chunks = tokens.len().div_ceil(self.chunk);
-        for (i, chunk) in tokens.chunks(self.chunk).enumerate() {
-            let logits = (i + 1 == chunks).then_some(&mut self.logits);
-            let forward = Forward { model: &self.model, team: &self.team, start: self.tokens.len(), n: chunk.len() };
-            forward.run(chunk, &mut self.cache, &mut self.rope, &mut self.scratch, &mut None);
-            if let Some(logits) = logits {
-                forward.logits(chunk.len() - 1, &mut self.scratch, logits);
-            }
-            self.tokens.extend(chunk);
-        }
-        Ok(&self.logits)
+        self.read(tokens)?;
+        Ok(self.logits())
     }
 
     /// As [`prefill`](Self::prefill), but `visit` sees the logits after every token, with the token's position.
     ///
     /// # Errors
-    /// As [`prefill`](Self::prefill).
+    /// As [`read`](Self::read).
     pub fn prefill_all(&mut self, tokens: &[u32], visit: &mut dyn FnMut(usize, &[f32])) -> Result<(), ModelError> {
         self.prefill_observed(tokens, visit, &mut None)
     }
@@ -105,46 +83,42 @@ impl Session {
     /// same bits; they take longer.
     ///
     /// # Errors
-    /// As [`prefill`](Self::prefill).
+    /// As [`read`](Self::read).
     pub fn prefill_observed(
         &mut self,
         tokens: &[u32],
         visit: &mut dyn FnMut(usize, &[f32]),
         observer: &mut Option<&mut dyn Observer>,
     ) -> Result<(), ModelError> {
-        self.check(tokens)?;
-        let vocabulary = self.model.config().vocabulary;
-        self.all_logits.resize(self.chunk.min(tokens.len()) * vocabulary, 0.0);
-        for chunk in tokens.chunks(self.chunk) {
-            let start = self.tokens.len();
-            let forward = Forward { model: &self.model, team: &self.team, start, n: chunk.len() };
-            forward.run(chunk, &mut self.cache, &mut self.rope, &mut self.scratch, observer);
-            let logits = &mut self.all_logits[..chunk.len() * vocabulary];
-            forward.logits(0, &mut self.scratch, logits);
-            self.tokens.extend(chunk);
+        let vocabulary = self.batch.model().config().vocabulary;
+        self.sequence.check(tokens, vocabulary)?;
+        let mut logits = vec![0.0; self.batch.capacity().min(tokens.len()) * vocabulary];
+        for tokens in tokens.chunks(self.batch.capacity()) {
+            let start = self.sequence.tokens().len();
+            self.batch.forward_observed(&mut [Part { sequence: &mut self.sequence, tokens }], observer)?;
+            let logits = &mut logits[..tokens.len() * vocabulary];
+            let (model, team) = (Arc::clone(self.batch.model()), Arc::clone(self.batch.team()));
+            model.head().logits(&team, self.batch.states(0..tokens.len()), logits);
             for (i, logits) in logits.chunks_exact(vocabulary).enumerate() {
                 visit(start + i, logits);
             }
-            self.logits.copy_from_slice(&logits[(chunk.len() - 1) * vocabulary..]);
         }
         Ok(())
     }
 
-    /// Reads more tokens without any logits; `visit` sees the last norm's output, `[hidden]`, after every token, with the
-    /// token's position. It is what embeddings are made of.
+    /// Reads more tokens without any logits; `visit` sees the final norm's output, `[hidden]`, after every token, with
+    /// the token's position. It is what embeddings are made of.
     ///
     /// # Errors
-    /// As [`prefill`](Self::prefill).
+    /// As [`read`](Self::read).
     pub fn prefill_hidden(&mut self, tokens: &[u32], visit: &mut dyn FnMut(usize, &[f32])) -> Result<(), ModelError> {
-        self.check(tokens)?;
-        let hidden = self.model.config().hidden;
-        for chunk in tokens.chunks(self.chunk) {
-            let start = self.tokens.len();
-            let forward = Forward { model: &self.model, team: &self.team, start, n: chunk.len() };
-            forward.run(chunk, &mut self.cache, &mut self.rope, &mut self.scratch, &mut None);
-            let rows = forward.last_norm(0, &mut self.scratch).chunks_exact(hidden);
-            rows.enumerate().for_each(|(i, row)| visit(start + i, row));
-            self.tokens.extend(chunk);
+        let hidden = self.batch.model().config().hidden;
+        self.sequence.check(tokens, self.batch.model().config().vocabulary)?;
+        for tokens in tokens.chunks(self.batch.capacity()) {
+            let start = self.sequence.tokens().len();
+            self.batch.forward(&mut [Part { sequence: &mut self.sequence, tokens }])?;
+            let states = self.batch.states(0..tokens.len()).chunks_exact(hidden);
+            states.enumerate().for_each(|(i, state)| visit(start + i, state));
         }
         Ok(())
     }
@@ -157,86 +131,118 @@ impl Session {
         self.prefill(&[token])
     }
 
-    fn check(&self, tokens: &[u32]) -> Result<(), ModelError> {
-        if tokens.is_empty() {
-            return Err(ModelError::EmptyPrompt);
+    /// Logits after the last token, computed now; all zero if nothing has been read.
+    pub fn logits(&mut self) -> &[f32] {
+        let model = self.batch.model();
+        self.logits.resize(model.config().vocabulary, 0.0);
+        match self.sequence.state() {
+            [] => self.logits.fill(0.0),
+            state => model.head().logits(self.batch.team(), state, &mut self.logits),
         }
-        if tokens.len() > self.room() {
-            let (used, context) = (self.tokens.len(), self.context);
-            return Err(ModelError::PromptTooLong { tokens: tokens.len(), used, context });
-        }
-        let vocabulary = self.model.config().vocabulary;
-        match tokens.iter().find(|token| **token as usize >= vocabulary) {
-            Some(token) => Err(ModelError::NoSuchToken { token: *token, vocabulary }),
-            None => Ok(()),
-        }
-    }
-
-    /// Logits after the last token; all zero if there is none.
-    #[must_use]
-    pub fn logits(&self) -> &[f32] {
         &self.logits
     }
 
-    /// The logits after the last token, for a sampler to change.
-    pub fn logits_mut(&mut self) -> &mut [f32] {
-        &mut self.logits
+    /// Candidates to be the next token, in rising order of tokens: those that are `wanted`, those in `always` (in rising
+    /// order), and perhaps others. Empty if nothing has been read.
+    pub fn candidates(&mut self, wanted: Wanted, always: &[u32]) -> &mut Vec<Candidate> {
+        let state = self.sequence.state();
+        let queries = state.chunks(state.len().max(1)).map(|state| Query { state, wanted, always });
+        self.candidates.clear();
+        let found = &mut std::slice::from_mut(&mut self.candidates)[..queries.len()];
+        self.batch.model().head().candidates(self.batch.team(), queries, &mut self.head, found);
+        &mut self.candidates
+    }
+
+    /// Most tokens that [`explore`](Self::explore) reads.
+    #[must_use]
+    pub const fn exploration(&self) -> usize {
+        self.batch.capacity()
+    }
+
+    /// Reads `tokens` in one pass, and puts the [`candidates`](Self::candidates) after each of them into `found`, which
+    /// grows as it has to. What turns out to have been wrong is taken back by [`keep`](Self::keep).
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), or if there are more than [`exploration`](Self::exploration).
+    pub fn explore(
+        &mut self,
+        tokens: &[u32],
+        wanted: Wanted,
+        always: &[u32],
+        found: &mut Vec<Vec<Candidate>>,
+    ) -> Result<(), ModelError> {
+        self.batch.forward(&mut [Part { sequence: &mut self.sequence, tokens }])?;
+        found.resize_with(found.len().max(tokens.len()), Vec::new);
+        let (model, team) = (Arc::clone(self.batch.model()), Arc::clone(self.batch.team()));
+        let states = self.batch.states(0..tokens.len()).chunks_exact(model.config().hidden);
+        let queries = states.map(|state| Query { state, wanted, always });
+        model.head().candidates(&team, queries, &mut self.head, &mut found[..tokens.len()]);
+        Ok(())
+    }
+
+    /// Keeps the first `kept ≥ 1` tokens of the last [`explore`](Self::explore).
+    ///
+    /// # Panics
+    /// If it did not read so many.
+    pub fn keep(&mut self, kept: usize) {
+        self.batch.keep(&mut self.sequence, kept);
+    }
+
+    /// The sequence.
+    #[must_use]
+    pub const fn sequence(&self) -> &Sequence {
+        &self.sequence
     }
 
     /// The tokens read so far.
     #[must_use]
     pub fn tokens(&self) -> &[u32] {
-        &self.tokens
+        self.sequence.tokens()
     }
 
     /// Number of tokens read so far.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.tokens.len()
+        self.tokens().len()
     }
 
     /// Whether nothing has been read.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
+        self.tokens().is_empty()
     }
 
     /// Tokens that the context holds.
     #[must_use]
     pub const fn context(&self) -> usize {
-        self.context
+        self.sequence.context()
     }
 
     /// Tokens that still fit.
     #[must_use]
     pub fn room(&self) -> usize {
-        self.context - self.tokens.len()
+        self.sequence.room()
     }
 
     /// Bytes of the KV cache so far.
     #[must_use]
     pub fn kv_bytes(&self) -> usize {
-        self.cache.bytes()
+        self.sequence.kv_bytes()
     }
 
     /// The model.
     #[must_use]
     pub const fn model(&self) -> &Arc<Model> {
-        &self.model
+        self.batch.model()
     }
 
-    /// Forgets all but the first `len` tokens. The logits are those of the last token read until the next is.
+    /// As [`Sequence::truncate`].
     pub fn truncate(&mut self, len: usize) {
-        self.tokens.truncate(len);
-        self.cache.release(self.tokens.len());
+        self.sequence.truncate(len);
     }
 
-    /// Keeps as much of what has been read as `tokens` begins with, at least one token less than all of it; returns how
-    /// many of `tokens` need not be read again. The next turn of a chat reads only what is new this way.
+    /// As [`Sequence::reuse`].
     pub fn reuse(&mut self, tokens: &[u32]) -> usize {
-        let common = self.tokens.iter().zip(tokens).take_while(|(old, new)| old == new).count();
-        let common = common.min(tokens.len().saturating_sub(1));
-        self.truncate(common);
-        common
+        self.sequence.reuse(tokens)
     }
 }

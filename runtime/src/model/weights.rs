@@ -15,7 +15,7 @@ use ternion_tuner::Workers;
 
 use super::kernels::{Kernels, compile_all};
 use super::low_rank::LowRank;
-use super::{KernelChoice, ModelError};
+use super::{Head, KernelChoice, ModelError};
 use crate::formats::{Bytes, Checkpoint, FloatMatrix, LayerNorm, ModelConfig, Projection, TernaryTensor};
 use crate::memory::PageBuffer;
 use crate::team::SharedSlice;
@@ -47,6 +47,8 @@ pub struct LoadReport {
     pub packed_bytes: usize,
     /// Bytes of ternary matrices that are used where the file is mapped.
     pub mapped_bytes: usize,
+    /// Bytes of the head's int8 screen.
+    pub screen_bytes: usize,
 }
 
 /// Where a matrix lies.
@@ -103,7 +105,7 @@ impl Layer {
 pub struct Model {
     config: ModelConfig,
     pub(super) embedding: FloatMatrix,
-    pub(super) head: FloatMatrix,
+    head: Head,
     pub(super) final_norm: Vec<f32>,
     pub(super) layers: Vec<Layer>,
     /// Rotary frequencies, `[sets][head_dim / 2]`.
@@ -141,6 +143,11 @@ impl Model {
         }
         let final_norm = checkpoint.final_norm()?;
         check_elements("final norm", final_norm.len(), config.hidden)?;
+        let rows = head.rows * head.columns;
+        // An embedding model's head is only there because its embedding is.
+        let head =
+            if config.pooling.is_some() { Head::with_screen(head, false, workers) } else { Head::new(head, workers) };
+        let head = head.map_err(|source| ModelError::Memory { bytes: rows, source })?;
         let (packed, mut linears) = pack_all(checkpoint, &kernels, workers, progress)?;
         let mut frequencies: Vec<Vec<f32>> = Vec::new();
         let mut layers = Vec::with_capacity(config.layers);
@@ -159,6 +166,7 @@ impl Model {
             layers.push(Layer { norms, projections, rope, window: config.window(layer).unwrap_or(usize::MAX) });
         }
         let mut report = LoadReport { compile, weights: start.elapsed(), ..LoadReport::default() };
+        report.screen_bytes = head.screen_bytes();
         for kernel in kernels.values().flat_map(|kernels| [&kernels.one, &kernels.many]) {
             report.kernels += 1;
             report.code_bytes += kernel.code_bytes();
@@ -197,6 +205,12 @@ impl Model {
     #[must_use]
     pub const fn report(&self) -> LoadReport {
         self.report
+    }
+
+    /// The head.
+    #[must_use]
+    pub const fn head(&self) -> &Head {
+        &self.head
     }
 
     /// The packed bytes of a projection, in the layout of its kernels.

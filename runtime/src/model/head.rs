@@ -1,0 +1,482 @@
+//! The head: from states to logits. All of them, or provably the largest ones at a fraction of the bytes.
+//!
+//! A vocabulary of 128,000 makes the head's rows more than the rest of a small model, and most logits are of no interest:
+//! a sampler wants the largest. So rows also exist as int8 with a scale each (the *screen*). One pass over the screen
+//! gives an interval for every logit; the rows whose interval reaches above what is surely exceeded often enough are then
+//! computed from the file's own rows, in the one fixed order. What is returned has the bits of the full head.
+//!
+//! **The bound.** Let `x` be the state, `w` a row and `w = s·q + e` its int8 form. Then `x·w − s·(x·q) = x·e`, at most
+//! `‖x‖·‖e‖` by Cauchy-Schwarz. Both the logit and the estimate are sums as they are rounded: sixteen lanes of fused
+//! multiply-adds and one tree, so at most `n = ⌈k/16⌉ + 4` roundings on the way of each product, hence within
+//! `γₙ·‖x‖·‖w‖` of `x·w` and `γₙ·‖x‖·s·‖q‖` of `s·(x·q)`, `γₙ = n·u / (1 − n·u)`, `u = 2⁻²⁴` (Higham, *Accuracy and
+//! Stability of Numerical Algorithms*, 3.1), plus `n` of the smallest subnormals per lane where products underflow. Norms
+//! are computed in `f64` and enlarged by more than their own rounding.
+
+use ternion_kernels_ref::lanes::LANES;
+use ternion_tuner::Workers;
+
+use crate::formats::FloatMatrix;
+use crate::memory::PageBuffer;
+use crate::ops::{self, SCREEN_ROWS, ScreenTile};
+use crate::team::{SharedSlice, Team, share};
+
+/// Rows that are read for all states before the next: they stay in a core's cache. A multiple of [`SCREEN_ROWS`].
+const BLOCK: usize = 32;
+/// More than the rounding of a norm's sum of squares, of its square root and of the products with it.
+const SLACK: f64 = 1.0 + 1e-9;
+/// Partial sums below this do not overflow, however they are rounded.
+const LARGEST: f64 = 1e38;
+/// A head of at least this many bytes is screened: a smaller one stays in a cache, where bytes cost little.
+const SCREENED: usize = 32 << 20;
+
+/// Which logits are of interest.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Wanted {
+    /// All.
+    All,
+    /// The `k` largest.
+    Top(usize),
+    /// Those that are at most this much below the largest.
+    Within(f32),
+}
+
+/// A logit and its token.
+pub type Candidate = (f32, u32);
+
+/// A state whose logits are asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Query<'a> {
+    /// The final norm's output, `[hidden]`.
+    pub state: &'a [f32],
+    /// What is of interest about it.
+    pub wanted: Wanted,
+    /// Tokens whose logits are wanted in any case, in rising order, because a penalty will change them; `wanted` is
+    /// about the others then.
+    pub always: &'a [u32],
+}
+
+/// What [`Head::candidates`] needs on its way; grows to its size with the first use.
+#[derive(Debug, Default)]
+pub struct HeadScratch {
+    /// Norms of the states; `None` for one that is not screened.
+    norms: Vec<Option<f64>>,
+    /// Lower and upper ends of the intervals, `[screened, vocabulary]` each.
+    lower: Vec<f32>,
+    upper: Vec<f32>,
+    /// Logits of one state, or their lower ends to be put in order.
+    logits: Vec<f32>,
+}
+
+/// The rows of the head, `[vocabulary, hidden]`.
+#[derive(Debug)]
+pub struct Head {
+    rows: FloatMatrix,
+    screen: Option<Screen>,
+}
+
+impl Head {
+    /// A head of these rows, screened if that pays.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    pub fn new(rows: FloatMatrix, workers: &dyn Workers) -> std::io::Result<Self> {
+        let screened = rows.bytes.len() >= SCREENED;
+        Self::with_screen(rows, screened, workers)
+    }
+
+    /// A head of these rows, screened or not. Nothing but speed depends on it.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    pub fn with_screen(rows: FloatMatrix, screened: bool, workers: &dyn Workers) -> std::io::Result<Self> {
+        let screen = if screened { Some(Screen::new(&rows, workers)?) } else { None };
+        Ok(Self { rows, screen })
+    }
+
+    /// Bytes of memory beside the rows themselves.
+    #[must_use]
+    pub fn screen_bytes(&self) -> usize {
+        self.screen.as_ref().map_or(0, |screen| screen.tiles.len() + size_of_val(&screen.scales[..]))
+    }
+
+    /// All logits of some states: `states` is `[n, hidden]`, `logits` `[n, vocabulary]`.
+    ///
+    /// # Panics
+    /// If a length does not fit.
+    pub fn logits(&self, team: &Team, states: &[f32], logits: &mut [f32]) {
+        let (hidden, vocabulary) = (self.rows.columns, self.rows.rows);
+        assert_eq!(states.len() / hidden * vocabulary, logits.len(), "logits: one row per state");
+        let shared = SharedSlice::new(logits);
+        self.each_block(team, &|rows| {
+            let bytes = &self.rows.bytes[rows.start * self.rows.row_bytes()..rows.end * self.rows.row_bytes()];
+            for (n, state) in states.chunks_exact(hidden).enumerate() {
+                let at = n * vocabulary;
+                // SAFETY: every block of rows is in one part of the work.
+                let target = unsafe { shared.part(at + rows.start..at + rows.end) };
+                ops::dot_rows(state, self.rows.dtype, bytes, target);
+            }
+        });
+    }
+
+    /// The logits that are wanted, in rising order of their tokens, into one list per query. There may be others among
+    /// them; none that is wanted is missing, and every one has the bits that [`logits`](Self::logits) gives it.
+    ///
+    /// # Panics
+    /// If there are not as many lists as queries, or a state does not have the width of the head.
+    pub fn candidates<'a>(
+        &self,
+        team: &Team,
+        queries: impl ExactSizeIterator<Item = Query<'a>> + Clone + Sync,
+        scratch: &mut HeadScratch,
+        found: &mut [Vec<Candidate>],
+    ) {
+        assert_eq!(queries.len(), found.len(), "candidates: a list per query");
+        let vocabulary = self.rows.rows;
+        let screen = self.screen.as_ref();
+        // Bounds need every element to be a number, and squares that do not overflow.
+        let norm = |query: Query<'_>| {
+            let norm = norm(query.state);
+            (screen.is_some() && query.wanted != Wanted::All && norm.is_finite()).then_some(norm)
+        };
+        scratch.norms.clear();
+        scratch.norms.extend(queries.clone().map(norm));
+        if let Some(screen) = screen.filter(|_| scratch.norms.iter().any(Option::is_some)) {
+            self.intervals(team, screen, queries.clone().map(|query| query.state), scratch);
+        }
+        for (n, (query, found)) in queries.zip(found).enumerate() {
+            found.clear();
+            if scratch.norms[n].is_none() {
+                scratch.logits.resize(vocabulary, 0.0);
+                self.logits(team, query.state, &mut scratch.logits);
+                found.extend(scratch.logits.iter().copied().zip(0..));
+                continue;
+            }
+            let range = n * vocabulary..(n + 1) * vocabulary;
+            let (lower, upper) = (&mut scratch.lower[range.clone()], &mut scratch.upper[range]);
+            // What is computed in any case neither sets the threshold nor has to reach it.
+            for token in query.always.iter().map(|token| *token as usize).filter(|token| *token < vocabulary) {
+                (lower[token], upper[token]) = (f32::NEG_INFINITY, f32::INFINITY);
+            }
+            let threshold = threshold(query.wanted, lower, &mut scratch.logits);
+            let reaching = upper.iter().zip(0..).filter(|(upper, _)| **upper >= threshold);
+            found.extend(reaching.map(|(_, token)| (0.0, token)));
+            self.rescore(team, query.state, found);
+        }
+    }
+
+    /// Intervals of all logits of the states that are screened.
+    fn intervals<'a>(
+        &self,
+        team: &Team,
+        screen: &Screen,
+        states: impl Iterator<Item = &'a [f32]> + Clone + Sync,
+        scratch: &mut HeadScratch,
+    ) {
+        let HeadScratch { norms, lower, upper, .. } = scratch;
+        let vocabulary = self.rows.rows;
+        lower.resize(norms.len() * vocabulary, 0.0);
+        upper.resize(norms.len() * vocabulary, 0.0);
+        let (lower, upper) = (SharedSlice::new(lower), SharedSlice::new(upper));
+        self.each_block(team, &|rows| {
+            for (n, (state, norm)) in states.clone().zip(&*norms).enumerate() {
+                let Some(norm) = norm else { continue };
+                let range = n * vocabulary + rows.start..n * vocabulary + rows.end;
+                // SAFETY: every block of rows is in one part of the work.
+                let (lower, upper) = unsafe { (lower.part(range.clone()), upper.part(range)) };
+                screen.intervals(state, *norm, rows.clone(), lower, upper);
+            }
+        });
+    }
+
+    /// Fills in the logits of some tokens.
+    fn rescore(&self, team: &Team, state: &[f32], found: &mut [Candidate]) {
+        let (row_bytes, count) = (self.rows.row_bytes(), found.len());
+        let shared = SharedSlice::new(found);
+        let rescore = |part: usize, parts: usize| {
+            // SAFETY: every candidate is in one part of the work.
+            for (logit, token) in unsafe { shared.part(share(count, parts, part)) } {
+                let bytes = &self.rows.bytes[*token as usize * row_bytes..][..row_bytes];
+                ops::dot_rows(state, self.rows.dtype, bytes, std::array::from_mut(logit));
+            }
+        };
+        // Waking the others takes longer than a few rows.
+        if count < 4 * BLOCK {
+            return rescore(0, 1);
+        }
+        team.divide(&|part| rescore(part, team.threads()));
+    }
+
+    /// Calls `work` for every block of rows, sharing them among the team.
+    fn each_block(&self, team: &Team, work: &(dyn Fn(std::ops::Range<usize>) + Sync)) {
+        let rows = self.rows.rows;
+        team.divide(&|part| {
+            for block in share(rows.div_ceil(BLOCK), team.threads(), part) {
+                work(block * BLOCK..rows.min((block + 1) * BLOCK));
+            }
+        });
+    }
+}
+
+/// A value that as many lower ends reach as are wanted, so that whatever is wanted reaches it too.
+fn threshold(wanted: Wanted, lower: &[f32], order: &mut Vec<f32>) -> f32 {
+    let largest = || lower.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    match wanted {
+        Wanted::All => f32::NEG_INFINITY,
+        Wanted::Top(1) => largest(),
+        Wanted::Top(k) if k == 0 || k > lower.len() => f32::NEG_INFINITY,
+        Wanted::Top(k) => {
+            order.clear();
+            order.extend_from_slice(lower);
+            *order.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+        }
+        Wanted::Within(distance) => (largest() - distance).next_down(),
+    }
+}
+
+/// The Euclidean norm and a little more.
+fn norm(x: &[f32]) -> f64 {
+    x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt() * SLACK
+}
+
+/// An `f32` that is not smaller.
+fn rounded_up(x: f64) -> f32 {
+    (x as f32).next_up()
+}
+
+/// One row's int8 form `s·q`.
+#[derive(Clone, Copy, Debug, Default)]
+struct Scale {
+    /// `s`
+    scale: f32,
+    /// What `‖x‖` is multiplied with in the bound: `‖e‖ + γₙ·(‖w‖ + s·‖q‖)`, rounded up.
+    error: f32,
+}
+
+impl Scale {
+    /// Brings a row into its int8 form. A row that is not all numbers gets a bound that excludes nothing.
+    fn quantize(row: &[f32], target: &mut [u8]) -> Self {
+        let form = ops::screen_form(row, target);
+        let whole = form.whole.sqrt() * SLACK;
+        // A row with an infinity or a NaN anywhere has such a norm.
+        if !whole.is_finite() {
+            return Self { scale: 0.0, error: f32::INFINITY };
+        }
+        let roundings = gamma(row.len()) * (whole + form.form.sqrt() * SLACK);
+        Self { scale: form.scale, error: rounded_up(form.error.sqrt() * SLACK + roundings) }
+    }
+}
+
+/// Roundings on the way of a product of a row of `k` elements into its logit.
+fn roundings(k: usize) -> f64 {
+    (k.div_ceil(LANES) + LANES.ilog2() as usize) as f64
+}
+
+/// `γₙ` for rows of `k` elements.
+fn gamma(k: usize) -> f64 {
+    let nu = roundings(k) * f64::from(f32::EPSILON) / 2.0;
+    nu / (1.0 - nu)
+}
+
+/// All rows as int8.
+#[derive(Debug)]
+struct Screen {
+    /// Tiles of rows, `[⌈vocabulary / 8⌉, ⌈hidden / 16⌉, 8, 16]`.
+    tiles: PageBuffer,
+    scales: Vec<Scale>,
+}
+
+impl Screen {
+    fn new(rows: &FloatMatrix, workers: &dyn Workers) -> std::io::Result<Self> {
+        let k = rows.columns;
+        let tile_bytes = k.div_ceil(LANES) * size_of::<ScreenTile>();
+        let mut tiles = PageBuffer::zeroed(rows.rows.div_ceil(SCREEN_ROWS) * tile_bytes)?;
+        let mut scales = vec![Scale::default(); rows.rows];
+        let (bytes, shared) = (SharedSlice::new(&mut tiles), SharedSlice::new(&mut scales));
+        workers.run(&|thread| {
+            let (mut row, mut form) = (vec![0.0; k], vec![0; k]);
+            for tile in share(rows.rows.div_ceil(SCREEN_ROWS), workers.threads(), thread) {
+                let within = tile * SCREEN_ROWS..rows.rows.min((tile + 1) * SCREEN_ROWS);
+                // SAFETY: every tile is in one thread's share.
+                let (bytes, scales) =
+                    unsafe { (bytes.part(tile * tile_bytes..(tile + 1) * tile_bytes), shared.part(within.clone())) };
+                for (r, (index, scale)) in within.zip(scales).enumerate() {
+                    rows.widen_row(index, &mut row);
+                    *scale = Scale::quantize(&row, &mut form);
+                    let places = bytes.as_chunks_mut::<LANES>().0[r..].iter_mut().step_by(SCREEN_ROWS);
+                    for (place, form) in places.zip(form.chunks(LANES)) {
+                        place[..form.len()].copy_from_slice(form);
+                    }
+                }
+            }
+        });
+        Ok(Self { tiles, scales })
+    }
+
+    /// Intervals of the logits of some rows, at most [`BLOCK`], for a state of this norm.
+    fn intervals(&self, state: &[f32], norm: f64, rows: std::ops::Range<usize>, lower: &mut [f32], upper: &mut [f32]) {
+        let (k, mut sums) = (state.len(), [[0.0; SCREEN_ROWS]; BLOCK / SCREEN_ROWS]);
+        let within = rows.start / SCREEN_ROWS..rows.end.div_ceil(SCREEN_ROWS);
+        let steps = k.div_ceil(LANES);
+        let tiles = self.tiles.as_chunks::<LANES>().0.as_chunks::<SCREEN_ROWS>().0;
+        ops::dot_screen(state, &tiles[within.start * steps..within.end * steps], &mut sums[..within.len()]);
+        // Partial sums are at most `‖x‖·√k` times the largest element of a row. Where one might overflow there is no bound.
+        let largest = LARGEST / (127.0 * norm * (k as f64).sqrt());
+        // Of the sum in its integers' scale and of the logit.
+        let underflow = roundings(k) * LANES as f64 * f64::from(f32::from_bits(1));
+        let ends = lower.iter_mut().zip(upper);
+        for ((sum, scale), (lower, upper)) in sums.as_flattened().iter().zip(&self.scales[rows]).zip(ends) {
+            let estimate = f64::from(scale.scale) * f64::from(*sum);
+            let bound = norm * f64::from(scale.error) * SLACK + (1.0 + f64::from(scale.scale)) * underflow;
+            if bound.is_finite() && f64::from(scale.scale).max(1.0) <= largest {
+                (*lower, *upper) = (((estimate - bound) as f32).next_down(), ((estimate + bound) as f32).next_up());
+            } else {
+                (*lower, *upper) = (f32::NEG_INFINITY, f32::INFINITY);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::FloatType;
+    use crate::ops::f32_to_f16;
+    use proptest::prelude::*;
+
+    const HIDDEN: usize = 48;
+
+    fn matrix(dtype: FloatType, rows: &[Vec<f32>]) -> FloatMatrix {
+        let bytes: Vec<u8> = rows
+            .iter()
+            .flatten()
+            .flat_map(|w| match dtype {
+                FloatType::F32 => w.to_le_bytes().to_vec(),
+                FloatType::F16 => f32_to_f16(*w).to_le_bytes().to_vec(),
+                FloatType::Bf16 => ((w.to_bits() >> 16) as u16).to_le_bytes().to_vec(),
+            })
+            .collect();
+        FloatMatrix { rows: rows.len(), columns: rows[0].len(), dtype, bytes: bytes.into() }
+    }
+
+    /// Full logits, and candidates with and without a screen.
+    fn both(
+        dtype: FloatType,
+        rows: &[Vec<f32>],
+        states: &[Vec<f32>],
+        wanted: Wanted,
+        always: &[u32],
+    ) -> (Vec<Vec<f32>>, Vec<Vec<Candidate>>) {
+        let team = Team::new(2).unwrap();
+        let head = Head::with_screen(matrix(dtype, rows), true, &team).unwrap();
+        let logits = states.iter().map(|state| {
+            let mut logits = vec![0.0; rows.len()];
+            head.logits(&team, state, &mut logits);
+            logits
+        });
+        let logits = logits.collect();
+        let queries = states.iter().map(|state| Query { state, wanted, always });
+        let mut found = vec![Vec::new(); states.len()];
+        head.candidates(&team, queries, &mut HeadScratch::default(), &mut found);
+        (logits, found)
+    }
+
+    /// That nothing that is wanted is missing, and that nothing is other than in the full head.
+    fn assert_complete(logits: &[f32], found: &[Candidate], wanted: Wanted, always: &[u32]) {
+        assert!(found.windows(2).all(|pair| pair[0].1 < pair[1].1), "in order of tokens");
+        for (logit, token) in found {
+            assert_eq!(logit.to_bits(), logits[*token as usize].to_bits(), "token {token}");
+        }
+        let is_found = |token: usize| found.binary_search_by_key(&(token as u32), |candidate| candidate.1).is_ok();
+        assert!(always.iter().all(|token| is_found(*token as usize)));
+        let mut others: Vec<_> = (0..logits.len()).filter(|token| !always.contains(&(*token as u32))).collect();
+        others.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+        let Some(largest) = others.first().map(|token| logits[*token]) else { return };
+        let is_wanted = |rank: usize, token: usize| match wanted {
+            Wanted::All => true,
+            // Whatever ties with the k-th is wanted as well: the lower id wins.
+            Wanted::Top(k) => rank < k || logits[token] == logits[others[k - 1]],
+            Wanted::Within(distance) => logits[token] >= largest - distance,
+        };
+        for (rank, token) in others.iter().enumerate() {
+            assert!(!is_wanted(rank, *token) || is_found(*token), "{wanted:?}: token {token} is missing");
+        }
+    }
+
+    fn wanted() -> impl Strategy<Value = Wanted> {
+        prop_oneof![Just(Wanted::All), (1usize..60).prop_map(Wanted::Top), (0f32..5.0).prop_map(Wanted::Within),]
+    }
+
+    fn state() -> impl Strategy<Value = Vec<f32>> {
+        (prop::collection::vec(-1f32..1.0, HIDDEN), -20i32..20)
+            .prop_map(|(state, e)| state.into_iter().map(|x| x * 2f32.powi(e)).collect())
+    }
+
+    fn dtype() -> impl Strategy<Value = FloatType> {
+        prop::sample::select(vec![FloatType::F32, FloatType::F16, FloatType::Bf16])
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_wanted_is_missing_among_random_rows(
+            dtype in dtype(), states in prop::collection::vec(state(), 1..4), wanted in wanted(),
+            rows in prop::collection::vec(prop::collection::vec(-2f32..2.0, HIDDEN), 1..100),
+            always in prop::collection::btree_set(0u32..40, 0..5),
+        ) {
+            let always: Vec<u32> = always.into_iter().filter(|token| (*token as usize) < rows.len()).collect();
+            let (logits, found) = both(dtype, &rows, &states, wanted, &always);
+            for (logits, found) in logits.iter().zip(&found) {
+                assert_complete(logits, found, wanted, &always);
+            }
+        }
+
+        #[test]
+        fn nothing_wanted_is_missing_among_near_ties(
+            dtype in dtype(), state in state(), wanted in wanted(), base in prop::collection::vec(-2f32..2.0, HIDDEN),
+            nudges in prop::collection::vec((0usize..HIDDEN, -3i32..4), 40), scale in -30i32..30,
+        ) {
+            // All rows are one row but for a few units in the last place of one element: their logits differ by less
+            // than the screen can tell.
+            let rows: Vec<Vec<f32>> = nudges.iter().map(|(at, steps)| {
+                let mut row: Vec<f32> = base.iter().map(|w| w * 2f32.powi(scale)).collect();
+                row[*at] = f32::from_bits(row[*at].to_bits().wrapping_add_signed(*steps << 13));
+                row
+            }).collect();
+            prop_assume!(rows.iter().flatten().all(|w| w.is_finite()));
+            let (logits, found) = both(dtype, &rows, &[state], wanted, &[]);
+            prop_assume!(logits[0].iter().all(|logit| logit.is_finite()));
+            assert_complete(&logits[0], &found[0], wanted, &[]);
+        }
+    }
+
+    #[test]
+    fn a_screen_leaves_few_candidates_and_so_saves_something() {
+        let mut seed = 1u64;
+        let mut next = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        let mut rows: Vec<Vec<f32>> = (0..2000).map(|_| (0..256).map(|_| next()).collect()).collect();
+        let state: Vec<f32> = (0..256).map(|_| next()).collect();
+        rows[77] = state.iter().map(|x| 0.8 * x).collect();
+        let (logits, found) = both(FloatType::Bf16, &rows, &[state], Wanted::Top(1), &[]);
+        assert_complete(&logits[0], &found[0], Wanted::Top(1), &[]);
+        assert_eq!(found[0].len(), 1);
+    }
+
+    #[test]
+    fn rows_and_states_that_are_no_numbers_are_not_screened_away() {
+        let plain = |x: f32| vec![x; HIDDEN];
+        for strange in [f32::NAN, f32::INFINITY, 3e38] {
+            let rows = [plain(0.5), plain(strange), plain(0.25)];
+            for state in [plain(1.0), plain(-1.0)] {
+                let (_, found) = both(FloatType::F32, &rows, &[state], Wanted::Top(1), &[]);
+                assert!(found[0].iter().any(|candidate| candidate.1 == 1), "{strange}");
+            }
+            let (_, found) = both(FloatType::F32, &[plain(0.5), plain(0.25)], &[plain(strange)], Wanted::Top(1), &[]);
+            assert!(!found[0].is_empty(), "{strange}");
+        }
+        let (logits, found) = both(FloatType::F32, &[plain(0.0), plain(0.0)], &[plain(0.0)], Wanted::Top(1), &[]);
+        assert_complete(&logits[0], &found[0], Wanted::Top(1), &[]);
+        assert_eq!(found[0].len(), 2);
+    }
+}
