@@ -11,8 +11,10 @@ use std::sync::Arc;
 
 use safetensors::SafeTensors;
 use ternion_compiler::{Cpu, Family};
+use ternion_kernels_ref::lanes;
 use ternion_runtime::embedding::embed;
-use ternion_runtime::formats::{Activation, Checkpoint, LayerNorm, Pooling, RopeScaling};
+use ternion_runtime::formats::synth::Recipe;
+use ternion_runtime::formats::{Activation, Checkpoint, LayerNorm, ModelConfig, Pooling, RopeScaling};
 use ternion_runtime::model::reference::{Precision, Reference, ReferenceSession};
 use ternion_runtime::model::{KernelChoice, KvType, Model, ModelError, Session, SessionOptions};
 use ternion_runtime::team::Team;
@@ -170,6 +172,26 @@ fn embeddings_are_the_last_positions_norm_of_length_one_for_all_kernels_threads_
             assert!(cosine > 0.9999, "{name}: cosine {cosine} with what transformers computes");
         }
     }
+}
+
+#[test]
+fn a_model_that_pools_the_mean_averages_all_positions() {
+    let config = open("llama3-158").config().clone();
+    let config = ModelConfig { pooling: Some(Pooling::Mean), ..config };
+    let recipe = Recipe { config, seed: 3, zero_fraction: 0.4, gate_sparsity: None };
+    let checkpoint = Checkpoint::synthetic(recipe).unwrap();
+    let ids: Vec<u32> = (0..20).map(|i| i * 13 % 257).collect();
+    let states = reference(&checkpoint, &ids, KvType::F16, Precision::Int8);
+    let mean = |d: usize| (states.iter().map(|state| f64::from(state[d])).sum::<f64>() / 20.0) as f32;
+    let mean: Vec<f32> = (0..64).map(mean).collect();
+    let length = lanes::dot(&mean, &mean).sqrt();
+    let expected: Vec<f32> = mean.iter().map(|x| x / length).collect();
+    let cpu = Cpu::host().expect("a CPU that ternion compiles for");
+    let team = Arc::new(Team::new(2).unwrap());
+    let model = Model::load(&checkpoint, &KernelChoice::Family(Family::Mad), &cpu, &*team, &|_| {}).unwrap();
+    let options = SessionOptions { chunk: 7, ..SessionOptions::default() };
+    let mut session = Session::new(Arc::new(model), team, &options).unwrap();
+    assert_eq!(embed(&mut session, &ids).unwrap(), expected);
 }
 
 #[test]
