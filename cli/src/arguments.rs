@@ -9,6 +9,9 @@ use clap::{Args, Parser, Subcommand};
 use ternion_compiler::{Family, Schedule};
 use ternion_runtime::model::KvType;
 
+use crate::embed::Embed;
+use crate::eval::Eval;
+
 /// Runs 1-bit language models on CPUs, with kernels compiled for exactly this machine and this model.
 #[derive(Debug, Parser)]
 #[command(name = "ternion", version, propagate_version = true, disable_help_subcommand = true)]
@@ -25,6 +28,10 @@ pub(crate) enum Command {
     Setup(Setup),
     /// Turn a model directory into one prepared file (.tern)
     Prepare(Prepare),
+    /// Measure a model: loss on a text, multiple choice, how much of it is zero
+    Eval(Box<Eval>),
+    /// Turn texts into vectors
+    Embed(Box<Embed>),
     /// Prove that kernels, threads and prompt chunks do not change a single bit of the logits
     Verify(Verify),
     /// Show what this machine offers and what would make it faster
@@ -44,6 +51,16 @@ pub(crate) struct ModelOptions {
     /// Use this kernel family (mad, tl1, vlut, t5) or this very schedule instead of the fastest known; tokens stay the same
     #[arg(long, value_name = "FAMILY|SCHEDULE", value_parser = parse_kernel)]
     pub(crate) kernel: Option<ForcedKernel>,
+    /// Apply the PEFT LoRA adapter in this directory, with this scale (1 without); may be given several times
+    #[arg(long, value_name = "PATH[:SCALE]", value_parser = parse_lora)]
+    pub(crate) lora: Vec<LoraOption>,
+}
+
+/// An adapter and the scale to apply it with.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct LoraOption {
+    pub(crate) path: PathBuf,
+    pub(crate) scale: f32,
 }
 
 #[derive(Debug, Args)]
@@ -195,6 +212,21 @@ fn parse_kernel(text: &str) -> Result<ForcedKernel, String> {
     }
 }
 
+fn parse_lora(text: &str) -> Result<LoraOption, String> {
+    let option = |path: &str, scale| LoraOption { path: path.into(), scale };
+    match text.rsplit_once(':').and_then(|(path, scale)| Some((path, scale.parse::<f32>().ok()?))) {
+        // A directory's name may end in a colon and a number.
+        Some((path, scale)) if !path.is_empty() && !std::path::Path::new(text).is_dir() => {
+            if scale.is_finite() {
+                Ok(option(path, scale))
+            } else {
+                Err(format!("a scale of {scale}"))
+            }
+        }
+        _ => Ok(option(text, 1.0)),
+    }
+}
+
 fn parse_time(text: &str) -> Result<Duration, String> {
     let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len()));
     let scale = match unit {
@@ -223,6 +255,15 @@ mod tests {
     fn the_definition_of_the_command_line_is_consistent() {
         use clap::CommandFactory;
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn an_adapter_may_have_a_scale() {
+        let parsed = |text| parse_lora(text).map(|LoraOption { path, scale }| (path.display().to_string(), scale));
+        assert_eq!(parsed("a/b"), Ok(("a/b".to_owned(), 1.0)));
+        assert_eq!(parsed("a/b:-0.5"), Ok(("a/b".to_owned(), -0.5)));
+        assert_eq!(parsed("C:\\b"), Ok(("C:\\b".to_owned(), 1.0)));
+        assert!(parsed("a:inf").is_err());
     }
 
     #[test]

@@ -4,10 +4,13 @@
 
 mod arguments;
 mod doctor;
+mod embed;
 mod embedded;
+mod eval;
 mod interrupt;
 mod model;
 mod output;
+mod plot;
 mod prepare;
 mod run;
 mod terminal;
@@ -70,6 +73,8 @@ fn execute(command: &Command) -> Result<ExitCode> {
         Command::Run(options) => run::run(options),
         Command::Setup(options) => prepare::setup(options),
         Command::Prepare(options) => prepare::prepare(options),
+        Command::Eval(options) => eval::eval(options),
+        Command::Embed(options) => embed::embed(options),
         Command::Verify(options) => verify::verify(options),
         Command::Doctor(options) => doctor::doctor(options).map(|()| ExitCode::SUCCESS),
     }

@@ -5,14 +5,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use ternion_compiler::{Cpu, Schedule};
 use ternion_runtime::formats::{Checkpoint, ModelConfig, Projection};
+use ternion_runtime::lora::Adapter;
 use ternion_runtime::model::{KernelChoice, Model, problems};
 use ternion_runtime::team::{Team, available_threads};
 use ternion_tuner::{Budget, CacheDir, Choice, Choices, Phase, Problem, Progress, choose};
 
-use crate::arguments::{ForcedKernel, ModelOptions};
+use crate::arguments::{ForcedKernel, LoraOption, ModelOptions};
 use crate::embedded;
 use crate::terminal::{Bar, note};
 
@@ -82,6 +83,19 @@ pub(crate) fn schedules(config: &ModelConfig, cpu: &Cpu, team: &Team, budget: Bu
     Ok(choices)
 }
 
+/// Opens and loads the model that `options` name, which is to predict tokens.
+///
+/// # Errors
+/// As [`ready`], and if it is an embedding model.
+pub(crate) fn ready_to_generate(options: &ModelOptions) -> Result<Ready> {
+    let ready = ready(options)?;
+    if ready.model.config().pooling.is_some() {
+        let name = ready.checkpoint.name();
+        bail!("{name} is an embedding model, which has no words of its own: use `ternion embed`");
+    }
+    Ok(ready)
+}
+
 /// Opens and loads the model that `options` name.
 pub(crate) fn ready(options: &ModelOptions) -> Result<Ready> {
     let start = Instant::now();
@@ -101,7 +115,12 @@ pub(crate) fn ready(options: &ModelOptions) -> Result<Ready> {
             KernelChoice::Tuned(choices)
         }
     };
-    let model = load(&checkpoint, &kernels, &cpu, &team)?;
+    let start = Instant::now();
+    let adapter = |lora: &LoraOption| Adapter::open(&lora.path, checkpoint.config(), lora.scale);
+    let adapters = options.lora.iter().map(adapter).collect::<Result<Vec<_>, _>>()?;
+    times.load += start.elapsed();
+    let mut model = load(&checkpoint, &kernels, &cpu, &team)?;
+    adapters.iter().for_each(|adapter| adapter.apply(&mut model));
     times.compile = model.report().compile;
     times.load += model.report().weights;
     Ok(Ready { checkpoint, model: Arc::new(model), team, times })

@@ -1,9 +1,11 @@
 //! Data goes to standard output, all of it through here. A reader that went away ends the program quietly.
 
 use std::io::{self, Write};
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
+use tempfile::NamedTempFile;
 
 /// Writes text as it is, at once.
 pub(crate) fn print(text: &str) -> Result<()> {
@@ -16,6 +18,27 @@ pub(crate) fn json(value: &impl Serialize) -> Result<()> {
     let mut line = serde_json::to_string(value).context("a result that JSON cannot express")?;
     line.push('\n');
     print(&line)
+}
+
+/// Creates a file that appears under its name only when [`finish`] is called.
+pub(crate) fn create(path: &Path) -> Result<NamedTempFile> {
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // Renaming would replace a device as readily as a file.
+    if path.exists() && !path.is_file() {
+        bail!("{} is no ordinary file: give another name", path.display());
+    }
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".ternion-");
+    // A temporary file would otherwise be its owner's alone.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(directory).with_context(|| format!("{} cannot be written", path.display()))
+}
+
+/// Gives a created file its name.
+pub(crate) fn finish(mut file: NamedTempFile, path: &Path) -> Result<()> {
+    let written = file.flush().and_then(|()| file.persist(path).map(drop).map_err(|error| error.error));
+    written.with_context(|| format!("{} cannot be written: nothing was left behind", path.display()))
 }
 
 /// Whether an error is only that nobody reads standard output any more.

@@ -14,7 +14,7 @@ use ternion_runtime::sampling::{Sampling, SamplingOptions};
 use ternion_runtime::text::{Message, Tokenizer};
 
 use crate::arguments::Run;
-use crate::model::{Ready, ReadyTimes, ready};
+use crate::model::{Ready, ReadyTimes, ready_to_generate};
 use crate::output::{self, print};
 use crate::terminal::{note, time};
 use crate::{UsageError, interrupt};
@@ -51,7 +51,7 @@ struct Summary {
 
 pub(crate) fn run(options: &Run) -> Result<ExitCode> {
     let prompt = options.prompt.as_deref().map(read_prompt).transpose()?;
-    let Ready { checkpoint, model, team, times } = ready(&options.model)?;
+    let Ready { checkpoint, model, team, times } = ready_to_generate(&options.model)?;
     let tokenizer = checkpoint.tokenizer()?;
     let sampling = sampling(options, &checkpoint)?;
     let mut stop = checkpoint.generation().eos.clone();

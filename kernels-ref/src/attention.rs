@@ -34,11 +34,12 @@ impl Partial {
     /// Over one block of at most [`KEY_BLOCK`] positions; `keys` and `values` are `[positions, head_dim]`.
     ///
     /// Exponentials are summed as [`lanes::sum`] does, by position within the block; values are accumulated position by
-    /// position.
+    /// position. Scores of positions before `first`, which is one of the block's, count as −∞.
     #[must_use]
-    pub fn block(query: &[f32], keys: &[f32], values: &[f32], scale: f32) -> Self {
+    pub fn block(query: &[f32], keys: &[f32], values: &[f32], first: usize, scale: f32) -> Self {
         let head_dim = query.len();
-        let scores: Vec<f32> = keys.chunks_exact(head_dim).map(|key| score(query, key) * scale).collect();
+        let mut scores: Vec<f32> = keys.chunks_exact(head_dim).map(|key| score(query, key) * scale).collect();
+        scores[..first].fill(f32::NEG_INFINITY);
         let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weights: Vec<f32> = scores.iter().map(|s| math::exp(s - max)).collect();
         let mut weighted = vec![0.0; head_dim];
@@ -76,10 +77,17 @@ fn score(query: &[f32], key: &[f32]) -> f32 {
 /// Attention of `query` (`[head_dim]`) over all of `keys` and `values` (`[positions, head_dim]`).
 #[must_use]
 pub fn attention(query: &[f32], keys: &[f32], values: &[f32], scale: f32) -> Vec<f32> {
+    attention_from(query, keys, values, 0, scale)
+}
+
+/// [`attention`] over the positions from `first` on: what a sliding window leaves to see. Blocks stay aligned to
+/// position 0; those that end before `first` take no part.
+#[must_use]
+pub fn attention_from(query: &[f32], keys: &[f32], values: &[f32], first: usize, scale: f32) -> Vec<f32> {
     let mut result = Partial::empty(query.len());
     let block = KEY_BLOCK * query.len();
-    for (keys, values) in keys.chunks(block).zip(values.chunks(block)) {
-        result.merge(&Partial::block(query, keys, values, scale));
+    for (i, (keys, values)) in keys.chunks(block).zip(values.chunks(block)).enumerate().skip(first / KEY_BLOCK) {
+        result.merge(&Partial::block(query, keys, values, first.saturating_sub(i * KEY_BLOCK), scale));
     }
     result.finish()
 }
@@ -105,6 +113,24 @@ mod tests {
                     .map(|(s, value)| s.exp() / total * f64::from(value[d])).sum();
                 prop_assert!((f64::from(output[d]) - exact).abs() < 1e-5);
             }
+        }
+    }
+
+    #[test]
+    fn a_window_sees_nothing_of_what_lies_before_it() {
+        let keys: Vec<f32> = (0..200).map(|i| (i * 37 % 101) as f32 * 0.02 - 1.0).collect();
+        let values: Vec<f32> = (0..200).map(|i| (i * 53 % 97) as f32 * 0.02 - 1.0).collect();
+        let query = [0.7, -0.3];
+        assert_eq!(attention_from(&query, &keys, &values, 0, 0.5), attention(&query, &keys, &values, 0.5));
+        for first in [1, 63, 64, 65, 99] {
+            let mut others = (keys.clone(), values.clone());
+            others.0[..2 * first].fill(9.0);
+            others.1[..2 * first].fill(-9.0);
+            let seen = attention_from(&query, &keys, &values, first, 0.5);
+            assert_eq!(seen, attention_from(&query, &others.0, &others.1, first, 0.5));
+            // The same positions alone, in other blocks.
+            let alone = attention(&query, &keys[2 * first..], &values[2 * first..], 0.5);
+            assert!(seen.iter().zip(&alone).all(|(a, b)| (a - b).abs() < 1e-6), "{seen:?} {alone:?}");
         }
     }
 

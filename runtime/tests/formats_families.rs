@@ -11,8 +11,8 @@ use support::{Tensor, safetensors};
 use ternion_compiler::Layout;
 use ternion_runtime::formats::gguf::{TernaryType, TokenRowType, export};
 use ternion_runtime::formats::{
-    Activation, Biases, Checkpoint, FormatError, LayerNorm, ModelConfig, OpenOptions, Pooling, Projection, RopeScaling,
-    SlidingAttention, export_hf, tern,
+    Activation, Biases, Checkpoint, LayerNorm, ModelConfig, Pooling, Projection, RopeScaling, SlidingAttention,
+    export_hf, tern,
 };
 
 /// A family's directory: two layers, hidden 256, ffn 512.
@@ -112,13 +112,9 @@ impl Directory {
     fn open(&self) -> (tempfile::TempDir, Checkpoint) {
         let directory = tempfile::tempdir().unwrap();
         self.write(directory.path());
-        let model = convertible(directory.path()).unwrap();
+        let model = Checkpoint::open(directory.path()).unwrap();
         (directory, model)
     }
-}
-
-fn convertible(path: &Path) -> Result<Checkpoint, FormatError> {
-    Checkpoint::open_with(path, &OpenOptions { for_conversion: true, ..OpenOptions::default() })
 }
 
 /// Every weight, norm and bias of `model` is the one that the file has under the name that is given.
@@ -187,11 +183,11 @@ fn assert_comes_back(model: &Checkpoint, gguf: bool) {
     let mut keep_going = |_, _| ControlFlow::Continue(());
     let prepared = directory.path().join("model.tern");
     tern::write(model, &prepared, &|_, _, _, _| Layout::Canonical, &mut keep_going).unwrap();
-    assert_same(&convertible(&prepared).unwrap(), model);
+    assert_same(&Checkpoint::open(&prepared).unwrap(), model);
 
     let exported = directory.path().join("exported");
     export_hf::export(model, &exported, &mut keep_going).unwrap();
-    let again = convertible(&exported).unwrap();
+    let again = Checkpoint::open(&exported).unwrap();
     assert_same(&again, model);
     assert_eq!(again.generation(), model.generation());
     assert_eq!(again.tokenizer_config(), model.tokenizer_config());
@@ -201,7 +197,7 @@ fn assert_comes_back(model: &Checkpoint, gguf: bool) {
     if gguf {
         let path = directory.path().join("model.gguf");
         export(model, &path, TernaryType::Tq2_0, TokenRowType::Own, &mut keep_going).unwrap();
-        assert_same(&convertible(&path).unwrap(), model);
+        assert_same(&Checkpoint::open(&path).unwrap(), model);
     }
 }
 
@@ -226,7 +222,6 @@ fn bitnet_community_models() {
     let (_directory, model) = directory.open();
     assert_eq!(model.config().activation, Activation::Silu);
     assert!(model.config().sub_norms && model.config().tied_head);
-    assert_eq!(model.config().not_implemented(), None);
     let name = |norm| match norm {
         LayerNorm::Input => "input_layernorm",
         LayerNorm::AttentionSub => "self_attn.inner_attn_ln",
@@ -280,14 +275,13 @@ fn llama_layers_with_packed_weights_and_a_dividing_scale() {
     let (_directory, model) = directory.open();
     let config = model.config();
     assert_eq!((config.activation, config.sub_norms, config.tied_head), (Activation::Silu, false, false));
-    assert_eq!(config.not_implemented(), None);
     // The file's scale is 8, and divides.
     assert_tensors(&model, &directory, |norm| Some(norm.to_string()), 0.0);
     assert_comes_back(&model, true);
 }
 
 #[test]
-fn biases_and_rotary_scaling_are_read_and_not_run() {
+fn biases_and_rotary_scaling_are_read() {
     let scaling = json!({
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
@@ -300,13 +294,11 @@ fn biases_and_rotary_scaling_are_read_and_not_run() {
     assert_eq!(model.config().rope_scaling, expected);
     assert_tensors(&model, &directory, |norm| Some(norm.to_string()), 0.0);
     assert_comes_back(&model, false);
-    let error = Checkpoint::open(path.path()).map(drop).unwrap_err().to_string();
-    assert!(error.contains("running the model needs biases"), "{error}");
 
     // GGUF has a divisor for each frequency instead of the formula.
     let file = path.path().join("model.gguf");
     export(&model, &file, TernaryType::I2S, TokenRowType::Own, &mut |_, _| ControlFlow::Continue(())).unwrap();
-    let again = convertible(&file).unwrap();
+    let again = Checkpoint::open(&file).unwrap();
     let (frequencies, expected) = (again.config().inverse_frequencies(0), model.config().inverse_frequencies(0));
     assert!(frequencies.iter().zip(&expected).all(|(a, b)| (a / b - 1.0).abs() < 1e-6));
     assert_eq!(again.bias(1, Projection::Query).unwrap(), model.bias(1, Projection::Query).unwrap());
@@ -336,13 +328,12 @@ fn qwen3_embedding_models_without_the_usual_prefix() {
         biases: vec![],
         packed: false,
     };
-    let (path, model) = directory.open();
+    let (_directory, model) = directory.open();
     let config = model.config();
     assert!(config.qk_norm && !config.post_norms);
     assert_eq!((config.pooling, config.projection_norm_eps), (Some(Pooling::Last), Some(1e-6)));
     assert_tensors(&model, &directory, |norm| Some(norm.to_string()), 0.0);
     assert_comes_back(&model, false);
-    assert!(Checkpoint::open(path.path()).map(drop).unwrap_err().to_string().contains("not supported"));
 }
 
 #[test]
@@ -417,7 +408,8 @@ fn an_ordinary_llama_is_no_ternary_model() {
     let last = bytes.len();
     bytes[last - 2..].copy_from_slice(&0x3f80u16.to_le_bytes());
     std::fs::write(&file, bytes).unwrap();
-    let error = convertible(path.path()).unwrap().projection(1, Projection::Down).map(drop).unwrap_err().to_string();
+    let error =
+        Checkpoint::open(path.path()).unwrap().projection(1, Projection::Down).map(drop).unwrap_err().to_string();
     assert!(error.contains("ternary models only") && error.contains("layers.1.mlp.down_proj"), "{error}");
 }
 
@@ -427,6 +419,6 @@ fn a_norm_in_one_layer_only_is_refused() {
     directory.norms.push(("mlp.up_proj.norm", 256));
     let path = tempfile::tempdir().unwrap();
     directory.write(path.path());
-    let error = convertible(path.path()).map(drop).unwrap_err().to_string();
+    let error = Checkpoint::open(path.path()).map(drop).unwrap_err().to_string();
     assert!(error.contains("mlp.up_proj.norm"), "{error}");
 }

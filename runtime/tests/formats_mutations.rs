@@ -183,7 +183,7 @@ fn damaged_gguf_files() {
         let (_directory, whole) = directory_of(|path| {
             export(&tiny(), path, kind, TokenRowType::Q8_0, &mut |_, _| ControlFlow::Continue(())).unwrap();
         });
-        let options = OpenOptions { for_conversion: true, ..OpenOptions::default() };
+        let options = OpenOptions::default();
         survive(whole.len(), |damage| {
             let mut bytes = whole.clone();
             // Sizes and the tensors' table lie at the two ends of the head; the vocabulary between them is dull.

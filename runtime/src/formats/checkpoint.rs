@@ -29,8 +29,6 @@ pub struct OpenOptions {
     pub invert_scale: bool,
     /// The activation function of a GGUF file's model, instead of the one that its architecture stands for.
     pub activation: Option<Activation>,
-    /// Whether to open a model that can be converted, but not run yet ([`ModelConfig::not_implemented`]).
-    pub for_conversion: bool,
 }
 
 enum Source {
@@ -41,7 +39,7 @@ enum Source {
 }
 
 impl Checkpoint {
-    /// Opens a prepared file, a GGUF file, or a Hugging Face directory, to run it.
+    /// Opens a prepared file, a GGUF file, or a Hugging Face directory.
     ///
     /// # Errors
     /// If it is none of them, or if its headers and configuration are damaged or not supported. Tensors are not read
@@ -63,7 +61,7 @@ impl Checkpoint {
         } else {
             return Err(FormatError::Foreign { path: path.to_owned() });
         };
-        Self { path: path.to_owned(), source }.if_it_can_be_run(options)
+        Ok(Self { path: path.to_owned(), source })
     }
 
     /// Opens a prepared file that is in memory; messages call it `name`.
@@ -73,7 +71,7 @@ impl Checkpoint {
     pub fn from_prepared(name: &str, bytes: Bytes) -> Result<Self, FormatError> {
         let path = PathBuf::from(name);
         let source = Source::Prepared(Box::new(Prepared::open(&path, bytes)?));
-        Self { path, source }.if_it_can_be_run(&OpenOptions::default())
+        Ok(Self { path, source })
     }
 
     /// Opens a prepared or GGUF file that is in memory; messages call it `name`.
@@ -83,7 +81,7 @@ impl Checkpoint {
     pub fn from_bytes(name: &str, bytes: Bytes, options: &OpenOptions) -> Result<Self, FormatError> {
         let path = PathBuf::from(name);
         let source = Self::source_of_file(&path, bytes, options)?;
-        Self { path, source }.if_it_can_be_run(options)
+        Ok(Self { path, source })
     }
 
     /// A made-up model.
@@ -100,16 +98,6 @@ impl Checkpoint {
             Ok(Source::Gguf(Box::new(Gguf::open(path, &bytes, options)?)))
         } else {
             Ok(Source::Prepared(Box::new(Prepared::open(path, bytes)?)))
-        }
-    }
-
-    fn if_it_can_be_run(self, options: &OpenOptions) -> Result<Self, FormatError> {
-        match self.config().not_implemented().filter(|_| !options.for_conversion) {
-            None => Ok(self),
-            Some(what) => {
-                let what = format!("running the model needs {what}");
-                Err(FormatError::Unsupported { path: self.path, what })
-            }
         }
     }
 

@@ -162,21 +162,6 @@ fn is_one(value: &f32) -> bool {
     *value == 1.0
 }
 
-/// Whether a model needs something.
-type Needed = fn(&ModelConfig) -> bool;
-
-/// What a model may need that the forward pass does not do yet. Implementing one is done when its row is gone.
-const NOT_IMPLEMENTED: &[(&str, Needed)] = &[
-    ("biases", |config| config.biases != Biases::default()),
-    ("norms of query and key heads", |config| config.qk_norm),
-    ("norms in front of each projection", |config| config.projection_norm_eps.is_some()),
-    ("norms after attention and feed-forward network", |config| config.post_norms),
-    ("scaled embeddings", |config| config.embedding_scale != 1.0),
-    ("rotary scaling", |config| config.rope_scaling != RopeScaling::None),
-    ("sliding-window attention", |config| config.sliding.is_some()),
-    ("embedding models", |config| config.pooling.is_some()),
-];
-
 impl Default for ModelConfig {
     /// Nothing but ones and zeros: a base for `..`, refused by [`check`](ModelConfig::check).
     fn default() -> Self {
@@ -275,18 +260,21 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// What the model needs that cannot be computed yet, or `None` if it can be run.
+    /// Number of positions that a query of a layer sees, its own included; `None` if it sees all.
     #[must_use]
-    pub fn not_implemented(&self) -> Option<&'static str> {
-        NOT_IMPLEMENTED.iter().find(|(_, needed)| needed(self)).map(|(what, _)| *what)
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        self.sliding_at(layer).map(|sliding| sliding.window)
+    }
+
+    fn sliding_at(&self, layer: usize) -> Option<&SlidingAttention> {
+        self.sliding.as_ref().filter(|sliding| sliding.layers.binary_search(&layer).is_ok())
     }
 
     /// Rotary frequencies of a layer, `head_dim / 2` of them: `θ^(−2i/d)` with the layer's base, changed as
     /// [`rope_scaling`](Self::rope_scaling) says (not in layers with a sliding window). Computed in `f64`, rounded once.
     #[must_use]
     pub fn inverse_frequencies(&self, layer: usize) -> Vec<f32> {
-        let slides = self.sliding.as_ref().filter(|sliding| sliding.layers.binary_search(&layer).is_ok());
-        let Some(SlidingAttention { rope_theta, .. }) = slides else {
+        let Some(SlidingAttention { rope_theta, .. }) = self.sliding_at(layer) else {
             let frequencies = (0..self.head_dim / 2).map(|i| (i, frequency(self.rope_theta, i, self.head_dim)));
             return frequencies.map(|(i, frequency)| self.rope_scaling.apply(i, frequency) as f32).collect();
         };
@@ -529,13 +517,6 @@ mod tests {
         config.check().unwrap();
         assert_eq!(config.inverse_frequencies(0)[0], 1.0 / 8.0);
         assert_eq!(config.inverse_frequencies(1), ternion_kernels_ref::rope::inverse_frequencies(64, 100.0));
-    }
-
-    #[test]
-    fn what_the_forward_pass_lacks_is_named() {
-        assert_eq!(ModelConfig::small().not_implemented(), None);
-        let config = ModelConfig { qk_norm: true, ..ModelConfig::small() };
-        assert_eq!(config.not_implemented(), Some("norms of query and key heads"));
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl RawTensor {
     ///
     /// # Errors
     /// If it is of another type; `expected` says which were acceptable.
-    pub(super) fn float_type(&self, expected: &'static str) -> Result<FloatType, FormatError> {
+    pub(crate) fn float_type(&self, expected: &'static str) -> Result<FloatType, FormatError> {
         match self.dtype {
             Dtype::BF16 => Ok(FloatType::Bf16),
             Dtype::F16 => Ok(FloatType::F16),
@@ -59,7 +59,7 @@ impl RawTensor {
     }
 
     /// All elements as `f32`, finite, of a tensor with `shape`.
-    pub(super) fn floats(&self, shape: &[usize]) -> Result<Vec<f32>, FormatError> {
+    pub(crate) fn floats(&self, shape: &[usize]) -> Result<Vec<f32>, FormatError> {
         let dtype = self.float_type(FLOATS)?;
         self.check_shape(shape)?;
         let columns = shape.last().copied().unwrap_or(1).max(1);

@@ -15,7 +15,7 @@ mod family;
 mod generation;
 pub mod gguf;
 mod hf;
-mod safetensors;
+pub(crate) mod safetensors;
 pub mod synth;
 mod tensor;
 pub mod tern;

@@ -16,17 +16,17 @@ use serde::{Deserialize, de::IgnoredAny};
 use super::{Bytes, FormatError};
 
 /// One tensor of a file, not looked into yet.
-pub(super) struct RawTensor {
+pub(crate) struct RawTensor {
     /// The file it lies in.
-    pub(super) path: PathBuf,
-    pub(super) name: String,
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<usize>,
-    pub(super) bytes: Bytes,
+    pub(crate) path: PathBuf,
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: Bytes,
 }
 
 /// All tensors of a directory, by name.
-pub(super) struct Tensors {
+pub(crate) struct Tensors {
     /// What to blame for a missing tensor: the file, or the index of the shards.
     path: PathBuf,
     files: Vec<File>,
@@ -53,14 +53,22 @@ impl Tensors {
     pub(super) fn open(directory: &Path) -> Result<Self, FormatError> {
         let (single, index) = (directory.join(SINGLE), directory.join(INDEX));
         if single.is_file() {
-            let file = File::open(single.clone())?;
-            let places = file.tensors.keys().map(|name| (name.clone(), 0)).collect();
-            Ok(Self { path: single, files: vec![file], places })
+            Self::open_file(single)
         } else if index.is_file() {
             Self::open_shards(directory, index)
         } else {
             Err(FormatError::NotAModel { path: directory.to_owned(), missing: SINGLE })
         }
+    }
+
+    /// Opens one file.
+    ///
+    /// # Errors
+    /// If it is missing or damaged.
+    pub(crate) fn open_file(path: PathBuf) -> Result<Self, FormatError> {
+        let file = File::open(path.clone())?;
+        let places = file.tensors.keys().map(|name| (name.clone(), 0)).collect();
+        Ok(Self { path, files: vec![file], places })
     }
 
     fn open_shards(directory: &Path, path: PathBuf) -> Result<Self, FormatError> {
@@ -103,7 +111,12 @@ impl Tensors {
         self.places.contains_key(name)
     }
 
-    pub(super) fn get(&self, name: &str) -> Result<RawTensor, FormatError> {
+    /// Names of all tensors, in no order.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.places.keys().map(String::as_str)
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Result<RawTensor, FormatError> {
         let missing = || FormatError::MissingTensor { path: self.path.clone(), tensor: name.to_owned() };
         let file = &self.files[*self.places.get(name).ok_or_else(missing)?];
         let info = file.tensors.get(name).ok_or_else(missing)?;

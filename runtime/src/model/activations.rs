@@ -58,14 +58,14 @@ impl ActivationBuffer {
         }
     }
 
+    /// The int8 values of one token, of rows of `k`.
+    pub(super) fn values(&self, token: usize, k: usize) -> &[i8] {
+        &self.values[token * k..(token + 1) * k]
+    }
+
     /// The scale q of one token.
     pub(super) fn scale(&self, token: usize) -> f32 {
         self.scales[token]
-    }
-
-    /// The int8 values of the first token, `[k]`.
-    pub(super) fn values(&self, k: usize) -> &[i8] {
-        &self.values[..k]
     }
 
     /// The first `n` tokens' activations as `kernel` reads them.

@@ -10,7 +10,7 @@ use ternion_tuner::Workers;
 
 use super::forward::{Forward, Scratch};
 use super::rope::RopeTable;
-use super::{Model, ModelError, Sequence};
+use super::{Model, ModelError, Observer, Sequence};
 use crate::team::Team;
 
 /// What one sequence reads in a pass.
@@ -41,7 +41,7 @@ impl Batch {
     /// If memory runs out.
     pub fn new(model: Arc<Model>, team: Arc<Team>, capacity: usize) -> Result<Self, ModelError> {
         let capacity = capacity.max(1);
-        let rope = RopeTable::new(model.config().head_dim / 2);
+        let rope = RopeTable::new(model.config().head_dim / 2, model.frequencies.len());
         let scratch = Scratch::new(&model, capacity, team.threads())?;
         Ok(Self { model, team, capacity, rope, scratch, n: 0 })
     }
@@ -70,6 +70,19 @@ impl Batch {
     /// If a part has no tokens, too many for its context, or one that the model does not have; or if there are more than
     /// [`capacity`](Self::capacity) in all. Nothing has been read then.
     pub fn forward(&mut self, parts: &mut [Part<'_>]) -> Result<(), ModelError> {
+        self.forward_observed(parts, &mut None)
+    }
+
+    /// [`forward`](Self::forward) while `observer`, if there is one, watches the layers. The results are the same bits;
+    /// they take longer.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_observed(
+        &mut self,
+        parts: &mut [Part<'_>],
+        observer: &mut Option<&mut dyn Observer>,
+    ) -> Result<(), ModelError> {
         let (mut n, config) = (0, self.model.config());
         for part in &*parts {
             part.sequence.check(part.tokens, config.vocabulary)?;
@@ -83,7 +96,7 @@ impl Batch {
             return Ok(());
         }
         let forward = Forward { model: &self.model, team: &self.team, n };
-        forward.run(parts, &mut self.rope, &mut self.scratch);
+        forward.run(parts, &mut self.rope, &mut self.scratch, observer);
         let mut end = 0;
         for Part { sequence, tokens } in parts {
             end += tokens.len();

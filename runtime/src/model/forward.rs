@@ -10,49 +10,52 @@ use ternion_compiler::{ActivationFormat, Kernel, OutRows};
 use ternion_tuner::Workers;
 
 use super::activations::ActivationBuffer;
+use super::general::GeneralScratch;
 use super::kv_cache::AttentionScratch;
 use super::rope::RopeTable;
 use super::sparse::{SparseFfn, SparseScratch};
 use super::weights::{Layer, Linear};
-use super::{Model, ModelError, Part};
+use super::{Model, ModelError, Observer, Part};
 use crate::formats::{LayerNorm, ModelConfig, Projection};
 use crate::ops;
 use crate::team::{SharedSlice, Team, share};
 
 /// Where a token stands.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+pub(super) struct Place {
     /// Number of the part that it belongs to.
     part: usize,
     /// Its position in that part's sequence.
-    position: usize,
+    pub(super) position: usize,
 }
 
 /// What a pass of tokens needs on its way, allocated once per batch.
 #[derive(Debug)]
 pub(super) struct Scratch {
     /// One per token.
-    places: Vec<Place>,
+    pub(super) places: Vec<Place>,
     /// The residual stream, `[tokens, hidden]`.
-    hidden: Vec<f32>,
+    pub(super) hidden: Vec<f32>,
     /// The residual stream after the last norm, `[tokens, hidden]`.
     normed: Vec<f32>,
     /// `[tokens, heads · head_dim]`
-    queries: Vec<f32>,
+    pub(super) queries: Vec<f32>,
     /// `[tokens, kv_heads · head_dim]`
-    keys: Vec<f32>,
+    pub(super) keys: Vec<f32>,
     /// `[tokens, kv_heads · head_dim]`
-    values: Vec<f32>,
+    pub(super) values: Vec<f32>,
     /// Attention output, `[tokens, heads · head_dim]`.
-    attention: Vec<f32>,
+    pub(super) attention: Vec<f32>,
     /// `activation(gate) · up`, `[tokens, ffn]`.
-    gated: Vec<f32>,
+    pub(super) gated: Vec<f32>,
     /// Integer sums of up to three projections of the same activations, `[tokens, padded rows]`.
-    sums: [Vec<i32>; 3],
-    activations: ActivationBuffer,
+    pub(super) sums: [Vec<i32>; 3],
+    pub(super) activations: ActivationBuffer,
     sparse: SparseScratch,
     /// One per part of the work.
-    heads: Vec<AttentionScratch>,
+    pub(super) heads: Vec<AttentionScratch>,
+    /// For layers that need it, and for observed ones from the first time on.
+    pub(super) general: Option<GeneralScratch>,
 }
 
 impl Scratch {
@@ -90,6 +93,7 @@ impl Scratch {
             sparse: SparseScratch::new(config.ffn, model.sparse.as_ref().map_or(0, SparseFfn::results), threads),
             activations: activations.map_err(|source| ModelError::Memory { bytes: tokens * longest, source })?,
             heads: vec![AttentionScratch::new(group, config.head_dim); threads],
+            general: (!model.is_plain()).then(|| GeneralScratch::new(model, tokens)),
         })
     }
 }
@@ -111,12 +115,12 @@ impl Linear {
     }
 
     /// What an integer sum is multiplied with when its activations have scale `q`.
-    fn step(&self, q: f32) -> f32 {
+    pub(super) fn step(&self, q: f32) -> f32 {
         self.scale / q
     }
 
     /// One token's rows of `sums`, padding left out.
-    fn row<'a>(&self, sums: &'a [i32], token: usize) -> &'a [i32] {
+    pub(super) fn row<'a>(&self, sums: &'a [i32], token: usize) -> &'a [i32] {
         &sums[token * self.padded_rows()..][..self.m]
     }
 }
@@ -131,23 +135,38 @@ pub(super) struct Forward<'a> {
 impl Forward<'_> {
     /// Runs the tokens of all `parts` through all layers. Their keys and values are in the caches afterwards, their last
     /// hidden states in `scratch`.
-    pub(super) fn run(&self, parts: &mut [Part<'_>], rope: &mut RopeTable, scratch: &mut Scratch) {
+    pub(super) fn run(
+        &self,
+        parts: &mut [Part<'_>],
+        rope: &mut RopeTable,
+        scratch: &mut Scratch,
+        observer: &mut Option<&mut dyn Observer>,
+    ) {
         let (model, config) = (self.model, self.config());
         scratch.places.clear();
         for (index, Part { sequence, tokens }) in parts.iter_mut().enumerate() {
             let start = sequence.tokens.len();
             let end = start + tokens.len();
             sequence.cache.reserve(end);
-            rope.reserve(end, &model.inverse_frequencies);
+            rope.reserve(end, &model.frequencies);
             scratch.places.extend((start..end).map(|position| Place { part: index, position }));
         }
         let tokens = parts.iter().flat_map(|part| part.tokens);
         for (token, hidden) in tokens.zip(scratch.hidden.chunks_exact_mut(config.hidden)) {
             model.embedding.widen_row(*token as usize, hidden);
+            if config.embedding_scale != 1.0 {
+                hidden.iter_mut().for_each(|x| *x *= config.embedding_scale);
+            }
         }
+        let plain = model.is_plain() && observer.is_none();
         for (index, layer) in model.layers.iter().enumerate() {
-            self.attention(index, layer, parts, rope, scratch);
-            self.feed_forward(index, layer, scratch);
+            if plain {
+                self.attention(index, layer, parts, rope, scratch);
+                self.feed_forward(index, layer, scratch);
+            } else {
+                self.attention_in_general((index, layer), parts, rope, scratch, observer);
+                self.feed_forward_in_general((index, layer), scratch, observer);
+            }
         }
     }
 
@@ -162,7 +181,7 @@ impl Forward<'_> {
         normed
     }
 
-    fn config(&self) -> &ModelConfig {
+    pub(super) fn config(&self) -> &ModelConfig {
         self.model.config()
     }
 
@@ -184,18 +203,15 @@ impl Forward<'_> {
                 [(0, all_heads), (1, kv_heads), (2, kv_heads)]
                     .map(|(of, width)| shared[of].part(token * width..(token + 1) * width))
             };
-            let (cos, sin) = rope.at(places[token].position);
+            let (cos, sin) = rope.at(layer.rope, places[token].position);
             ops::dequantize(query.row(query_sums, token), query.step(q), queries);
             ops::rotate(queries, cos, sin);
             ops::dequantize(key.row(key_sums, token), key.step(q), keys);
             ops::rotate(keys, cos, sin);
             ops::dequantize(value.row(value_sums, token), value.step(q), values);
         });
-        let rows = keys.chunks_exact(kv_heads).zip(values.chunks_exact(kv_heads));
-        for (place, (key, value)) in places.iter().zip(rows) {
-            parts[place.part].sequence.cache.store(index, place.position, key, value);
-        }
-        self.attend(index, parts, places, queries, attention, heads);
+        self.store(index, parts, places, keys, values);
+        self.attend((index, layer), parts, places, queries, attention, heads);
 
         self.quantize(attention, all_heads, layer.norm(LayerNorm::AttentionSub), &[output], activations);
         self.project([(output, query_sums)], activations);
@@ -232,15 +248,24 @@ impl Forward<'_> {
 
         self.quantize(gated, config.ffn, layer.norm(LayerNorm::FfnSub), &[down], activations);
         let done = sparse
-            .is_some_and(|sparse| sparse.down(index, self.team, activations.values(config.ffn), scratch, gate_sums));
+            .is_some_and(|sparse| sparse.down(index, self.team, activations.values(0, config.ffn), scratch, gate_sums));
         if !done {
             self.project([(down, gate_sums)], activations);
         }
         self.add(down, gate_sums, activations, hidden);
     }
 
+    /// Puts the tokens' keys and values, `[n, kv_heads · head_dim]` each, into their sequences' caches.
+    pub(super) fn store(&self, layer: usize, parts: &mut [Part<'_>], places: &[Place], keys: &[f32], values: &[f32]) {
+        let width = self.config().kv_heads * self.config().head_dim;
+        let rows = keys.chunks_exact(width).zip(values.chunks_exact(width));
+        for (place, (key, value)) in places.iter().zip(rows) {
+            parts[place.part].sequence.cache.store(layer, place.position, key, value);
+        }
+    }
+
     /// Calls `work` once for every token, sharing them among the team.
-    fn each_token(&self, work: &(dyn Fn(usize) + Sync)) {
+    pub(super) fn each_token(&self, work: &(dyn Fn(usize) + Sync)) {
         if self.n == 1 {
             return work(0);
         }
@@ -256,10 +281,21 @@ impl Forward<'_> {
         readers: &[&Linear],
         activations: &mut ActivationBuffer,
     ) {
+        self.quantize_by(rows, width, (norm, self.config().norm_eps), readers, activations);
+    }
+
+    /// [`quantize`](Self::quantize) with an epsilon of the norm's own.
+    pub(super) fn quantize_by(
+        &self,
+        rows: &[f32],
+        width: usize,
+        (norm, eps): (&[f32], f32),
+        readers: &[&Linear],
+        activations: &mut ActivationBuffer,
+    ) {
         // Whoever reads a list of rows reads these activations too, if at all.
         let listed = self.model.sparse.iter().filter(|_| self.n == 1).map(SparseFfn::rows);
         let writer = activations.writer(width, readers.iter().map(|linear| linear.kernel(self.n)).chain(listed));
-        let eps = self.config().norm_eps;
         self.each_token(&|token| {
             let row = &rows[token * width..(token + 1) * width];
             let quantize = |target: &mut [i8]| match norm {
@@ -272,7 +308,11 @@ impl Forward<'_> {
     }
 
     /// Integer sums of some projections of the same activations, shared by row tiles.
-    fn project<const P: usize>(&self, linears: [(&Linear, &mut Vec<i32>); P], activations: &ActivationBuffer) {
+    pub(super) fn project<const P: usize>(
+        &self,
+        linears: [(&Linear, &mut Vec<i32>); P],
+        activations: &ActivationBuffer,
+    ) {
         let jobs = linears.map(|(linear, sums)| (linear, OutRows::new(sums, linear.padded_rows())));
         let threads = self.team.threads();
         self.team.divide(&|part| {
@@ -297,13 +337,13 @@ impl Forward<'_> {
         });
     }
 
-    /// Attention of every query head of every token over the positions up to its own.
+    /// Attention of every query head of every token over the positions that its layer sees, up to its own.
     ///
     /// Work is shared query head by query head, ordered so that those of one token that read the same keys follow each
     /// other: they are done together, and a thread stays with few key-value heads.
-    fn attend(
+    pub(super) fn attend(
         &self,
-        layer: usize,
+        (index, layer): (usize, &Layer),
         parts: &[Part<'_>],
         places: &[Place],
         queries: &[f32],
@@ -322,10 +362,11 @@ impl Forward<'_> {
                 let at = (token * heads + kv_head * group + first) * head_dim;
                 let range = at..at + count * head_dim;
                 let Place { part: of, position } = places[token];
-                let cache = &parts[of].sequence.cache;
+                let (cache, end) = (&parts[of].sequence.cache, position + 1);
+                let seen = end.saturating_sub(layer.window)..end;
                 // SAFETY: every item, so every head of every token, is in one part of the work, and each has its scratch.
                 let (output, scratch) = unsafe { (shared.part(range.clone()), &mut scratch.part(part..part + 1)[0]) };
-                cache.attend(layer, kv_head, position + 1, &queries[range], output, scratch);
+                cache.attend(index, kv_head, seen, &queries[range], output, scratch);
                 items.start += count;
             }
         });

@@ -6,6 +6,7 @@
 //! padded to whole groups of sixteen.
 
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -209,8 +210,8 @@ impl KvCache {
         }
     }
 
-    /// Attention of `output.len() / head_dim` query heads that share the key-value head `head`, over the first
-    /// `positions` positions of a layer. `queries` and `output` are `[heads, head_dim]`.
+    /// Attention of `output.len() / head_dim` query heads that share the key-value head `head`, over `positions` of a
+    /// layer. `queries` and `output` are `[heads, head_dim]`.
     ///
     /// # Panics
     /// If there is no such layer or head, fewer positions have been stored, or `scratch` is for fewer heads.
@@ -218,7 +219,7 @@ impl KvCache {
         &self,
         layer: usize,
         head: usize,
-        positions: usize,
+        positions: Range<usize>,
         queries: &[f32],
         output: &mut [f32],
         scratch: &mut AttentionScratch,
@@ -226,7 +227,10 @@ impl KvCache {
         let head_dim = self.shape.head_dim;
         let scale = attention_scale(head_dim);
         let mut running = scratch.start(queries.len() / head_dim, self.shape.width());
-        let blocks = (0..positions.div_ceil(KEY_BLOCK)).map(|page| (page, KEY_BLOCK.min(positions - page * KEY_BLOCK)));
+        let blocks = (positions.start / KEY_BLOCK..positions.end.div_ceil(KEY_BLOCK)).map(|page| {
+            let start = page * KEY_BLOCK;
+            (page, positions.start.saturating_sub(start)..KEY_BLOCK.min(positions.end - start))
+        });
         match &self.pages {
             Pages::F16(layers) => {
                 for (page, positions) in blocks {
@@ -301,19 +305,19 @@ mod tests {
         cache
     }
 
-    fn expected(kind: KvType, head: usize, positions: usize, queries: &[f32]) -> Vec<f32> {
+    fn expected(kind: KvType, head: usize, seen: Range<usize>, queries: &[f32]) -> Vec<f32> {
         let rounded = |x: f32| match kind {
             KvType::F16 => widen::f16_to_f32(widen::f32_to_f16(x)),
             KvType::F32 => x,
         };
         let all = |of: usize| -> Vec<f32> {
-            let rows = (0..positions).map(|position| row(position, of));
+            let rows = (0..seen.end).map(|position| row(position, of));
             rows.flat_map(|row| row[head * HEAD_DIM..][..HEAD_DIM].to_vec()).map(rounded).collect()
         };
         let (keys, values) = (all(0), all(1));
-        let outputs =
-            queries.chunks_exact(HEAD_DIM).map(|q| attention::attention(q, &keys, &values, attention_scale(HEAD_DIM)));
-        outputs.flatten().collect()
+        let scale = attention_scale(HEAD_DIM);
+        let heads = queries.chunks_exact(HEAD_DIM);
+        heads.flat_map(|q| attention::attention_from(q, &keys, &values, seen.start, scale)).collect()
     }
 
     #[test]
@@ -322,11 +326,13 @@ mod tests {
         let mut scratch = AttentionScratch::new(3, HEAD_DIM);
         for kind in KvType::ALL {
             let cache = filled(kind, 200);
-            for positions in [1, 2, 15, 16, 17, 63, 64, 65, 128, 199, 200] {
+            let ends = [1, 2, 15, 16, 17, 63, 64, 65, 128, 199, 200];
+            let windows = [3..4, 10..70, 63..64, 64..65, 64..200, 130..199].into_iter();
+            for seen in ends.into_iter().map(|end| 0..end).chain(windows) {
                 for head in 0..HEADS {
                     let mut output = vec![0.0; queries.len()];
-                    cache.attend(1, head, positions, &queries, &mut output, &mut scratch);
-                    assert_eq!(output, expected(kind, head, positions, &queries), "{kind} head {head} of {positions}");
+                    cache.attend(1, head, seen.clone(), &queries, &mut output, &mut scratch);
+                    assert_eq!(output, expected(kind, head, seen.clone(), &queries), "{kind} head {head} of {seen:?}");
                 }
             }
         }

@@ -3,14 +3,15 @@
 //! It is what every [`Session`](super::Session) must equal bit for bit, so nothing clever may enter it: no threads, no
 //! chunks, no compiled kernels, no fast operations. It takes seconds per token on a model of billions of weights.
 
-use ternion_kernels_ref::attention::attention;
+use ternion_kernels_ref::attention::attention_from;
 use ternion_kernels_ref::gemm::bit_linear;
 use ternion_kernels_ref::norm::rms_norm;
-use ternion_kernels_ref::rope::{Rotation, inverse_frequencies};
+use ternion_kernels_ref::rope::Rotation;
 use ternion_kernels_ref::widen::{f16_to_f32, f32_to_f16};
 use ternion_kernels_ref::{QuantizedRow, TernaryMatrix, activation, lanes};
 
 use super::kv_cache::attention_scale;
+use super::low_rank::LowRank;
 use super::{KvType, ModelError};
 use crate::formats::{Activation, Checkpoint, FloatMatrix, LayerNorm, ModelConfig, Projection};
 
@@ -28,6 +29,8 @@ pub enum Precision {
 struct Linear {
     trits: TernaryMatrix,
     scale: f32,
+    bias: Vec<f32>,
+    adapters: Vec<LowRank>,
 }
 
 struct Layer {
@@ -61,7 +64,8 @@ impl Reference {
             for projection in Projection::ALL {
                 let tensor = checkpoint.projection(layer, projection)?;
                 let trits = tensor.to_matrix().map_err(|source| ModelError::Code { layer, projection, source })?;
-                projections.push(Linear { trits, scale: tensor.scale });
+                let bias = checkpoint.bias(layer, projection)?;
+                projections.push(Linear { trits, scale: tensor.scale, bias, adapters: Vec::new() });
             }
             layers.push(Layer { norms, projections });
         }
@@ -70,11 +74,22 @@ impl Reference {
         Ok(Self { embedding, head, final_norm: checkpoint.final_norm()?, layers, config })
     }
 
+    /// Adds to a projection what `addition` computes, after everything added before.
+    pub(crate) fn add_low_rank(&mut self, layer: usize, projection: Projection, addition: LowRank) {
+        self.layers[layer].projections[projection as usize].adapters.push(addition);
+    }
+
+    /// Sizes and constants.
+    #[must_use]
+    pub const fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
     /// An empty sequence.
     #[must_use]
     pub fn session(&self, kv: KvType, precision: Precision) -> ReferenceSession<'_> {
         let layers = self.layers.iter().map(|_| vec![Cached::default(); self.config.kv_heads]).collect();
-        let frequencies = inverse_frequencies(self.config.head_dim, self.config.rope_theta);
+        let frequencies = (0..self.config.layers).map(|layer| self.config.inverse_frequencies(layer)).collect();
         ReferenceSession { model: self, kv, precision, frequencies, layers, len: 0 }
     }
 }
@@ -91,7 +106,8 @@ pub struct ReferenceSession<'a> {
     model: &'a Reference,
     kv: KvType,
     precision: Precision,
-    frequencies: Vec<f32>,
+    /// One set per layer.
+    frequencies: Vec<Vec<f32>>,
     /// One per layer and key-value head.
     layers: Vec<Vec<Cached>>,
     len: usize,
@@ -103,23 +119,8 @@ impl ReferenceSession<'_> {
     /// # Errors
     /// If the context is full or the model does not have the token.
     pub fn step(&mut self, token: u32) -> Result<Vec<f32>, ModelError> {
-        let Reference { config, embedding, head, final_norm, layers } = self.model;
-        if self.len == config.context {
-            return Err(ModelError::PromptTooLong { tokens: 1, used: self.len, context: config.context });
-        }
-        if token as usize >= config.vocabulary {
-            return Err(ModelError::NoSuchToken { token, vocabulary: config.vocabulary });
-        }
-        let mut x = vec![0.0; config.hidden];
-        embedding.widen_row(token as usize, &mut x);
-        for (index, layer) in layers.iter().enumerate() {
-            let attention = self.attention(index, layer, &self.norm(layer, LayerNorm::Input, &x));
-            add(&mut x, &attention);
-            let feed_forward = self.feed_forward(layer, &self.norm(layer, LayerNorm::PostAttention, &x));
-            add(&mut x, &feed_forward);
-        }
-        self.len += 1;
-        let x = rms_norm(&x, final_norm, config.norm_eps);
+        let x = self.hidden(token)?;
+        let Reference { config, head, .. } = self.model;
         let mut row = vec![0.0; config.hidden];
         let logits = (0..config.vocabulary).map(|token| {
             head.widen_row(token, &mut row);
@@ -128,13 +129,42 @@ impl ReferenceSession<'_> {
         Ok(logits.collect())
     }
 
+    /// Reads one token; returns the last norm's output.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn hidden(&mut self, token: u32) -> Result<Vec<f32>, ModelError> {
+        let Reference { config, embedding, final_norm, layers, .. } = self.model;
+        if self.len == config.context {
+            return Err(ModelError::PromptTooLong { tokens: 1, used: self.len, context: config.context });
+        }
+        if token as usize >= config.vocabulary {
+            return Err(ModelError::NoSuchToken { token, vocabulary: config.vocabulary });
+        }
+        let mut x = vec![0.0; config.hidden];
+        embedding.widen_row(token as usize, &mut x);
+        x.iter_mut().for_each(|x| *x *= config.embedding_scale);
+        for (index, layer) in layers.iter().enumerate() {
+            let attention = self.attention(index, layer, &self.norm(layer, LayerNorm::Input, &x));
+            add(&mut x, &self.norm(layer, LayerNorm::AttentionResult, &attention));
+            let feed_forward = self.feed_forward(layer, &self.norm(layer, LayerNorm::PostAttention, &x));
+            add(&mut x, &self.norm(layer, LayerNorm::FfnResult, &feed_forward));
+        }
+        self.len += 1;
+        Ok(rms_norm(&x, final_norm, config.norm_eps))
+    }
+
     fn attention(&mut self, index: usize, layer: &Layer, x: &[f32]) -> Vec<f32> {
         let ModelConfig { heads, kv_heads, head_dim, .. } = self.model.config;
         let [mut queries, mut keys, values] =
             [Projection::Query, Projection::Key, Projection::Value].map(|p| self.project(layer, p, x));
-        let rotation = Rotation::at(self.len, &self.frequencies);
-        queries.chunks_exact_mut(head_dim).for_each(|head| rotation.apply(head));
-        keys.chunks_exact_mut(head_dim).for_each(|head| rotation.apply(head));
+        let rotation = Rotation::at(self.len, &self.frequencies[index]);
+        for (heads, norm) in [(&mut queries, LayerNorm::QueryHead), (&mut keys, LayerNorm::KeyHead)] {
+            for head in heads.chunks_exact_mut(head_dim) {
+                head.copy_from_slice(&self.norm(layer, norm, head));
+                rotation.apply(head);
+            }
+        }
 
         let cached = |x: &f32| match self.kv {
             KvType::F16 => f16_to_f32(f32_to_f16(*x)),
@@ -145,10 +175,12 @@ impl ReferenceSession<'_> {
             cache.keys.extend(key.iter().map(cached));
             cache.values.extend(value.iter().map(cached));
         }
+        let seen = self.model.config.window(index).unwrap_or(usize::MAX);
+        let first = (self.len + 1).saturating_sub(seen);
         let mut output = Vec::with_capacity(heads * head_dim);
         for (head, query) in queries.chunks_exact(head_dim).enumerate() {
             let cache = &self.layers[index][head / (heads / kv_heads)];
-            output.extend(attention(query, &cache.keys, &cache.values, attention_scale(head_dim)));
+            output.extend(attention_from(query, &cache.keys, &cache.values, first, attention_scale(head_dim)));
         }
         self.project(layer, Projection::Output, &self.norm(layer, LayerNorm::AttentionSub, &output))
     }
@@ -173,15 +205,22 @@ impl ReferenceSession<'_> {
     }
 
     fn project(&self, layer: &Layer, projection: Projection, x: &[f32]) -> Vec<f32> {
-        let Linear { trits, scale } = &layer.projections[projection as usize];
-        match self.precision {
-            Precision::Int8 => bit_linear(trits.view(), *scale, &QuantizedRow::new(x)),
+        let Linear { trits, scale, bias, adapters } = &layer.projections[projection as usize];
+        let normed = match &layer.norms[LayerNorm::Projection(projection).index()][..] {
+            [] => x.to_vec(),
+            weights => rms_norm(x, weights, self.model.config.projection_norm_eps.unwrap_or_default()),
+        };
+        let mut y: Vec<f32> = match self.precision {
+            Precision::Int8 => bit_linear(trits.view(), *scale, &QuantizedRow::new(&normed)),
             Precision::Float => {
                 let (view, k) = (trits.view(), trits.view().k());
                 let row = |row| (0..k).map(|column| f32::from(view.code(row, column)) - 1.0).collect::<Vec<f32>>();
-                (0..view.m()).map(|m| lanes::dot(&row(m), x) * scale).collect()
+                (0..view.m()).map(|m| lanes::dot(&row(m), &normed) * scale).collect()
             }
-        }
+        };
+        y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+        adapters.iter().for_each(|adapter| adapter.add(x, &mut y));
+        y
     }
 }
 

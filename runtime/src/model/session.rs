@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Batch, Candidate, HeadScratch, KvType, Model, ModelError, Part, Query, Sequence, Wanted};
+use super::{Batch, Candidate, HeadScratch, KvType, Model, ModelError, Observer, Part, Query, Sequence, Wanted};
 use crate::team::Team;
 
 /// Tokens of a prompt that go through the layers together, unless asked otherwise: enough to share the reading of
@@ -76,18 +76,49 @@ impl Session {
     /// # Errors
     /// As [`read`](Self::read).
     pub fn prefill_all(&mut self, tokens: &[u32], visit: &mut dyn FnMut(usize, &[f32])) -> Result<(), ModelError> {
+        self.prefill_observed(tokens, visit, &mut None)
+    }
+
+    /// As [`prefill_all`](Self::prefill_all), while `observer`, if there is one, watches the layers. The logits are the
+    /// same bits; they take longer.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn prefill_observed(
+        &mut self,
+        tokens: &[u32],
+        visit: &mut dyn FnMut(usize, &[f32]),
+        observer: &mut Option<&mut dyn Observer>,
+    ) -> Result<(), ModelError> {
         let vocabulary = self.batch.model().config().vocabulary;
         self.sequence.check(tokens, vocabulary)?;
         let mut logits = vec![0.0; self.batch.capacity().min(tokens.len()) * vocabulary];
         for tokens in tokens.chunks(self.batch.capacity()) {
             let start = self.sequence.tokens().len();
-            self.batch.forward(&mut [Part { sequence: &mut self.sequence, tokens }])?;
+            self.batch.forward_observed(&mut [Part { sequence: &mut self.sequence, tokens }], observer)?;
             let logits = &mut logits[..tokens.len() * vocabulary];
             let (model, team) = (Arc::clone(self.batch.model()), Arc::clone(self.batch.team()));
             model.head().logits(&team, self.batch.states(0..tokens.len()), logits);
             for (i, logits) in logits.chunks_exact(vocabulary).enumerate() {
                 visit(start + i, logits);
             }
+        }
+        Ok(())
+    }
+
+    /// Reads more tokens without any logits; `visit` sees the final norm's output, `[hidden]`, after every token, with
+    /// the token's position. It is what embeddings are made of.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn prefill_hidden(&mut self, tokens: &[u32], visit: &mut dyn FnMut(usize, &[f32])) -> Result<(), ModelError> {
+        let hidden = self.batch.model().config().hidden;
+        self.sequence.check(tokens, self.batch.model().config().vocabulary)?;
+        for tokens in tokens.chunks(self.batch.capacity()) {
+            let start = self.sequence.tokens().len();
+            self.batch.forward(&mut [Part { sequence: &mut self.sequence, tokens }])?;
+            let states = self.batch.states(0..tokens.len()).chunks_exact(hidden);
+            states.enumerate().for_each(|(i, state)| visit(start + i, state));
         }
         Ok(())
     }

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use ternion_compiler::Cpu;
 use ternion_kernels_ref::PackedMatrix;
-use ternion_kernels_ref::rope::inverse_frequencies;
 use ternion_tuner::Workers;
 
 use super::kernels::{Kernels, compile_all};
+use super::low_rank::LowRank;
 use super::sparse::SparseFfn;
 use super::{Head, KernelChoice, ModelError};
 use crate::formats::{Bytes, Checkpoint, FloatMatrix, LayerNorm, ModelConfig, Projection, TernaryTensor};
@@ -67,7 +67,18 @@ pub(super) struct Linear {
     pub(super) m: usize,
     pub(super) scale: f32,
     pub(super) kernels: Kernels,
+    /// `[m]`, or empty if the model has no such bias.
+    pub(super) bias: Vec<f32>,
+    /// In the order in which they are added.
+    pub(super) adapters: Vec<LowRank>,
     place: Place,
+}
+
+impl Linear {
+    /// Length of a row.
+    pub(super) fn k(&self) -> usize {
+        self.kernels.one.spec().k
+    }
 }
 
 /// The weights of one layer.
@@ -75,6 +86,10 @@ pub(super) struct Linear {
 pub(super) struct Layer {
     norms: [Vec<f32>; LayerNorm::ALL.len()],
     projections: Vec<Linear>,
+    /// Which of the model's sets of frequencies turn its heads.
+    pub(super) rope: usize,
+    /// Number of positions that a query sees, its own included.
+    pub(super) window: usize,
 }
 
 impl Layer {
@@ -98,7 +113,10 @@ pub struct Model {
     pub(super) layers: Vec<Layer>,
     /// The feed-forward's matrices once more, for activations that make zeros.
     pub(super) sparse: Option<SparseFfn>,
-    pub(super) inverse_frequencies: Vec<f32>,
+    /// Rotary frequencies, `[sets][head_dim / 2]`.
+    pub(super) frequencies: Vec<Vec<f32>>,
+    /// Whether all layers are ternary products, sub-norms and an activation function, and nothing else.
+    plain: bool,
     packed: PageBuffer,
     report: LoadReport,
 }
@@ -131,8 +149,12 @@ impl Model {
         let final_norm = checkpoint.final_norm()?;
         check_elements("final norm", final_norm.len(), config.hidden)?;
         let rows = head.rows * head.columns;
-        let head = Head::new(head, workers).map_err(|source| ModelError::Memory { bytes: rows, source })?;
+        // An embedding model's head is only there because its embedding is.
+        let head =
+            if config.pooling.is_some() { Head::with_screen(head, false, workers) } else { Head::new(head, workers) };
+        let head = head.map_err(|source| ModelError::Memory { bytes: rows, source })?;
         let (packed, mut linears) = pack_all(checkpoint, &kernels, workers, progress)?;
+        let mut frequencies: Vec<Vec<f32>> = Vec::new();
         let mut layers = Vec::with_capacity(config.layers);
         for layer in 0..config.layers {
             let mut norms = LayerNorm::ALL.map(|_| Vec::new());
@@ -141,7 +163,12 @@ impl Model {
                 check_elements("layer norm", weights.len(), norm.width(&config))?;
             }
             let projections = linears.by_ref().take(Projection::ALL.len()).collect();
-            layers.push(Layer { norms, projections });
+            let turned_by = config.inverse_frequencies(layer);
+            let rope = frequencies.iter().position(|known| *known == turned_by).unwrap_or(frequencies.len());
+            if rope == frequencies.len() {
+                frequencies.push(turned_by);
+            }
+            layers.push(Layer { norms, projections, rope, window: config.window(layer).unwrap_or(usize::MAX) });
         }
         let mut report = LoadReport { compile, weights: start.elapsed(), ..LoadReport::default() };
         report.screen_bytes = head.screen_bytes();
@@ -158,8 +185,22 @@ impl Model {
         let sparse = SparseFfn::load(checkpoint, cpu, workers)?;
         report.record_bytes = sparse.as_ref().map_or(0, SparseFfn::bytes);
         report.weights = start.elapsed();
-        let inverse_frequencies = inverse_frequencies(config.head_dim, config.rope_theta);
-        Ok(Self { config, embedding, head, final_norm, layers, sparse, inverse_frequencies, packed, report })
+        let plain = !config.qk_norm
+            && !config.post_norms
+            && config.projection_norm_eps.is_none()
+            && layers.iter().flat_map(|layer| &layer.projections).all(|linear| linear.bias.is_empty());
+        Ok(Self { config, embedding, head, final_norm, layers, sparse, frequencies, plain, packed, report })
+    }
+
+    /// Adds to a projection what `addition` computes, after everything added before.
+    pub(crate) fn add_low_rank(&mut self, layer: usize, projection: Projection, addition: LowRank) {
+        self.layers[layer].projections[projection as usize].adapters.push(addition);
+        self.plain = false;
+    }
+
+    /// Whether every layer can take the fused path.
+    pub(super) const fn is_plain(&self) -> bool {
+        self.plain
     }
 
     /// Sizes and constants.
@@ -275,7 +316,11 @@ fn load(checkpoint: &Checkpoint, plan: &Plan<'_>, room: &mut [u8]) -> Result<Lin
         repack(&tensor, kernels, room);
         Place::Buffer(plan.room.clone())
     };
-    Ok(Linear { m, scale: tensor.scale, kernels: (*kernels).clone(), place })
+    let bias = checkpoint.bias(layer, projection)?;
+    if projection.has_bias(checkpoint.config()) {
+        check_elements("bias", bias.len(), m)?;
+    }
+    Ok(Linear { m, scale: tensor.scale, kernels: (*kernels).clone(), bias, adapters: Vec::new(), place })
 }
 
 /// Brings a tensor into the layout of its kernels.

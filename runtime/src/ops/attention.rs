@@ -4,6 +4,8 @@
 //! positions are sixteen lanes and no sum is horizontal. Values lie `[KEY_BLOCK, width]` with `width` the head dimension
 //! padded to whole groups of lanes. Blocks are merged into a [`Running`] result in order of position.
 
+use std::ops::Range;
+
 use ternion_kernels_ref::attention::KEY_BLOCK;
 use ternion_kernels_ref::lanes::LANES;
 use ternion_kernels_ref::math;
@@ -55,6 +57,8 @@ impl Cached for f32 {
 struct Block<'a, E> {
     keys: &'a [[E; LANES]],
     values: &'a [[E; LANES]],
+    /// Positions before it, which a sliding window has left behind, are not seen.
+    first: usize,
     positions: usize,
     scale: f32,
 }
@@ -86,22 +90,28 @@ impl<E: Cached> Block<'_, E> {
         scores
     }
 
-    /// Turns scores into weights `e^(score − max)`, 0 past the end; returns the maximum and the sum of the weights.
+    /// Turns scores into weights `e^(score − max)`, 0 for what is not seen; returns the maximum and the sum of the
+    /// weights.
     #[inline(always)]
     fn weigh(&self, scores: &mut [Lanes; VECTORS]) -> (f32, f32) {
-        let end = |vector: usize| self.positions.saturating_sub(vector * LANES);
+        let within = |vector: usize| {
+            let lane = |position: usize| position.saturating_sub(vector * LANES);
+            lane(self.first)..lane(self.positions)
+        };
         let mut max = Lanes::splat(f32::NEG_INFINITY);
         for (vector, scores) in scores.iter().enumerate() {
+            let seen = within(vector);
             for (lane, (max, score)) in max.0.iter_mut().zip(scores.0).enumerate() {
-                *max = if lane < end(vector) && score > *max { score } else { *max };
+                *max = if seen.contains(&lane) && score > *max { score } else { *max };
             }
         }
         let max = max.0.into_iter().fold(f32::NEG_INFINITY, f32::max);
         let mut sum = Lanes::ZERO;
         for (vector, scores) in scores.iter_mut().enumerate() {
+            let seen = within(vector);
             for (lane, (sum, score)) in sum.0.iter_mut().zip(&mut scores.0).enumerate() {
                 let weight = math::exp(*score - max);
-                *score = if lane < end(vector) { weight } else { 0.0 };
+                *score = if seen.contains(&lane) { weight } else { 0.0 };
                 *sum += *score;
             }
         }
@@ -146,7 +156,7 @@ impl<E: Cached> Block<'_, E> {
         (group, width): (usize, usize),
     ) {
         let mut sums = [[Lanes::ZERO; D]; G];
-        for (position, values) in self.values.chunks_exact(width).enumerate().take(self.positions) {
+        for (position, values) in self.values.chunks_exact(width).enumerate().take(self.positions).skip(self.first) {
             let values: [Lanes; D] = std::array::from_fn(|d| E::widen(&values[group + d]));
             for (sums, weights) in sums.iter_mut().zip(weights) {
                 let weight = Lanes::splat(weights[position / LANES].0[position % LANES]);
@@ -166,10 +176,17 @@ impl<E: Cached> Block<'_, E> {
 }
 
 #[inline(always)]
-fn attend<E: Cached>(queries: &[f32], keys: &[E], values: &[E], positions: usize, scale: f32, running: Running<'_>) {
+fn attend<E: Cached>(
+    queries: &[f32],
+    keys: &[E],
+    values: &[E],
+    positions: Range<usize>,
+    scale: f32,
+    running: Running<'_>,
+) {
     let heads = running.max.len();
     assert!(heads > 0 && running.sum.len() == heads, "attend: a maximum and a sum per head");
-    assert!((1..=KEY_BLOCK).contains(&positions), "attend: positions of one block");
+    assert!(!positions.is_empty() && positions.end <= KEY_BLOCK, "attend: positions of one block");
     let (head_dim, width) = (queries.len() / heads, running.values.len() / heads);
     assert!(head_dim > 0 && head_dim * heads == queries.len(), "attend: queries of equal length");
     assert_eq!(keys.len(), head_dim * KEY_BLOCK, "attend: keys of one block");
@@ -177,7 +194,7 @@ fn attend<E: Cached>(queries: &[f32], keys: &[E], values: &[E], positions: usize
     assert_eq!(values.len(), width * KEY_BLOCK, "attend: values of one block");
 
     let (keys, values) = (keys.as_chunks().0, values.as_chunks().0);
-    let block = Block { keys, values, positions, scale };
+    let block = Block { keys, values, first: positions.start, positions: positions.end, scale };
     let mut done = 0;
     while done < heads {
         let query = |g: usize| &queries[(done + g) * head_dim..][..head_dim];
@@ -198,12 +215,26 @@ fn attend<E: Cached>(queries: &[f32], keys: &[E], values: &[E], positions: usize
 }
 
 #[inline(always)]
-fn attend_f16_body(queries: &[f32], keys: &[u16], values: &[u16], positions: usize, scale: f32, running: Running<'_>) {
+fn attend_f16_body(
+    queries: &[f32],
+    keys: &[u16],
+    values: &[u16],
+    positions: Range<usize>,
+    scale: f32,
+    running: Running<'_>,
+) {
     attend(queries, keys, values, positions, scale, running);
 }
 
 #[inline(always)]
-fn attend_f32_body(queries: &[f32], keys: &[f32], values: &[f32], positions: usize, scale: f32, running: Running<'_>) {
+fn attend_f32_body(
+    queries: &[f32],
+    keys: &[f32],
+    values: &[f32],
+    positions: Range<usize>,
+    scale: f32,
+    running: Running<'_>,
+) {
     attend(queries, keys, values, positions, scale, running);
 }
 
@@ -216,13 +247,13 @@ fn finish_body(sum: f32, values: &[f32], target: &mut [f32]) {
 }
 
 for_every_level! {
-    /// Merges the next block of at most [`KEY_BLOCK`] positions, cached as halves, into `running`. `queries` is
-    /// `[heads, head_dim]`, all reading the same key-value head.
+    /// Merges the next block of at most [`KEY_BLOCK`] positions, cached as halves, into `running`: those in `positions`,
+    /// the others are not seen. `queries` is `[heads, head_dim]`, all reading the same key-value head.
     ///
     /// # Panics
     /// If the lengths do not fit each other.
     pub fn attend_block_f16(
-        queries: &[f32], keys: &[u16], values: &[u16], positions: usize, scale: f32, running: Running<'_>
+        queries: &[f32], keys: &[u16], values: &[u16], positions: Range<usize>, scale: f32, running: Running<'_>
     ) = attend_f16_body;
 
     /// As [`attend_block_f16`], cached as `f32`.
@@ -230,7 +261,7 @@ for_every_level! {
     /// # Panics
     /// If the lengths do not fit each other.
     pub fn attend_block_f32(
-        queries: &[f32], keys: &[f32], values: &[f32], positions: usize, scale: f32, running: Running<'_>
+        queries: &[f32], keys: &[f32], values: &[f32], positions: Range<usize>, scale: f32, running: Running<'_>
     ) = attend_f32_body;
 
     /// The output of one head: its weighted values over the sum of its exponentials.
@@ -247,7 +278,7 @@ mod tests {
     use proptest::prelude::*;
     use ternion_kernels_ref::{attention, widen};
 
-    type Attend<E> = fn(&[f32], &[E], &[E], usize, f32, Running<'_>);
+    type Attend<E> = fn(&[f32], &[E], &[E], Range<usize>, f32, Running<'_>);
     type Finish = fn(f32, &[f32], &mut [f32]);
     type Level = (Attend<u16>, Attend<f32>, Finish);
 
@@ -273,16 +304,18 @@ mod tests {
         queries: &[f32],
         heads: usize,
         rows: &[&[E]],
+        first: usize,
         nan: E,
     ) -> Vec<f32> {
         let head_dim = queries.len() / heads;
         let width = head_dim.next_multiple_of(LANES);
         let (mut max, mut sum) = (vec![f32::NEG_INFINITY; heads], vec![0.0; heads]);
         let mut values = vec![0.0; heads * width];
-        for rows in rows.chunks(KEY_BLOCK) {
+        for (block, rows) in rows.chunks(KEY_BLOCK).enumerate().skip(first / KEY_BLOCK) {
             let (keys, cached_values) = cached(rows, head_dim, nan);
             let running = Running { max: &mut max, sum: &mut sum, values: &mut values };
-            attend(queries, &keys, &cached_values, rows.len(), 0.37, running);
+            let seen = first.saturating_sub(block * KEY_BLOCK)..rows.len();
+            attend(queries, &keys, &cached_values, seen, 0.37, running);
         }
         let mut output = vec![0.0; heads * head_dim];
         for (h, output) in output.chunks_exact_mut(head_dim).enumerate() {
@@ -296,11 +329,12 @@ mod tests {
 
         #[test]
         fn heads_attend_as_in_the_reference_in_both_cache_types(
-            (head_dim, heads, queries, cache) in (1usize..20, 1usize..8, 1usize..200)
+            (head_dim, heads, queries, cache, first) in (1usize..20, 1usize..8, 1usize..200)
                 .prop_flat_map(|(half, heads, positions)| {
                     let head_dim = 2 * half;
                     let queries = floats_within(heads * head_dim, 4.0);
-                    (Just(head_dim), Just(heads), queries, floats_within(positions * 2 * head_dim, 4.0))
+                    let first = prop_oneof![Just(0), 0..positions];
+                    (Just(head_dim), Just(heads), queries, floats_within(positions * 2 * head_dim, 4.0), first)
                 })
         ) {
             let halves: Vec<u16> = cache.iter().map(|x| widen::f32_to_f16(*x)).collect();
@@ -310,13 +344,14 @@ mod tests {
                     cache.chunks_exact(2 * head_dim).flat_map(|row| &row[from..from + head_dim]).copied().collect()
                 };
                 let (keys, values) = (half(0), half(head_dim));
-                queries.chunks_exact(head_dim).flat_map(|q| attention::attention(q, &keys, &values, 0.37)).collect()
+                let heads = queries.chunks_exact(head_dim);
+                heads.flat_map(|q| attention::attention_from(q, &keys, &values, first, 0.37)).collect()
             };
             for (attend_f16, attend_f32, finish) in LEVELS {
                 let rows: Vec<&[u16]> = halves.chunks_exact(2 * head_dim).collect();
-                assert_same_bits(&run(attend_f16, finish, &queries, heads, &rows, 0x7e00), &expected(&rounded));
+                assert_same_bits(&run(attend_f16, finish, &queries, heads, &rows, first, 0x7e00), &expected(&rounded));
                 let rows: Vec<&[f32]> = cache.chunks_exact(2 * head_dim).collect();
-                assert_same_bits(&run(attend_f32, finish, &queries, heads, &rows, f32::NAN), &expected(&cache));
+                assert_same_bits(&run(attend_f32, finish, &queries, heads, &rows, first, f32::NAN), &expected(&cache));
             }
         }
     }

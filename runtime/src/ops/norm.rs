@@ -38,6 +38,15 @@ fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, target: &mut [f32]) {
     }
 }
 
+#[inline(always)]
+fn rms_norm_in_place_body(x: &mut [f32], weight: &[f32], eps: f32) {
+    assert_eq!(x.len(), weight.len(), "rms_norm_in_place: one weight per element");
+    let r = inverse_rms(square_sum(x), x.len(), eps);
+    for (x, weight) in x.iter_mut().zip(weight) {
+        *x = (*x * r) * weight;
+    }
+}
+
 /// The largest `|x|`, 0 if there is none. NaN compares as false and so takes no part.
 #[inline(always)]
 fn absolute_max(chunks: impl Iterator<Item = Lanes>, tail: impl Iterator<Item = f32>) -> f32 {
@@ -97,6 +106,12 @@ for_every_level! {
     /// # Panics
     /// If the lengths differ.
     pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, target: &mut [f32]) = rms_norm_body;
+
+    /// [`rms_norm`] of a vector into itself.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) = rms_norm_in_place_body;
 
     /// Quantises one token's activations, as [`ternion_kernels_ref::QuantizedRow::new`].
     ///

@@ -40,6 +40,23 @@ fn gated_by(activation: impl Fn(f32) -> f32, gate: Sums<'_>, up: Sums<'_>, targe
     }
 }
 
+#[inline(always)]
+fn gated_floats_body(activation: Activation, gate: &[f32], up: &[f32], target: &mut [f32]) {
+    match activation {
+        Activation::Relu2 => gated_floats_by(relu2, gate, up, target),
+        Activation::Silu => gated_floats_by(silu, gate, up, target),
+        Activation::GeluTanh => gated_floats_by(gelu_tanh, gate, up, target),
+    }
+}
+
+#[inline(always)]
+fn gated_floats_by(activation: impl Fn(f32) -> f32, gate: &[f32], up: &[f32], target: &mut [f32]) {
+    assert!(gate.len() == target.len() && up.len() == target.len(), "gated_floats: equal lengths");
+    for ((target, gate), up) in target.iter_mut().zip(gate).zip(up) {
+        *target = activation(*gate) * up;
+    }
+}
+
 for_every_level! {
     /// `target[i] = sums[i] · step`, as [`ternion_kernels_ref::gemm::bit_linear`]; `step` is the matrix's scale by q.
     ///
@@ -58,6 +75,12 @@ for_every_level! {
     /// # Panics
     /// If the lengths differ.
     pub fn gated(activation: Activation, gate: Sums<'_>, up: Sums<'_>, target: &mut [f32]) = gated_body;
+
+    /// `target[i] = activation(gate[i]) · up[i]`.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn gated_floats(activation: Activation, gate: &[f32], up: &[f32], target: &mut [f32]) = gated_floats_body;
 }
 
 #[cfg(test)]
@@ -99,6 +122,13 @@ mod tests {
                 for gated in [gated as Gated, gated_body] {
                     let mut target = vec![0.0; sums.len()];
                     gated(kind, (&sums, steps[0]), (&up, steps[1]), &mut target);
+                    assert_same_bits(&target, &expected);
+                }
+                let floats = |sums: &[i32], step: f32| sums.iter().map(|sum| *sum as f32 * step).collect::<Vec<_>>();
+                let (gate, up) = (floats(&sums, steps[0]), floats(&up, steps[1]));
+                for gated in [gated_floats as fn(Activation, &[f32], &[f32], &mut [f32]), gated_floats_body] {
+                    let mut target = vec![0.0; sums.len()];
+                    gated(kind, &gate, &up, &mut target);
                     assert_same_bits(&target, &expected);
                 }
             }
