@@ -10,7 +10,7 @@ pub mod activations;
 mod candidates;
 pub mod check;
 pub mod compile;
-mod emit;
+pub mod emit;
 pub mod harness;
 pub mod kernel;
 pub mod layout;
@@ -18,16 +18,18 @@ pub mod listed;
 pub mod machine;
 pub mod object;
 pub mod schedule;
+mod space;
 pub mod spec;
 pub mod target;
 
 pub use activations::ActivationFormat;
 pub use compile::{CompileError, asm_text, clif_text, compile, compile_each};
+pub use emit::Family;
 pub use kernel::{Activations, Kernel, OutRows};
 pub use layout::Layout;
 pub use listed::RecordList;
 pub use object::object;
-pub use schedule::{Family, MachineKind, Multiply, Schedule, ScheduleError};
+pub use schedule::{MachineKind, Multiply, Schedule, ScheduleError};
 pub use spec::{Columns, KernelSpec};
 pub use target::{Arch, Cpu, Feature};
 
