@@ -7,12 +7,15 @@ mod doctor;
 mod embed;
 mod embedded;
 mod eval;
+mod export;
 mod interrupt;
 mod model;
 mod output;
 mod plot;
 mod prepare;
+mod pull;
 mod run;
+mod synth;
 mod terminal;
 mod verify;
 
@@ -75,6 +78,9 @@ fn execute(command: &Command) -> Result<ExitCode> {
         Command::Prepare(options) => prepare::prepare(options),
         Command::Eval(options) => eval::eval(options),
         Command::Embed(options) => embed::embed(options),
+        Command::Pull(options) => pull::pull(options),
+        Command::Export(options) => export::export(options),
+        Command::Synth(options) => synth::synth(options),
         Command::Verify(options) => verify::verify(options),
         Command::Doctor(options) => doctor::doctor(options).map(|()| ExitCode::SUCCESS),
     }

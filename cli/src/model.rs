@@ -13,9 +13,9 @@ use ternion_runtime::model::{KernelChoice, Model, problems};
 use ternion_runtime::team::{Team, available_threads};
 use ternion_tuner::{Budget, CacheDir, Choice, Choices, Phase, Problem, Progress, choose};
 
-use crate::arguments::{ForcedKernel, LoraOption, ModelOptions};
-use crate::embedded;
+use crate::arguments::{ForcedKernel, LoraOption, ModelOptions, ReadOptions};
 use crate::terminal::{Bar, note};
+use crate::{embedded, pull};
 
 /// A model that is ready to run, and how long that took.
 pub(crate) struct Ready {
@@ -41,9 +41,16 @@ pub(crate) struct ReadyTimes {
 /// Opens the model at `path`, or the embedded one.
 ///
 /// What had to be guessed or corrected while reading it is said once.
-pub(crate) fn open(path: Option<&Path>) -> Result<Checkpoint> {
+pub(crate) fn open(path: Option<&Path>, read: &ReadOptions) -> Result<Checkpoint> {
+    let options = read.into();
     let checkpoint = match path {
-        Some(path) => Checkpoint::open(path)?,
+        Some(path) if pull::may_be_a_name(path) && !path.exists() => match pull::pulled(path) {
+            Some(pulled) => Checkpoint::open_with(&pulled, &options)?,
+            None => {
+                bail!("{0}: no such file, and no model of this name has been pulled: ternion pull {0}", path.display())
+            }
+        },
+        Some(path) => Checkpoint::open_with(path, &options)?,
         None => embedded::open()?,
     };
     checkpoint.notes().iter().for_each(|line| note(&format!("note: {line}")));
@@ -99,7 +106,7 @@ pub(crate) fn ready_to_generate(options: &ModelOptions) -> Result<Ready> {
 /// Opens and loads the model that `options` name.
 pub(crate) fn ready(options: &ModelOptions) -> Result<Ready> {
     let start = Instant::now();
-    let checkpoint = open(options.model.as_deref())?;
+    let checkpoint = open(options.model.as_deref(), &options.read)?;
     let (cpu, team) = (cpu()?, team(options.threads.threads)?);
     let mut times = ReadyTimes { load: start.elapsed(), ..ReadyTimes::default() };
     let kernels = match options.kernel {

@@ -1,6 +1,5 @@
 //! `ternion prepare` and `ternion setup`: one file that holds a model, in the order that this machine likes best.
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -9,22 +8,39 @@ use ternion_compiler::Layout;
 use ternion_runtime::formats::{Checkpoint, Projection, tern};
 use ternion_tuner::{Budget, Choices, Source, Workers};
 
+use crate::UsageError;
 use crate::arguments::{Prepare, Setup, Threads, TuningBudget};
+use crate::export::with_bar;
 use crate::model::{cpu, open, schedules, team};
-use crate::terminal::{Bar, bytes, note, time};
-use crate::{UsageError, interrupt};
+use crate::output::print;
+use crate::terminal::{bytes, note, time};
 
 pub(crate) fn prepare(options: &Prepare) -> Result<ExitCode> {
-    let checkpoint = open(Some(&options.source))?;
-    refuse_own_source(&options.source, &options.output)?;
+    let checkpoint = open(Some(&options.source), &options.read)?;
+    let output = options.output.as_deref();
+    output.map_or(Ok(()), |output| refuse_own_source(&options.source, output))?;
     let choices =
         if options.for_this_machine { Some(tune(&checkpoint, &options.threads, &options.budget)?) } else { None };
-    write(&checkpoint, &options.output, choices.as_ref())?;
+    match output.filter(|_| !options.dry_run) {
+        Some(output) => write(&checkpoint, output, choices.as_ref())?,
+        None => {
+            let planned = tern::planned_bytes(&checkpoint, &layout_of(choices.as_ref()))?;
+            let config = checkpoint.config();
+            print(&format!(
+                "{}: {}, {} layers, {} ternary matrices: a file of {}\n",
+                options.source.display(),
+                config.architecture,
+                config.layers,
+                config.layers * Projection::ALL.len(),
+                bytes(planned)
+            ))?;
+        }
+    }
     Ok(ExitCode::SUCCESS)
 }
 
 pub(crate) fn setup(options: &Setup) -> Result<ExitCode> {
-    let checkpoint = open(options.model.as_deref())?;
+    let checkpoint = open(options.model.as_deref(), &options.read)?;
     let output = match (&options.model, &options.output) {
         (None, _) => None,
         (Some(_), Some(output)) => Some(output.clone()),
@@ -85,17 +101,17 @@ fn tune(checkpoint: &Checkpoint, threads: &Threads, budget: &TuningBudget) -> Re
     Ok(choices)
 }
 
+/// The layouts of `choices`, or plain.
+fn layout_of(choices: Option<&Choices>) -> impl Fn(usize, Projection, usize, usize) -> Layout {
+    move |_, _, m, k| {
+        choices.and_then(|choices| choices.get(m, k)).map_or(Layout::Canonical, |choice| choice.one.layout)
+    }
+}
+
 /// Writes the prepared file with the layouts of `choices`, or plain.
 fn write(checkpoint: &Checkpoint, output: &Path, choices: Option<&Choices>) -> Result<()> {
-    let layout = |_: usize, _: Projection, m: usize, k: usize| {
-        choices.and_then(|choices| choices.get(m, k)).map_or(Layout::Canonical, |choice| choice.one.layout)
-    };
-    let mut bar = None;
-    let summary = tern::write(checkpoint, output, &layout, &mut |done, total| {
-        bar.get_or_insert_with(|| Bar::bytes("writing", total)).set(done);
-        if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
-    drop(bar);
+    let layout = layout_of(choices);
+    let summary = with_bar(|progress| tern::write(checkpoint, output, &layout, progress))?;
     note(&format!(
         "wrote {} ({}, {} ternary matrices, digest {:016x})",
         output.display(),
