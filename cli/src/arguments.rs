@@ -9,6 +9,10 @@ use clap::{Args, Parser, Subcommand};
 use ternion_compiler::{Family, Schedule};
 use ternion_runtime::model::KvType;
 
+use crate::bench::Bench;
+use crate::purpose::Purpose;
+use crate::tune::Tune;
+
 /// Runs 1-bit language models on CPUs, with kernels compiled for exactly this machine and this model.
 #[derive(Debug, Parser)]
 #[command(name = "ternion", version, propagate_version = true, disable_help_subcommand = true)]
@@ -27,6 +31,13 @@ pub(crate) enum Command {
     Prepare(Prepare),
     /// Prove that kernels, threads and prompt chunks do not change a single bit of the logits
     Verify(Verify),
+    /// Find the fastest kernels for a model on this machine, and say why
+    Tune(Box<Tune>),
+    /// Measure tokens per second: prompts (pp) and generation (tg)
+    Bench(Box<Bench>),
+    /// Measures kernels for a parent process
+    #[command(hide = true)]
+    TuneWorker,
     /// Show what this machine offers and what would make it faster
     Doctor(Doctor),
 }
@@ -124,6 +135,8 @@ pub(crate) struct Setup {
     pub(crate) threads: Threads,
     #[command(flatten)]
     pub(crate) budget: TuningBudget,
+    #[command(flatten)]
+    pub(crate) purpose: Purpose,
 }
 
 #[derive(Debug, Args)]
@@ -140,6 +153,8 @@ pub(crate) struct Prepare {
     pub(crate) threads: Threads,
     #[command(flatten)]
     pub(crate) budget: TuningBudget,
+    #[command(flatten)]
+    pub(crate) purpose: Purpose,
 }
 
 #[derive(Debug, Args)]
@@ -183,7 +198,7 @@ pub(crate) enum ForcedKernel {
     Schedule(Schedule),
 }
 
-fn parse_kernel(text: &str) -> Result<ForcedKernel, String> {
+pub(crate) fn parse_kernel(text: &str) -> Result<ForcedKernel, String> {
     if text.contains('/') {
         text.parse()
             .map(ForcedKernel::Schedule)

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use ternion_compiler::{Cpu, Feature};
 use ternion_runtime::team::Team;
-use ternion_tuner::{CacheDir, CpuProfile, MachineProfile, SystemStopwatch, probe};
+use ternion_tuner::{CacheDir, Class, CpuProfile, MachineProfile, SystemStopwatch, probe};
 
 use crate::arguments::Doctor;
 use crate::output::{self, print};
@@ -167,8 +167,11 @@ fn page(findings: &Findings) -> String {
         );
         if known.current {
             for shape in &known.profile.shapes {
-                let decode = time(std::time::Duration::from_secs_f64(shape.decode.median_us * 1e-6));
-                line("", format!("  {}x{}: {} ({decode})", shape.m, shape.k, shape.choice.one));
+                let decode = shape.results.first().map_or(String::new(), |result| {
+                    let median = std::time::Duration::from_secs_f64(result.figures.median_us * 1e-6);
+                    format!(" ({})", time(median))
+                });
+                line("", format!("  {}x{}: {}{decode}", shape.m, shape.k, shape.choice.of(Class::One)));
             }
         }
         for refusal in &known.profile.refused {

@@ -3,14 +3,17 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
+mod bench;
 mod doctor;
 mod embedded;
 mod interrupt;
 mod model;
 mod output;
 mod prepare;
+mod purpose;
 mod run;
 mod terminal;
+mod tune;
 mod verify;
 
 use std::process::ExitCode;
@@ -71,6 +74,9 @@ fn execute(command: &Command) -> Result<ExitCode> {
         Command::Setup(options) => prepare::setup(options),
         Command::Prepare(options) => prepare::prepare(options),
         Command::Verify(options) => verify::verify(options),
+        Command::Tune(options) => tune::tune(options),
+        Command::Bench(options) => bench::bench(options),
+        Command::TuneWorker => tune::work(),
         Command::Doctor(options) => doctor::doctor(options).map(|()| ExitCode::SUCCESS),
     }
 }

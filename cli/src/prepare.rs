@@ -7,18 +7,23 @@ use std::process::ExitCode;
 use anyhow::Result;
 use ternion_compiler::Layout;
 use ternion_runtime::formats::{Checkpoint, Projection, tern};
-use ternion_tuner::{Budget, Choices, Source, Workers};
+use ternion_tuner::{Budget, Choices, Class, Source};
 
 use crate::arguments::{Prepare, Setup, Threads, TuningBudget};
-use crate::model::{cpu, open, schedules, team};
+use crate::model::{cpu, open};
+use crate::purpose::Purpose;
 use crate::terminal::{Bar, bytes, note, time};
+use crate::tune::{per_token, request, search};
 use crate::{UsageError, interrupt};
 
 pub(crate) fn prepare(options: &Prepare) -> Result<ExitCode> {
     let checkpoint = open(Some(&options.source))?;
     refuse_own_source(&options.source, &options.output)?;
-    let choices =
-        if options.for_this_machine { Some(tune(&checkpoint, &options.threads, &options.budget)?) } else { None };
+    let choices = if options.for_this_machine {
+        Some(tune(&checkpoint, &options.threads, &options.budget, &options.purpose)?)
+    } else {
+        None
+    };
     write(&checkpoint, &options.output, choices.as_ref())?;
     Ok(ExitCode::SUCCESS)
 }
@@ -33,7 +38,7 @@ pub(crate) fn setup(options: &Setup) -> Result<ExitCode> {
     if let (Some(model), Some(output)) = (&options.model, &output) {
         refuse_own_source(model, output)?;
     }
-    let choices = tune(&checkpoint, &options.threads, &options.budget)?;
+    let choices = tune(&checkpoint, &options.threads, &options.budget, &options.purpose)?;
     match output {
         Some(output) => {
             write(&checkpoint, &output, Some(&choices))?;
@@ -70,25 +75,28 @@ fn refuse_own_source(source: &Path, output: &Path) -> Result<()> {
 }
 
 /// The full search, and what it found.
-fn tune(checkpoint: &Checkpoint, threads: &Threads, budget: &TuningBudget) -> Result<Choices> {
-    let team = team(threads.threads)?;
-    let choices = schedules(checkpoint.config(), &cpu()?, &team, Budget::search(budget.budget))?;
+fn tune(checkpoint: &Checkpoint, threads: &Threads, budget: &TuningBudget, purpose: &Purpose) -> Result<Choices> {
+    let threads = purpose.threads(threads);
+    let request = request(checkpoint.config(), Budget::search(budget.budget), purpose);
+    let choices = search(&request, &cpu()?, threads)?;
     for found in &choices.found {
         let how = match found.source {
             Source::Known => "known".to_owned(),
             Source::Raced => format!("best of {}", found.raced),
+            Source::Shipped => "no time to measure, shipped for this CPU".to_owned(),
             Source::Guess => "no time to measure, a guess".to_owned(),
         };
-        note(&format!("{}x{}: {} ({how})", found.problem.m, found.problem.k, found.choice.one));
+        note(&format!("{}x{}: {} ({how})", found.problem.m, found.problem.k, found.choice.of(Class::One)));
     }
-    note(&format!("tuned for {} threads in {}", team.threads(), time(choices.spent)));
+    note(&purpose.recommendation(checkpoint.config(), &per_token(&choices)));
+    note(&format!("tuned for {threads} threads in {}", time(choices.spent)));
     Ok(choices)
 }
 
 /// Writes the prepared file with the layouts of `choices`, or plain.
 fn write(checkpoint: &Checkpoint, output: &Path, choices: Option<&Choices>) -> Result<()> {
     let layout = |_: usize, _: Projection, m: usize, k: usize| {
-        choices.and_then(|choices| choices.get(m, k)).map_or(Layout::Canonical, |choice| choice.one.layout)
+        choices.and_then(|choices| choices.get(m, k)).map_or(Layout::Canonical, |choice| choice.layout())
     };
     let mut bar = None;
     let summary = tern::write(checkpoint, output, &layout, &mut |done, total| {

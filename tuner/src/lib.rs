@@ -11,18 +11,35 @@ mod bandwidth;
 mod bench;
 mod buffer;
 mod choose;
+mod class;
+mod compare;
 mod contest;
+mod cost;
+mod isolate;
+mod journal;
 mod linux;
 mod probe;
 mod profile;
-mod race;
+mod report;
+mod request;
+mod search;
+mod seeds;
+mod shipped;
 mod shortlist;
+mod space;
 mod stopwatch;
 mod workers;
 
-pub use choose::{Budget, Choice, Choices, Found, NoSchedule, Phase, Problem, Progress, Source, choose};
-pub use contest::{Figures, PROMPT_COLUMNS, PROMPT_TOKENS_PER_GENERATED};
+pub use choose::choose;
+pub use class::{Choice, Class, Workload};
+pub use compare::{Comparison, Which, compare, guess, known};
+pub use contest::Figures;
+pub use isolate::{IsolationError, Order, choose_isolated, serve};
 pub use probe::{Cache, Cores, CpuProfile, HugePages, Memory, probe};
 pub use profile::{CacheDir, MachineProfile, ProfileKey, Refusal, ShapeEntry, Warning};
+pub use report::{Report, Roofline, Row, explain};
+pub use request::{
+    Budget, Choices, ClassResult, Effort, Found, NoSchedule, Phase, Phases, Problem, Progress, Request, Source, Trial,
+};
 pub use stopwatch::{Stopwatch, SystemStopwatch};
 pub use workers::{Workers, share};
