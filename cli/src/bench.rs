@@ -196,7 +196,7 @@ fn run_all(tests: &mut [Test], runners: &mut [Runner], vocabulary: usize, rounds
                 test.seconds.push(time.as_secs_f64());
             }
             if crate::interrupt::requested() {
-                anyhow::bail!("interrupted");
+                return Err(ternion_tuner::IsolationError::Interrupted.into());
             }
         }
     }

@@ -49,7 +49,11 @@ fn main() -> ExitCode {
         Err(error) if output::reader_went_away(&error) => ExitCode::SUCCESS,
         Err(error) => {
             terminal::note(&format!("error: {}", one_line(&error)));
-            if error.is::<UsageError>() { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
+            match () {
+                () if error.is::<UsageError>() => ExitCode::from(USAGE),
+                () if tune::was_interrupted(&error) => ExitCode::from(interrupt::EXIT_CODE),
+                () => ExitCode::FAILURE,
+            }
         }
     }
 }

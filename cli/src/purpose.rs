@@ -99,9 +99,12 @@ impl Purpose {
         let wanted = best.map_or(batch, |(class, _)| class.measured().min(batch));
         let size = wanted.min(fits).max(1);
         let one = speeds.iter().find(|(class, _)| *class == Class::One).map(|(_, per_token)| *per_token);
-        let gain = one.zip(best).map_or(String::new(), |(one, (class, best))| {
-            format!(": the matrices take {:.1} times less per token with {} columns than with one", one / best, class)
-        });
+        let gain = one.zip(best).filter(|(_, (class, _))| *class != Class::One).map_or(
+            String::new(),
+            |(one, (class, best))| {
+                format!(": with {class} at once the matrices take {:.1} times less per token than with one", one / best)
+            },
+        );
         let memory = match limit {
             Some(limit) if fits < wanted => format!(
                 "; {} MB hold the model ({} MB) and {fits} sequences of {CONTEXT} tokens",
@@ -113,7 +116,8 @@ impl Purpose {
             }
             _ => String::new(),
         };
-        format!("recommended batch size {size}{gain}{memory}")
+        let alone = if batch == 1 { ": one user at a time (--for server or cloud serves more)" } else { "" };
+        format!("recommended batch size {size}{alone}{gain}{memory}")
     }
 }
 

@@ -13,8 +13,8 @@ use ternion_runtime::formats::synth::Recipe;
 use ternion_runtime::model::problems;
 use ternion_runtime::team::Team;
 use ternion_tuner::{
-    Budget, CacheDir, Choices, Class, Comparison, MachineProfile, Order, Phase, Problem, ProfileKey, Progress, Report,
-    Request, Source, SystemStopwatch, choose_isolated, compare, probe, serve,
+    Budget, CacheDir, Choices, Class, Comparison, IsolationError, MachineProfile, Order, Phase, Problem, ProfileKey,
+    Progress, Report, Request, Source, SystemStopwatch, choose_isolated, compare, probe, serve,
 };
 
 use crate::arguments::{Threads, TuningBudget};
@@ -81,7 +81,7 @@ pub(crate) fn tune(options: &Tune) -> Result<ExitCode> {
         return files(options, &cache, &key, &cpu);
     }
     let config = match &options.shapes {
-        Some(name) => Recipe::preset(name).map_err(|error| UsageError(error.to_string()))?.config,
+        Some(name) => Recipe::preset(published(name)).map_err(|error| UsageError(error.to_string()))?.config,
         None => open(options.model.as_deref())?.config().clone(),
     };
     let budget = if options.exhaustive { Budget::EXHAUSTIVE } else { Budget::search(options.budget.budget) };
@@ -92,6 +92,12 @@ pub(crate) fn tune(options: &Tune) -> Result<ExitCode> {
         check(options, &request, &choices, &cpu, threads)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The name of a published shape, however its dashes are written.
+fn published(name: &str) -> &str {
+    let plain = |name: &str| name.replace(['-', '_'], "").to_ascii_lowercase();
+    Recipe::presets().find(|known| plain(known) == plain(name)).unwrap_or(name)
 }
 
 /// What is asked of the tuner for a model and a purpose.
@@ -141,6 +147,11 @@ fn words(phase: &Phase) -> String {
             format!("{m}x{k} ({} of {shapes}): {left} schedules left", shape + 1)
         }
     }
+}
+
+/// Whether an error is only that the user has pressed Ctrl-C.
+pub(crate) fn was_interrupted(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(IsolationError::Interrupted))
 }
 
 /// The hidden command that [`search`] starts: measures kernels on behalf of its parent.
@@ -210,7 +221,7 @@ fn check(options: &Tune, request: &Request, choices: &Choices, cpu: &Cpu, thread
             print(&format!(
                 "{:<12} {:<7} {:>9.1} ± {:<7.1} {:>9.1} ± {:<7.1} µs  {ratio:>5.2}×  {verdict}\n",
                 format!("{m}x{k}"),
-                class.name(),
+                class.map_or("all", Class::name),
                 ours_us.0,
                 ours_us.1,
                 theirs_us.0,

@@ -54,8 +54,8 @@ pub struct Comparison {
     pub m: usize,
     /// Length of a row.
     pub k: usize,
-    /// The class.
-    pub class: Class,
+    /// The class; `None` for all, weighted as the workload meets them, per token.
+    pub class: Option<Class>,
     /// Mean of our rounds and half the width of its 95 % confidence interval, in microseconds.
     pub ours_us: (f64, f64),
     /// The same for the other.
@@ -125,44 +125,64 @@ pub fn compare(
     let mut compared = Vec::new();
     for found in &choices.found {
         let Some(theirs) = rival.get(&(found.problem.m, found.problem.k)) else { continue };
-        for class in Class::ALL {
-            compared.extend(compare_class(&mut bench, &found.problem, class, &found.choice, theirs));
+        let pairs: Vec<Pair> = Class::ALL
+            .into_iter()
+            .filter_map(|class| Pair::measure(&mut bench, &found.problem, class, &found.choice, theirs))
+            .collect();
+        compared.extend(pairs.iter().map(|pair| pair.compared(&found.problem)));
+        if pairs.len() == Class::ALL.len() {
+            compared.push(total(&pairs, &request.workload.weights()).compared(&found.problem));
         }
     }
     compared
 }
 
-fn compare_class(
-    bench: &mut dyn Bench,
-    problem: &Problem,
-    class: Class,
-    ours: &Choice,
-    theirs: &Choice,
-) -> Option<Comparison> {
-    let schedules = [ours.of(class), theirs.of(class)];
-    bench.compile(&schedules.map(|schedule| (class.spec(problem.k), schedule)));
-    let mut times = [Vec::new(), Vec::new()];
-    for round in 0..ROUNDS {
-        let mut samples = [Vec::new(), Vec::new()];
-        for turn in 0..2 * SAMPLES {
-            // Every other round begins with the other.
-            let which = (turn + round) % 2;
-            samples[which].push(bench.sample(problem, class, schedules[which])?.as_secs_f64() * 1e6);
+/// The rounds of two schedules, in microseconds.
+struct Pair {
+    class: Option<Class>,
+    same: bool,
+    times: [Vec<f64>; 2],
+}
+
+impl Pair {
+    fn measure(bench: &mut dyn Bench, problem: &Problem, class: Class, ours: &Choice, theirs: &Choice) -> Option<Self> {
+        let schedules = [ours.of(class), theirs.of(class)];
+        bench.compile(&schedules.map(|schedule| (class.spec(problem.k), schedule)));
+        let mut times = [Vec::new(), Vec::new()];
+        for round in 0..ROUNDS {
+            let mut samples = [Vec::new(), Vec::new()];
+            for turn in 0..2 * SAMPLES {
+                // Every other round begins with the other.
+                let which = (turn + round) % 2;
+                samples[which].push(bench.sample(problem, class, schedules[which])?.as_secs_f64() * 1e6);
+            }
+            for (times, mut samples) in times.iter_mut().zip(samples) {
+                samples.sort_by(f64::total_cmp);
+                times.push(samples[SAMPLES / 2]);
+            }
         }
-        for (times, mut samples) in times.iter_mut().zip(samples) {
-            samples.sort_by(f64::total_cmp);
-            times.push(samples[SAMPLES / 2]);
-        }
+        Some(Self { class: Some(class), same: schedules[0] == schedules[1], times })
     }
-    let [ours_us, theirs_us] = times.map(|times| interval(&times));
-    let verdict = match () {
-        () if schedules[0] == schedules[1] => Which::Same,
-        () if (ours_us.0 - theirs_us.0).abs() <= ours_us.1 + theirs_us.1 => Which::Equal,
-        () if ours_us.0 < theirs_us.0 => Which::Faster,
-        () => Which::Slower,
-    };
-    let (m, k) = (problem.m, problem.k);
-    Some(Comparison { m, k, class, ours_us, theirs_us, ratio: theirs_us.0 / ours_us.0, verdict })
+
+    fn compared(&self, problem: &Problem) -> Comparison {
+        let [ours_us, theirs_us] = [0, 1].map(|which| interval(&self.times[which]));
+        let verdict = match () {
+            () if self.same => Which::Same,
+            () if (ours_us.0 - theirs_us.0).abs() <= ours_us.1 + theirs_us.1 => Which::Equal,
+            () if ours_us.0 < theirs_us.0 => Which::Faster,
+            () => Which::Slower,
+        };
+        let (m, k, class) = (problem.m, problem.k, self.class);
+        Comparison { m, k, class, ours_us, theirs_us, ratio: theirs_us.0 / ours_us.0, verdict }
+    }
+}
+
+/// All classes together, round by round.
+fn total(pairs: &[Pair], weights: &[f64; 6]) -> Pair {
+    let round =
+        |which: usize, round: usize| pairs.iter().zip(weights).map(|(pair, w)| w * pair.times[which][round]).sum();
+    let times = [0, 1].map(|which| (0..ROUNDS).map(|at| round(which, at)).collect());
+    Pair { class: None, same: pairs.iter().all(|pair| pair.same), times }
 }
 
 /// Mean, and half the width of its 95 % confidence interval.

@@ -61,11 +61,12 @@ struct Fit {
     products: [[f64; TERMS]; TERMS],
     targets: [f64; TERMS],
     prices: [f64; TERMS],
+    samples: usize,
 }
 
 impl Default for Fit {
     fn default() -> Self {
-        Self { products: [[0.0; TERMS]; TERMS], targets: [0.0; TERMS], prices: GUESS }
+        Self { products: [[0.0; TERMS]; TERMS], targets: [0.0; TERMS], prices: GUESS, samples: 0 }
     }
 }
 
@@ -76,6 +77,11 @@ impl CostModel {
             let work = work(problem, class, schedule, threads);
             self.kinds.entry(kind(class, schedule)).or_default().learn(work.map(|count| count / (seconds * 1e9)));
         }
+    }
+
+    /// Samples of the same kind.
+    pub(crate) fn samples(&self, class: Class, schedule: &Schedule) -> usize {
+        self.kinds.get(&kind(class, schedule)).map_or(0, |fit| fit.samples)
     }
 
     /// Seconds that a product should take.
@@ -92,6 +98,7 @@ fn kind(class: Class, schedule: &Schedule) -> Kind {
 
 impl Fit {
     fn learn(&mut self, sample: [f64; TERMS]) {
+        self.samples += 1;
         for (row, value) in sample.iter().enumerate() {
             self.targets[row] += value;
             for (column, other) in sample.iter().enumerate() {

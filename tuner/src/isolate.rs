@@ -170,7 +170,7 @@ fn run_child(
     interrupted: &dyn Fn() -> bool,
 ) -> Result<Ended, IsolationError> {
     let mut command = command().map_err(IsolationError::Start)?;
-    let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+    let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
     let mut child = Reaped(child.map_err(IsolationError::Start)?);
     if let Some(mut input) = child.0.stdin.take() {
         let mut text = serde_json::to_vec(order).unwrap_or_default();
@@ -240,7 +240,12 @@ fn serve_with(
     before: &dyn Fn(&[Job]),
 ) -> std::io::Result<()> {
     let parent = Parent { output: RefCell::new(output), suspects: &order.suspects, before };
-    let progress = |update| drop(parent.say(&Message::Progress(update)));
+    let progress = |update| {
+        if parent.say(&Message::Progress(update)).is_err() {
+            // The parent has gone away: nobody wants what else would be found.
+            std::process::exit(1);
+        }
+    };
     let chosen = choose_observed(&order.request, cpu, workers, &order.cache, &progress, Some(&parent));
     parent.say(&match chosen {
         Ok(choices) => Message::Done(Box::new(choices)),

@@ -633,6 +633,60 @@ mod tests {
         assert_eq!(names, [path.clone(), path.with_extension("lock")]);
     }
 
+    const KILLED: &str = "TERNION_TEST_KILLED_WRITER";
+
+    /// The writer of the test below: this test binary, told by the environment where to write until it is killed.
+    #[test]
+    fn writer() {
+        let Some(directory) = std::env::var_os(KILLED) else { return };
+        let cache = CacheDir::at(PathBuf::from(directory));
+        for m in 1.. {
+            cache.remember(&profile(&[entry(m % 50 + 1, 256, 300)])).unwrap();
+        }
+    }
+
+    #[test]
+    fn fifty_killed_writers_never_leave_a_corrupt_profile() {
+        let (directory, cache, _) = in_directory();
+        let mut noise = crate::stopwatch::scripted::Noise::new(3);
+        let mut known = 0;
+        for kill in 0..50 {
+            let mut writer = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["profile::tests::writer", "--exact"])
+                .env(KILLED, directory.path())
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            thread::sleep(Duration::from_micros(20_000 + (noise.uniform() * 20_000.0) as u64));
+            writer.kill().unwrap();
+            writer.wait().unwrap();
+            let (profile, warnings) = cache.load(&key(), &cpu());
+            assert_eq!(warnings, [], "kill {kill}");
+            assert!(profile.shapes.len() >= known, "kill {kill}: nothing that was known is lost");
+            known = profile.shapes.len();
+        }
+        assert!(known > 0, "the writers have written");
+        cache.remember(&profile(&[entry(99, 256, 300)])).unwrap();
+    }
+
+    #[test]
+    fn profiles_are_exported_imported_and_forgotten() {
+        let (directory, cache, path) = in_directory();
+        let written = profile(&[entry(256, 256, 300)]);
+        let file = directory.path().join("mine.json");
+        CacheDir::export(&written, &file).unwrap();
+        assert!(!path.exists());
+        let read = CacheDir::read_exported(&file).unwrap();
+        assert_eq!(read, written);
+        assert_eq!(cache.import(&read), Ok(path.clone()));
+        assert_eq!(cache.load(&key(), &cpu()).0, written);
+        assert_eq!(cache.forget(&key()), Ok(true));
+        assert_eq!(cache.forget(&key()), Ok(false));
+        assert!(matches!(CacheDir::read_exported(&path), Err(Warning::Unreadable { .. })));
+        fs::write(&file, "{}").unwrap();
+        assert!(matches!(CacheDir::read_exported(&file), Err(Warning::Corrupt { .. })));
+    }
+
     #[cfg(target_os = "linux")]
     #[test]
     fn the_environment_says_where_the_cache_is() {

@@ -25,15 +25,17 @@ const EXPLORING_SHARE: f64 = 0.55;
 /// Samples of a trial; the median counts.
 const TRIAL_SAMPLES: usize = 3;
 
+/// Who takes so many times as long as the best needs no second sample.
+const HOPELESS: f64 = 4.0;
+
 /// Schedules that are compiled and tried at a time.
 const BATCH: usize = 8;
 
 /// Batches that must have brought nothing before exploring ends early.
-const IDLE_BATCHES: usize = 6;
+const IDLE_BATCHES: usize = 8;
 
-/// A candidate that the model expects to be slower than the best by more than this is not worth a trial, unless
-/// everything is tried.
-const HOPELESS: f64 = 2.0;
+/// Samples of a kind of kernel before the model's opinion of it counts: until then it may be the fastest of all.
+const LEAST_SAMPLES: usize = 4;
 
 /// Layouts that reach the final, and schedules of each class in each of them.
 const FINAL_LAYOUTS: usize = 3;
@@ -236,7 +238,7 @@ impl ShapeSearch<'_, '_> {
         let mut open: BTreeSet<Entrant> = BTreeSet::new();
         for class in Class::ALL {
             let spec = class.spec(problem.k);
-            let schedules = legal(&spec, self.search.cpu).into_iter();
+            let schedules = legal(&spec, self.search.cpu, &self.search.request.budget).into_iter();
             let allowed = schedules.filter(|schedule| !self.known.is_refused(&spec, schedule));
             open.extend(allowed.map(|schedule| Entrant { class, schedule }));
         }
@@ -256,7 +258,7 @@ impl ShapeSearch<'_, '_> {
             let entrants: Vec<Entrant> = open.iter().filter(|open| batch.contains(&open.schedule)).copied().collect();
             open.retain(|entrant| !batch.contains(&entrant.schedule));
             idle = if self.try_out(&entrants, bench, news, model, &mut drift, deadline) { 0 } else { idle + 1 };
-            batch = self.promising(&open, model, exhaustive);
+            batch = self.promising(&open, model);
         }
     }
 
@@ -284,7 +286,7 @@ impl ShapeSearch<'_, '_> {
             if self.search.stopwatch.elapsed() >= deadline {
                 break;
             }
-            let Some(seconds) = trial(problem, *entrant, bench) else { continue };
+            let Some(seconds) = trial(problem, *entrant, bench, self.best(entrant.class)) else { continue };
             let seconds = seconds * scale;
             drift.begin(*entrant, seconds);
             better |= self.best(entrant.class).is_none_or(|best| seconds < 0.99 * best);
@@ -304,16 +306,17 @@ impl ShapeSearch<'_, '_> {
 
     /// What to try next: half of the batch by what may be the fastest of its class, half by what may be the fastest of
     /// its class in the layout that leads over all classes.
-    fn promising(&self, open: &BTreeSet<Entrant>, model: &CostModel, everything: bool) -> Vec<Schedule> {
+    fn promising(&self, open: &BTreeSet<Entrant>, model: &CostModel) -> Vec<Schedule> {
         let leader = self.layouts().first().map(|(_, layout)| *layout);
         let best = Class::ALL.map(|class| self.best(class));
         let mut ranked: Vec<(f64, Entrant)> = open
             .iter()
             .map(|entrant| {
                 let expected = model.predict(self.problem, entrant.class, &entrant.schedule, self.search.threads);
-                (expected / best[entrant.class.index()].unwrap_or(expected), *entrant)
+                let ratio = expected / best[entrant.class.index()].unwrap_or(expected);
+                let known = model.samples(entrant.class, &entrant.schedule) >= LEAST_SAMPLES;
+                (if known { ratio } else { ratio.min(0.9) }, *entrant)
             })
-            .filter(|(ratio, _)| everything || *ratio < HOPELESS)
             .collect();
         ranked.sort_by(|(a, _), (b, _)| a.total_cmp(b));
         let mut batch: Vec<Schedule> = Vec::new();
@@ -432,11 +435,14 @@ fn complete(entrants: &[Entrant], standing: &Standing) -> Choice {
     Choice { schedules: std::array::from_fn(|class| of(class).unwrap_or(entrants[0].schedule)) }
 }
 
-/// The median of a few samples, in seconds.
-fn trial(problem: &Problem, entrant: Entrant, bench: &mut dyn Bench) -> Option<f64> {
+/// The median of a few samples, in seconds; of one, if that is far slower than the `best` so far.
+fn trial(problem: &Problem, entrant: Entrant, bench: &mut dyn Bench, best: Option<f64>) -> Option<f64> {
     let mut samples = [0.0; TRIAL_SAMPLES];
     for sample in &mut samples {
         *sample = bench.sample(problem, entrant.class, entrant.schedule)?.as_secs_f64();
+        if best.is_some_and(|best| *sample > HOPELESS * best) {
+            return Some(*sample);
+        }
     }
     samples.sort_by(f64::total_cmp);
     Some(samples[TRIAL_SAMPLES / 2])
@@ -456,6 +462,6 @@ impl Drift {
     fn scale(&self, problem: &Problem, bench: &mut dyn Bench) -> f64 {
         let Some((entrant, first)) = self.0 else { return 1.0 };
         // A moment's noise is not drift: only as much as a clock may change is believed.
-        trial(problem, entrant, bench).map_or(1.0, |now| (first / now).clamp(0.67, 1.5))
+        trial(problem, entrant, bench, None).map_or(1.0, |now| (first / now).clamp(0.67, 1.5))
     }
 }

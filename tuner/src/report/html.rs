@@ -153,7 +153,7 @@ fn roofline(report: &Report) -> String {
 
 fn winners(report: &Report) -> String {
     let mut table = String::from(
-        "<div class=\"scroll\"><table><tr><th>matrix</th><th class=\"l\">columns n</th><th>time µs</th><th>GB/s</th><th>GMAC/s</th><th>of the roofline</th><th>against the guess</th><th>against the median</th><th>against the worst</th></tr>",
+        "<div class=\"scroll\"><table><tr><th>matrix</th><th class=\"l\">columns n</th><th>time µs</th><th>GB/s</th><th>GMAC/s</th><th>of the roofline</th><th>× guess</th><th>× median</th><th>× worst</th></tr>",
     );
     for row in &report.rows {
         let percent = row.roofline_percent.map_or("–".to_owned(), |percent| format!("{percent:.0} %"));
@@ -173,8 +173,8 @@ fn winners(report: &Report) -> String {
     }
     table += "</table></div>";
     format!(
-        "<section><h2>The winners</h2><p>Times are medians of one product with the whole matrix. The guess is what ternion \
-         would use without measuring; the median and the worst are over everything that was measured.</p>{table}</section>"
+        "<section><h2>The winners</h2><p>Times are medians of one product with the whole matrix. The last columns say how many times faster than the \
+         guess, the median and the worst: the guess is what ternion would use without measuring; the median and the worst are over everything that was measured.</p>{table}</section>"
     )
 }
 
