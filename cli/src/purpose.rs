@@ -34,6 +34,9 @@ pub(crate) struct Purpose {
     /// [default: one copy, or what --for says]
     #[arg(long, value_name = "MB")]
     pub(crate) memory_limit: Option<u64>,
+    /// Of kernels that are nearly as fast as the fastest, choose those that take least energy (needs RAPL or a battery)
+    #[arg(long)]
+    pub(crate) energy: bool,
 }
 
 fn parse_share(text: &str) -> Result<f64, String> {

@@ -105,6 +105,7 @@ pub(crate) fn request(config: &ModelConfig, budget: Budget, purpose: &Purpose) -
     Request {
         workload: purpose.workload(),
         second_copies: purpose.second_copies(config),
+        energy: purpose.energy,
         ..Request::new(problems(config), budget)
     }
 }

@@ -6,6 +6,7 @@ use ternion_compiler::Cpu;
 
 use crate::bench::{Bench, KernelBench, Observed, Observer};
 use crate::buffer::Buffer;
+use crate::energy::EnergyMeter;
 use crate::journal::Journal;
 use crate::profile::{CacheDir, MachineProfile, ProfileKey, ShapeEntry, Warning};
 use crate::request::{Choices, Effort, Found, NoSchedule, Problem, Progress, Request, Source};
@@ -47,8 +48,16 @@ pub(crate) fn choose_observed(
     let (known, mut warnings) = cache.load(&key, cpu);
     let journal = Journal::of(cache, &key);
     let exhaustive = request.budget.effort == Effort::Exhaustive;
+    let meter = match request.energy.then(EnergyMeter::find) {
+        Some(Err(reason)) => {
+            warnings.push(Warning::NoEnergyMeter { reason });
+            None
+        }
+        found => found.and_then(Result::ok),
+    };
     let search = Search {
         cpu,
+        meter: meter.as_ref(),
         request,
         stopwatch: &stopwatch,
         progress,

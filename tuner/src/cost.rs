@@ -132,9 +132,8 @@ fn solve(mut matrix: [[f64; TERMS]; TERMS], mut targets: [f64; TERMS]) -> Option
         }
         for row in column + 1..TERMS {
             let factor = matrix[row][column] / scale;
-            for at in column..TERMS {
-                matrix[row][at] -= factor * matrix[column][at];
-            }
+            let above = matrix[column];
+            matrix[row].iter_mut().zip(above).skip(column).for_each(|(value, above)| *value -= factor * above);
             targets[row] -= factor * targets[column];
         }
     }

@@ -15,6 +15,7 @@ mod class;
 mod compare;
 mod contest;
 mod cost;
+mod energy;
 mod isolate;
 mod journal;
 mod linux;

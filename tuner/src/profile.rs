@@ -138,6 +138,12 @@ pub enum Warning {
         /// The compiler's error, which names the schedule.
         reason: String,
     },
+    /// Energy was to be saved and cannot be measured.
+    #[error("no energy meter ({reason}): schedules are chosen by time")]
+    NoEnergyMeter {
+        /// Why not.
+        reason: String,
+    },
     /// There is no memory to measure on.
     #[error("no memory to measure schedules with ({bytes} bytes): the best guess is used")]
     NoMemory {

@@ -91,13 +91,15 @@ pub struct Request {
     pub second_copies: u64,
     /// Measure even what is known.
     pub again: bool,
+    /// Of schedules that are nearly as fast as the fastest, choose the one that takes least energy.
+    pub energy: bool,
 }
 
 impl Request {
     /// What is known, or else what `budget` finds, for the usual workload and one copy of the weights.
     #[must_use]
     pub fn new(problems: Vec<Problem>, budget: Budget) -> Self {
-        Self { problems, budget, workload: Workload::default(), second_copies: 0, again: false }
+        Self { problems, budget, workload: Workload::default(), second_copies: 0, again: false, energy: false }
     }
 }
 
@@ -123,6 +125,9 @@ pub struct ClassResult {
     pub class: Class,
     /// Times of the winner.
     pub figures: Figures,
+    /// Energy of one product of the winner, in joules, if it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub joules: Option<f64>,
     /// Schedules that were measured.
     pub tried: usize,
     /// Median over all of them, in microseconds.

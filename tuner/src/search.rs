@@ -12,6 +12,7 @@ use ternion_compiler::{Cpu, Layout, Schedule};
 use crate::bench::Bench;
 use crate::contest::{Entrant, Rules, Standing, Verdict, contest};
 use crate::cost::CostModel;
+use crate::energy::EnergyMeter;
 use crate::profile::{MachineProfile, Refusal, Warning};
 use crate::request::{ClassResult, Effort, Found, Phase, Phases, Problem, Progress, Request, Source, Trial};
 use crate::seeds::compile;
@@ -41,6 +42,11 @@ const LEAST_SAMPLES: usize = 4;
 const FINAL_LAYOUTS: usize = 3;
 const FINAL_SCHEDULES: usize = 4;
 
+/// With an energy meter: who is at most so many times slower than the fastest may be chosen for its energy, which is
+/// measured for so long.
+const NEARLY: f64 = 1.25;
+const ENERGY_TIME: Duration = Duration::from_millis(60);
+
 /// The final of an exhaustive search, which has no other end.
 const EXHAUSTIVE_FINAL: Duration = Duration::from_secs(4);
 
@@ -54,6 +60,8 @@ pub(crate) struct Search<'a> {
     pub(crate) threads: usize,
     /// Kernels to compile at a time while seeds are compiled.
     pub(crate) batch: usize,
+    /// Tells energy, if that is what is to be saved.
+    pub(crate) meter: Option<&'a EnergyMeter>,
     /// Where trials of an exhaustive search are noted, so that the next one goes on from there.
     pub(crate) note: &'a dyn Fn(&[Trial]),
 }
@@ -210,7 +218,11 @@ impl ShapeSearch<'_, '_> {
         }
         let start = self.search.stopwatch.elapsed();
         self.outcome.phases.exploring += start.saturating_sub(begin);
-        let deadline = if budget.effort == Effort::Exhaustive { start + EXHAUSTIVE_FINAL } else { deadline };
+        let deadline = match (budget.effort, self.search.meter) {
+            (Effort::Exhaustive, _) => start + EXHAUSTIVE_FINAL,
+            (_, Some(_)) => start + deadline.saturating_sub(start) / 2,
+            _ => deadline,
+        };
         let rules = Rules { weights: workload.weights(), two_copies: *second_copies > 0 };
         let (shape, shapes) = self.place;
         let verdict = contest(
@@ -222,7 +234,9 @@ impl ShapeSearch<'_, '_> {
             &mut |left| self.search.report(Phase::Racing { problem: *problem, shape, shapes, left }),
         );
         self.outcome.phases.racing += self.search.stopwatch.elapsed().saturating_sub(start);
-        Some(self.raced(&entrants, &verdict?))
+        let mut verdict = verdict?;
+        let joules = self.save_energy(&entrants, &mut verdict, bench);
+        Some(self.raced(&entrants, &verdict, joules))
     }
 
     /// Tries schedules until `deadline`, or until nothing promising is left.
@@ -376,8 +390,38 @@ impl ShapeSearch<'_, '_> {
         finalists.into_iter().collect()
     }
 
+    /// Of each class, replaces the winner by the finalist of its layout that takes least energy, if there is a meter.
+    /// Returns the joules of the winners.
+    fn save_energy(&self, entrants: &[Entrant], verdict: &mut Verdict, bench: &mut dyn Bench) -> [Option<f64>; 6] {
+        let Some(meter) = self.search.meter else { return [None; 6] };
+        let mut joules = [None; 6];
+        for class in Class::ALL {
+            let Some(winner) = verdict.one_copy.set[class.index()] else { continue };
+            let limit = NEARLY * verdict.figures[winner].median_us;
+            let rivals = entrants.iter().enumerate().filter(|(at, entrant)| {
+                let figures = &verdict.figures[*at];
+                entrant.class == class
+                    && entrant.schedule.layout == entrants[winner].schedule.layout
+                    && figures.samples > 0
+                    && figures.median_us <= limit
+            });
+            for (at, entrant) in rivals {
+                let mut run = || {
+                    bench.sample(self.problem, class, entrant.schedule);
+                };
+                let watts = meter.watts(ENERGY_TIME, self.search.stopwatch, &mut run);
+                let used = watts.map(|watts| watts * verdict.figures[at].median_us * 1e-6);
+                if used.is_some_and(|used| joules[class.index()].is_none_or(|least| used < least)) {
+                    joules[class.index()] = used;
+                    verdict.one_copy.set[class.index()] = Some(at);
+                }
+            }
+        }
+        joules
+    }
+
     /// What the verdict means.
-    fn raced(&mut self, entrants: &[Entrant], verdict: &Verdict) -> Raced {
+    fn raced(&mut self, entrants: &[Entrant], verdict: &Verdict, joules: [Option<f64>; 6]) -> Raced {
         for (entrant, figures) in entrants.iter().zip(&verdict.figures).filter(|(_, figures)| figures.samples > 0) {
             // The final knows better than a trial.
             self.tried.insert(*entrant, figures.median_us * 1e-6);
@@ -396,7 +440,7 @@ impl ShapeSearch<'_, '_> {
         let choice = complete(entrants, &verdict.one_copy);
         let results = Class::ALL.into_iter().filter_map(|class| {
             let winner = verdict.one_copy.set[class.index()]?;
-            Some(self.result(class, &verdict.figures[winner]))
+            Some(ClassResult { joules: joules[class.index()], ..self.result(class, &verdict.figures[winner]) })
         });
         let results: Vec<ClassResult> = results.collect();
         let raced = if self.tried.is_empty() { entrants.len() } else { self.tried.len() };
@@ -415,6 +459,7 @@ impl ShapeSearch<'_, '_> {
         ClassResult {
             class,
             figures: *figures,
+            joules: None,
             tried: times.len(),
             median_us: times.get(times.len() / 2).copied().unwrap_or(figures.median_us),
             worst_us: times.last().copied().unwrap_or(figures.median_us),

@@ -48,7 +48,7 @@ fn search<'a>(
     stopwatch: &'a ScriptedStopwatch,
     progress: &'a dyn Fn(Progress),
 ) -> Search<'a> {
-    Search { cpu, request, stopwatch, progress, threads: 1, batch: 2, note: &|_| {} }
+    Search { cpu, request, stopwatch, progress, threads: 1, batch: 2, note: &|_| {}, meter: None }
 }
 
 const SHAPES: [Problem; 4] = [

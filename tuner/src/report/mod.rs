@@ -40,6 +40,8 @@ pub struct Row {
     pub schedule: Schedule,
     /// Median time of one product, in microseconds.
     pub us: f64,
+    /// Energy of one product in joules, if it was measured.
+    pub joules: Option<f64>,
     /// Bytes of weights per second, in GB/s.
     pub gb_per_s: f64,
     /// Multiply-adds per second, in billions.
@@ -153,13 +155,14 @@ fn bytes(m: usize, k: usize, schedule: &Schedule) -> f64 {
 fn rows(found: &Found) -> impl Iterator<Item = Row> {
     let Found { problem, choice, results, .. } = found;
     results.iter().map(move |result| {
-        let ClassResult { class, figures, tried, median_us, worst_us, guess_us } = *result;
+        let ClassResult { class, figures, tried, median_us, worst_us, guess_us, joules } = *result;
         let (schedule, us) = (choice.of(class), figures.median_us);
         Row {
             problem: *problem,
             class,
             schedule,
             us,
+            joules,
             gb_per_s: bytes(problem.m, problem.k, &schedule) / us * 1e-3,
             gmac_per_s: macs(problem.m, problem.k, class) / us * 1e-3,
             roofline_percent: None,
@@ -181,8 +184,15 @@ mod tests {
         let schedule: Schedule = "mad/clif128 layout=rows4x16 multiply=pairs unroll=1 ntile=1".parse().unwrap();
         let choice = Choice::pair(schedule, schedule);
         let figures = Figures { minimum_us: 90.0, median_us: 100.0, samples: 9 };
-        let result =
-            |class| ClassResult { class, figures, tried: 3, median_us: 150.0, worst_us: 400.0, guess_us: Some(120.0) };
+        let result = |class| ClassResult {
+            class,
+            figures,
+            joules: None,
+            tried: 3,
+            median_us: 150.0,
+            worst_us: 400.0,
+            guess_us: Some(120.0),
+        };
         let problem = Problem { m: 1000, k: 4000, count: 2 };
         let found = Found {
             problem,
