@@ -11,11 +11,14 @@ use ternion_runtime::formats::gguf::I2sLayout;
 use ternion_runtime::formats::{Activation, OpenOptions};
 use ternion_runtime::model::KvType;
 
+use crate::bench::Bench;
 use crate::embed::Embed;
 use crate::eval::Eval;
 use crate::export::Export;
 use crate::pull::Pull;
+use crate::purpose::Purpose;
 use crate::synth::Synth;
+use crate::tune::Tune;
 
 /// Runs 1-bit language models on CPUs, with kernels compiled for exactly this machine and this model.
 #[derive(Debug, Parser)]
@@ -45,6 +48,13 @@ pub(crate) enum Command {
     Synth(Synth),
     /// Prove that kernels, threads and prompt chunks do not change a single bit of the logits
     Verify(Verify),
+    /// Find the fastest kernels for a model on this machine, and say why
+    Tune(Box<Tune>),
+    /// Measure tokens per second: prompts (pp) and generation (tg)
+    Bench(Box<Bench>),
+    /// Measures kernels for a parent process
+    #[command(hide = true)]
+    TuneWorker,
     /// Show what this machine offers and what would make it faster
     Doctor(Doctor),
 }
@@ -208,6 +218,8 @@ pub(crate) struct Setup {
     pub(crate) threads: Threads,
     #[command(flatten)]
     pub(crate) budget: TuningBudget,
+    #[command(flatten)]
+    pub(crate) purpose: Purpose,
 }
 
 #[derive(Debug, Args)]
@@ -229,6 +241,8 @@ pub(crate) struct Prepare {
     pub(crate) threads: Threads,
     #[command(flatten)]
     pub(crate) budget: TuningBudget,
+    #[command(flatten)]
+    pub(crate) purpose: Purpose,
 }
 
 #[derive(Debug, Args)]
@@ -275,7 +289,7 @@ pub(crate) enum ForcedKernel {
     Schedule(Schedule),
 }
 
-fn parse_kernel(text: &str) -> Result<ForcedKernel, String> {
+pub(crate) fn parse_kernel(text: &str) -> Result<ForcedKernel, String> {
     if text.contains('/') {
         text.parse()
             .map(ForcedKernel::Schedule)

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
+mod bench;
 mod doctor;
 mod embed;
 mod embedded;
@@ -14,9 +15,11 @@ mod output;
 mod plot;
 mod prepare;
 mod pull;
+mod purpose;
 mod run;
 mod synth;
 mod terminal;
+mod tune;
 mod verify;
 
 use std::process::ExitCode;
@@ -52,7 +55,11 @@ fn main() -> ExitCode {
         Err(error) if output::reader_went_away(&error) => ExitCode::SUCCESS,
         Err(error) => {
             terminal::note(&format!("error: {}", one_line(&error)));
-            if error.is::<UsageError>() { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
+            match () {
+                () if error.is::<UsageError>() => ExitCode::from(USAGE),
+                () if tune::was_interrupted(&error) => ExitCode::from(interrupt::EXIT_CODE),
+                () => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -82,6 +89,9 @@ fn execute(command: &Command) -> Result<ExitCode> {
         Command::Export(options) => export::export(options),
         Command::Synth(options) => synth::synth(options),
         Command::Verify(options) => verify::verify(options),
+        Command::Tune(options) => tune::tune(options),
+        Command::Bench(options) => bench::bench(options),
+        Command::TuneWorker => tune::work(),
         Command::Doctor(options) => doctor::doctor(options).map(|()| ExitCode::SUCCESS),
     }
 }

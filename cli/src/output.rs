@@ -41,6 +41,13 @@ pub(crate) fn finish(mut file: NamedTempFile, path: &Path) -> Result<()> {
     written.with_context(|| format!("{} cannot be written: nothing was left behind", path.display()))
 }
 
+/// Writes a file, whole or not at all.
+pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = create(path)?;
+    file.write_all(bytes).with_context(|| format!("{} cannot be written", path.display()))?;
+    finish(file, path)
+}
+
 /// Whether an error is only that nobody reads standard output any more.
 pub(crate) fn reader_went_away(error: &anyhow::Error) -> bool {
     let kinds = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind);

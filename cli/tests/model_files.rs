@@ -37,7 +37,9 @@ fn the_embedded_model_goes_out_and_comes_back_with_the_same_text() {
     let directory = TempDir::new().unwrap();
     let at = directory.path();
     let story = |model: &[&str]| {
-        let arguments = [&["run"], model, &["-p", "Once upon a time", "-n", "12", "-q", "--temp", "0"]].concat();
+        let arguments =
+            [&["run"], model, &["-p", "Once upon a time", "-n", "12", "-q", "--temp", "0", "--repeat-penalty", "1"]]
+                .concat();
         stdout(&arguments, at)
     };
     let expected = story(&[]);

@@ -99,19 +99,19 @@ impl Scratch {
 }
 
 impl Linear {
-    /// Rows including those that fill the last tile.
+    /// Rows including those that fill the last tile, in the layout where that takes most.
     fn padded_rows(&self) -> usize {
-        let layout = self.kernels.one.layout();
-        layout.tiles(self.m) * layout.tile_rows()
+        let padded = |kernel: &Kernel| kernel.layout().tiles(self.m) * kernel.layout().tile_rows();
+        self.kernels.all().iter().map(padded).max().unwrap_or(self.m)
     }
 
-    fn activation_formats(&self) -> [ActivationFormat; 2] {
-        [&self.kernels.one, &self.kernels.many].map(|kernel| kernel.activation_format())
+    fn activation_formats(&self) -> impl Iterator<Item = ActivationFormat> {
+        self.kernels.all().iter().map(Kernel::activation_format)
     }
 
     /// The kernel for `n` tokens.
     fn kernel(&self, n: usize) -> &Kernel {
-        if n == 1 { &self.kernels.one } else { &self.kernels.many }
+        self.kernels.of(n)
     }
 
     /// What an integer sum is multiplied with when its activations have scale `q`.
@@ -321,7 +321,7 @@ impl Forward<'_> {
                 let tiles = share(kernel.layout().tiles(linear.m), threads, part);
                 let activations = activations.read(self.n, kernel);
                 // SAFETY: every tile is in one part of the work, and nobody reads the sums before all parts are done.
-                unsafe { kernel.run(self.model.weights(linear), tiles, &activations, out) }
+                unsafe { kernel.run(self.model.weights(linear, kernel.layout()), tiles, &activations, out) }
             }
         });
     }
