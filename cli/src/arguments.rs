@@ -66,6 +66,9 @@ pub(crate) struct Run {
     /// Context length in tokens, at most the model's own
     #[arg(short, long, value_name = "TOKENS")]
     pub(crate) context: Option<NonZeroUsize>,
+    /// Draft up to this many tokens from what the text has said before, and check them in one pass; tokens stay the same
+    #[arg(long, value_name = "TOKENS", default_value = "0")]
+    pub(crate) draft: usize,
     /// Talk in turns through the model's chat template; also spelled -cnv
     #[arg(long, visible_alias = "conversation")]
     pub(crate) chat: bool,

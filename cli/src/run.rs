@@ -45,6 +45,8 @@ struct Summary {
     decode_s: f64,
     prompt_tokens_per_s: Option<f64>,
     decode_tokens_per_s: Option<f64>,
+    drafted_tokens: usize,
+    accepted_tokens: usize,
 }
 
 pub(crate) fn run(options: &Run) -> Result<ExitCode> {
@@ -61,7 +63,13 @@ pub(crate) fn run(options: &Run) -> Result<ExitCode> {
     let mut talk = Talk {
         options,
         tokenizer: &tokenizer,
-        settings: GenerateOptions { sampling, sequence: 0, limit: options.n.map(usize::from), stop },
+        settings: GenerateOptions {
+            sampling,
+            sequence: 0,
+            limit: options.n.map(usize::from),
+            stop,
+            draft: options.draft,
+        },
         session: Session::new(model, team, &session_options)?,
         times,
     };
@@ -179,6 +187,8 @@ impl Talk<'_> {
                     decode_s: generated.decode_time.as_secs_f64(),
                     prompt_tokens_per_s: generated.prompt_speed(),
                     decode_tokens_per_s: generated.decode_speed(),
+                    drafted_tokens: generated.drafted,
+                    accepted_tokens: generated.accepted,
                 },
             })?;
         }

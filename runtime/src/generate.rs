@@ -3,7 +3,8 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use crate::model::{ModelError, Session};
+use crate::draft::Drafter;
+use crate::model::{Candidate, ModelError, Session};
 use crate::sampling::{Sampler, Sampling};
 
 /// When to stop, and how to choose tokens.
@@ -17,6 +18,8 @@ pub struct GenerateOptions {
     pub limit: Option<usize>,
     /// Tokens that end the text; they are not part of it.
     pub stop: Vec<u32>,
+    /// Most tokens to draft at a time, 0 for none. Drafting changes how long a text takes and nothing else.
+    pub draft: usize,
 }
 
 /// Why generation ended.
@@ -53,10 +56,14 @@ pub struct Generated {
     pub prompt_tokens: usize,
     /// Time for the prompt, until the first token could be chosen.
     pub prompt_time: Duration,
-    /// Time for all forward passes after the prompt.
+    /// Time for all forward passes after the prompt, and to choose tokens after them.
     pub decode_time: Duration,
-    /// Number of those passes.
-    pub decode_steps: usize,
+    /// Tokens that those passes read and that are part of the text.
+    pub decode_tokens: usize,
+    /// Tokens that were drafted.
+    pub drafted: usize,
+    /// Drafted tokens that turned out right.
+    pub accepted: usize,
 }
 
 impl Generated {
@@ -69,7 +76,7 @@ impl Generated {
     /// Generated tokens per second; `None` if there was nothing to measure.
     #[must_use]
     pub fn decode_speed(&self) -> Option<f64> {
-        speed(self.decode_steps, self.decode_time)
+        speed(self.decode_tokens, self.decode_time)
     }
 }
 
@@ -92,39 +99,109 @@ pub fn generate(
 ) -> Result<Generated, ModelError> {
     let start = Instant::now();
     session.read(prompt)?;
+    let mut text = Vec::with_capacity(session.context() + 1);
+    text.extend_from_slice(session.tokens());
+    let mut sampler = Sampler::new(options.sampling, options.sequence, &text);
+    let mut drafter = Drafter::new(options.draft.min(session.exploration() - 1));
     let mut generated = Generated {
         tokens: Vec::new(),
         reason: StopReason::Length,
         prompt_tokens: prompt.len(),
-        prompt_time: start.elapsed(),
+        prompt_time: Duration::ZERO,
         decode_time: Duration::ZERO,
-        decode_steps: 0,
+        decode_tokens: 0,
+        drafted: 0,
+        accepted: 0,
     };
-    let mut sampler = Sampler::new(options.sampling, options.sequence, session.tokens());
-    while options.limit.is_none_or(|limit| generated.tokens.len() < limit) {
-        let begin = Instant::now();
-        let candidates = session.candidates(sampler.wanted(), sampler.penalised());
-        let Some(token) = sampler.sample(candidates) else { break };
-        let time = if generated.tokens.is_empty() { &mut generated.prompt_time } else { &mut generated.decode_time };
-        *time += begin.elapsed();
+    let left = |generated: &Generated| options.limit.map_or(usize::MAX, |limit| limit - generated.tokens.len());
+    if left(&generated) == 0 {
+        generated.prompt_time = start.elapsed();
+        return Ok(generated);
+    }
+    let mut next = sampler.sample(session.candidates(sampler.wanted(), sampler.penalised()));
+    generated.prompt_time = start.elapsed();
+    let mut ahead = Ahead::default();
+    while let Some(token) = next {
         if options.stop.contains(&token) {
             generated.reason = StopReason::Stop;
             break;
         }
         generated.tokens.push(token);
+        text.push(token);
         sampler.accept(token);
         if on_token(token).is_break() {
             generated.reason = StopReason::Cancelled;
             break;
         }
-        let wanted = options.limit.is_none_or(|limit| generated.tokens.len() < limit);
-        if !wanted || session.room() == 0 {
+        if left(&generated) == 0 || text.len() > session.context() {
             break;
         }
         let begin = Instant::now();
-        session.read(&[token])?;
+        if ahead.accepts(token) {
+            generated.accepted += 1;
+        } else {
+            ahead.settle(session, &mut drafter);
+            ahead.explore(session, &sampler, &mut drafter, &text, left(&generated))?;
+            generated.drafted += ahead.read.len() - 1;
+        }
+        next = sampler.sample(&mut ahead.found[ahead.at]);
         generated.decode_time += begin.elapsed();
-        generated.decode_steps += 1;
+        generated.decode_tokens += 1;
     }
+    ahead.settle(session, &mut drafter);
     Ok(generated)
+}
+
+/// What has been read ahead of the text: a token of it, and drafts of those that follow.
+#[derive(Debug, Default)]
+struct Ahead {
+    read: Vec<u32>,
+    /// Candidates after each token that has been read.
+    found: Vec<Vec<Candidate>>,
+    /// Drafts that have been accepted.
+    at: usize,
+    /// Tokens that may need their logits because a penalty changes them, in rising order.
+    always: Vec<u32>,
+}
+
+impl Ahead {
+    /// Whether the next token of the text has been read already.
+    fn accepts(&mut self, token: u32) -> bool {
+        let accepted = self.read.get(self.at + 1) == Some(&token);
+        self.at += usize::from(accepted);
+        accepted
+    }
+
+    /// Makes the session forget the drafts that were wrong.
+    fn settle(&mut self, session: &mut Session, drafter: &mut Drafter) {
+        if !self.read.is_empty() {
+            session.keep(self.at + 1);
+            drafter.judge(self.at);
+            self.read.clear();
+        }
+    }
+
+    /// Reads the last token of `text`, and what the drafter expects after it if that is not more than the text has `left`.
+    fn explore(
+        &mut self,
+        session: &mut Session,
+        sampler: &Sampler,
+        drafter: &mut Drafter,
+        text: &[u32],
+        left: usize,
+    ) -> Result<(), ModelError> {
+        // The last token of the text is never read, so there is nothing to draft for it.
+        let drafts = drafter.propose(text, (left - 1).min(session.room() - 1));
+        self.read.extend(text.last());
+        self.read.extend(drafts);
+        self.always.clear();
+        self.always.extend(sampler.penalised());
+        if sampler.penalises() {
+            self.always.extend(drafts);
+            self.always.sort_unstable();
+            self.always.dedup();
+        }
+        self.at = 0;
+        session.explore(&self.read, sampler.wanted(), &self.always, &mut self.found)
+    }
 }

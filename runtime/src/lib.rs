@@ -3,11 +3,13 @@
 //! - [`formats`]: model files, from a Hugging Face directory to the prepared `.tern` file, as one [`formats::Checkpoint`].
 //! - [`model`]: the forward pass: weights bound to compiled kernels, sessions, and the reference they must equal.
 //! - [`ops`]: every floating-point step, vectorised, with the very bits of `kernels-ref`.
+//! - [`generate`]: the loop from prompt to text, and [`draft`], which lets it take several tokens in one pass.
 //! - [`text`]: tokenizer, incremental detokenisation, chat templates.
 //!
 //! Results are exact: the tokens are a function of the model, the stated precision of head and KV cache, the prompt,
 //! the sampling settings and the seed. No kernel, layout, thread count or batch size changes a bit of them.
 
+pub mod draft;
 pub mod formats;
 pub mod generate;
 pub mod memory;

@@ -198,6 +198,12 @@ impl Sampler {
         &self.tokens
     }
 
+    /// Whether penalties change logits.
+    #[must_use]
+    pub fn penalises(&self) -> bool {
+        self.sampling.penalises()
+    }
+
     /// The token that follows, if these are the logits: at least those of all tokens that are
     /// [`wanted`](Self::wanted) or [`penalised`](Self::penalised), in rising order of tokens. What is not a number
     /// counts as −∞.

@@ -100,4 +100,18 @@ impl Batch {
         assert!(tokens.end <= self.n, "states: tokens of the last pass");
         Forward { model: &self.model, team: &self.team, n: self.n }.states(tokens, &mut self.scratch)
     }
+
+    /// Makes `sequence` forget all that it has read in the last pass but `kept` tokens, at least one. The pass was its
+    /// alone.
+    ///
+    /// # Panics
+    /// If it has not read so many.
+    pub fn keep(&mut self, sequence: &mut Sequence, kept: usize) {
+        assert!((1..=self.n).contains(&kept), "keep: tokens of the last pass");
+        if kept < self.n {
+            sequence.truncate(sequence.tokens.len() - (self.n - kept));
+            self.n = kept;
+            sequence.state.extend_from_slice(self.states(kept - 1..kept));
+        }
+    }
 }

@@ -5,27 +5,27 @@
 //! gives an interval for every logit; the rows whose interval reaches above what is surely exceeded often enough are then
 //! computed from the file's own rows, in the one fixed order. What is returned has the bits of the full head.
 //!
-//! **The bound.** Let `x` be the state, `w` a row, `w = s·q + e` its int8 form and `x = t·a + d` the integer form of the
-//! state. Then `x·w − s·t·(q·a) = x·e + s·(d·q)`, which by Cauchy-Schwarz is at most `‖x‖·‖e‖ + ‖d‖·s·‖q‖`. The logit
-//! itself is `x·w` rounded: sixteen lanes of fused multiply-adds and one tree, so at most `n = ⌈k/16⌉ + 4` roundings on
-//! the way of each product, hence within `γₙ·Σ|xᵢwᵢ| ≤ γₙ·‖x‖·‖w‖` of it, `γₙ = n·u / (1 − n·u)`, `u = 2⁻²⁴` (Higham,
-//! *Accuracy and Stability of Numerical Algorithms*, 3.1), plus `n` times the smallest subnormal where products underflow.
-//! Norms are computed in `f64` and enlarged by more than their own rounding.
+//! **The bound.** Let `x` be the state, `w` a row and `w = s·q + e` its int8 form. Then `x·w − s·(x·q) = x·e`, at most
+//! `‖x‖·‖e‖` by Cauchy-Schwarz. Both the logit and the estimate are sums as they are rounded: sixteen lanes of fused
+//! multiply-adds and one tree, so at most `n = ⌈k/16⌉ + 4` roundings on the way of each product, hence within
+//! `γₙ·‖x‖·‖w‖` of `x·w` and `γₙ·‖x‖·s·‖q‖` of `s·(x·q)`, `γₙ = n·u / (1 − n·u)`, `u = 2⁻²⁴` (Higham, *Accuracy and
+//! Stability of Numerical Algorithms*, 3.1), plus `n` of the smallest subnormals per lane where products underflow. Norms
+//! are computed in `f64` and enlarged by more than their own rounding.
 
 use ternion_kernels_ref::lanes::LANES;
 use ternion_tuner::Workers;
 
 use crate::formats::FloatMatrix;
 use crate::memory::PageBuffer;
-use crate::ops;
+use crate::ops::{self, SCREEN_ROWS, ScreenTile};
 use crate::team::{SharedSlice, Team, share};
 
-/// Rows that are read for all states before the next: they stay in a core's cache.
+/// Rows that are read for all states before the next: they stay in a core's cache. A multiple of [`SCREEN_ROWS`].
 const BLOCK: usize = 32;
-/// Elements of a screen's row are padded to a multiple of this.
-const STEP: usize = 32;
 /// More than the rounding of a norm's sum of squares, of its square root and of the products with it.
 const SLACK: f64 = 1.0 + 1e-9;
+/// Partial sums below this do not overflow, however they are rounded.
+const LARGEST: f64 = 1e38;
 /// A head of at least this many bytes is screened: a smaller one stays in a cache, where bytes cost little.
 const SCREENED: usize = 32 << 20;
 
@@ -58,25 +58,13 @@ pub struct Query<'a> {
 /// What [`Head::candidates`] needs on its way; grows to its size with the first use.
 #[derive(Debug, Default)]
 pub struct HeadScratch {
-    /// The states that are screened, as integers: `[screened, padded hidden]`.
-    integers: Vec<i16>,
-    forms: Vec<Form>,
+    /// Norms of the states; `None` for one that is not screened.
+    norms: Vec<Option<f64>>,
     /// Lower and upper ends of the intervals, `[screened, vocabulary]` each.
     lower: Vec<f32>,
     upper: Vec<f32>,
     /// Logits of one state, or their lower ends to be put in order.
     logits: Vec<f32>,
-}
-
-/// What the bound needs to know of a state `x = t·a + d`.
-#[derive(Clone, Copy, Debug)]
-struct Form {
-    /// `t`
-    step: f64,
-    /// `‖x‖`
-    norm: f64,
-    /// `‖d‖`
-    rest: f64,
 }
 
 /// The rows of the head, `[vocabulary, hidden]`.
@@ -108,7 +96,7 @@ impl Head {
     /// Bytes of memory beside the rows themselves.
     #[must_use]
     pub fn screen_bytes(&self) -> usize {
-        self.screen.as_ref().map_or(0, |screen| screen.rows.len() + size_of_val(&screen.scales[..]))
+        self.screen.as_ref().map_or(0, |screen| screen.tiles.len() + size_of_val(&screen.scales[..]))
     }
 
     /// All logits of some states: `states` is `[n, hidden]`, `logits` `[n, vocabulary]`.
@@ -135,10 +123,10 @@ impl Head {
     ///
     /// # Panics
     /// If there are not as many lists as queries, or a state does not have the width of the head.
-    pub fn candidates(
+    pub fn candidates<'a>(
         &self,
         team: &Team,
-        queries: &[Query<'_>],
+        queries: impl ExactSizeIterator<Item = Query<'a>> + Clone + Sync,
         scratch: &mut HeadScratch,
         found: &mut [Vec<Candidate>],
     ) {
@@ -146,32 +134,25 @@ impl Head {
         let vocabulary = self.rows.rows;
         let screen = self.screen.as_ref();
         // Bounds need every element to be a number, and squares that do not overflow.
-        let screens = |query: &Query<'_>| {
-            screen
-                .filter(|_| query.wanted != Wanted::All && norm(query.state.iter().map(|x| f64::from(*x))).is_finite())
+        let norm = |query: Query<'_>| {
+            let norm = norm(query.state);
+            (screen.is_some() && query.wanted != Wanted::All && norm.is_finite()).then_some(norm)
         };
-        scratch.integers.clear();
-        scratch.forms.clear();
-        for query in queries {
-            if let Some(screen) = screens(query) {
-                scratch.forms.push(screen.form(query.state, &mut scratch.integers));
-            }
+        scratch.norms.clear();
+        scratch.norms.extend(queries.clone().map(norm));
+        if let Some(screen) = screen.filter(|_| scratch.norms.iter().any(Option::is_some)) {
+            self.intervals(team, screen, queries.clone().map(|query| query.state), scratch);
         }
-        if let Some(screen) = screen.filter(|_| !scratch.forms.is_empty()) {
-            self.intervals(team, screen, scratch);
-        }
-        let mut screened = 0;
-        for (query, found) in queries.iter().zip(found) {
+        for (n, (query, found)) in queries.zip(found).enumerate() {
             found.clear();
-            if screens(query).is_none() {
+            if scratch.norms[n].is_none() {
                 scratch.logits.resize(vocabulary, 0.0);
                 self.logits(team, query.state, &mut scratch.logits);
                 found.extend(scratch.logits.iter().copied().zip(0..));
                 continue;
             }
-            let range = screened * vocabulary..(screened + 1) * vocabulary;
+            let range = n * vocabulary..(n + 1) * vocabulary;
             let (lower, upper) = (&mut scratch.lower[range.clone()], &mut scratch.upper[range]);
-            screened += 1;
             // What is computed in any case neither sets the threshold nor has to reach it.
             for token in query.always.iter().map(|token| *token as usize).filter(|token| *token < vocabulary) {
                 (lower[token], upper[token]) = (f32::NEG_INFINITY, f32::INFINITY);
@@ -184,18 +165,25 @@ impl Head {
     }
 
     /// Intervals of all logits of the states that are screened.
-    fn intervals(&self, team: &Team, screen: &Screen, scratch: &mut HeadScratch) {
-        let HeadScratch { integers, forms, lower, upper, .. } = scratch;
+    fn intervals<'a>(
+        &self,
+        team: &Team,
+        screen: &Screen,
+        states: impl Iterator<Item = &'a [f32]> + Clone + Sync,
+        scratch: &mut HeadScratch,
+    ) {
+        let HeadScratch { norms, lower, upper, .. } = scratch;
         let vocabulary = self.rows.rows;
-        lower.resize(forms.len() * vocabulary, 0.0);
-        upper.resize(forms.len() * vocabulary, 0.0);
+        lower.resize(norms.len() * vocabulary, 0.0);
+        upper.resize(norms.len() * vocabulary, 0.0);
         let (lower, upper) = (SharedSlice::new(lower), SharedSlice::new(upper));
         self.each_block(team, &|rows| {
-            for (n, (form, integers)) in forms.iter().zip(integers.chunks_exact(screen.width)).enumerate() {
+            for (n, (state, norm)) in states.clone().zip(&*norms).enumerate() {
+                let Some(norm) = norm else { continue };
                 let range = n * vocabulary + rows.start..n * vocabulary + rows.end;
                 // SAFETY: every block of rows is in one part of the work.
                 let (lower, upper) = unsafe { (lower.part(range.clone()), upper.part(range)) };
-                screen.intervals(form, integers, rows.clone(), lower, upper);
+                screen.intervals(state, *norm, rows.clone(), lower, upper);
             }
         });
     }
@@ -246,8 +234,8 @@ fn threshold(wanted: Wanted, lower: &[f32], order: &mut Vec<f32>) -> f32 {
 }
 
 /// The Euclidean norm and a little more.
-fn norm(x: impl Iterator<Item = f64>) -> f64 {
-    x.map(|x| x * x).sum::<f64>().sqrt() * SLACK
+fn norm(x: &[f32]) -> f64 {
+    x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt() * SLACK
 }
 
 /// An `f32` that is not smaller.
@@ -260,33 +248,21 @@ fn rounded_up(x: f64) -> f32 {
 struct Scale {
     /// `s`
     scale: f32,
-    /// What `‖x‖` is multiplied with in the bound: `‖e‖ + γₙ·‖w‖`, rounded up.
+    /// What `‖x‖` is multiplied with in the bound: `‖e‖ + γₙ·(‖w‖ + s·‖q‖)`, rounded up.
     error: f32,
-    /// What `‖d‖` is multiplied with: `s·‖q‖`, rounded up.
-    weight: f32,
 }
 
 impl Scale {
     /// Brings a row into its int8 form. A row that is not all numbers gets a bound that excludes nothing.
-    fn quantize(row: &[f32], target: &mut [i8]) -> Self {
-        let largest = row.iter().fold(0f32, |largest, w| largest.max(w.abs()));
-        let scale = largest / 127.0;
-        let unbounded = Self { scale: 0.0, error: f32::INFINITY, weight: f32::INFINITY };
-        let whole = norm(row.iter().map(|w| f64::from(*w)));
-        if !whole.is_finite() || row.iter().any(|w| w.is_nan()) {
-            return unbounded;
+    fn quantize(row: &[f32], target: &mut [u8]) -> Self {
+        let form = ops::screen_form(row, target);
+        let whole = form.whole.sqrt() * SLACK;
+        // A row with an infinity or a NaN anywhere has such a norm.
+        if !whole.is_finite() {
+            return Self { scale: 0.0, error: f32::INFINITY };
         }
-        for (w, target) in row.iter().zip(&mut *target) {
-            // Where the scale has underflowed to nothing the form is 0 and the row its own error.
-            *target = if scale > 0.0 { (w / scale).round_ties_even().clamp(-127.0, 127.0) as i8 } else { 0 };
-        }
-        let form = |q: i8| f64::from(scale) * f64::from(q);
-        let error = norm(row.iter().zip(&*target).map(|(w, q)| f64::from(*w) - form(*q)));
-        Self {
-            scale,
-            error: rounded_up(error + gamma(row.len()) * whole),
-            weight: rounded_up(norm(target.iter().map(|q| form(*q)))),
-        }
+        let roundings = gamma(row.len()) * (whole + form.form.sqrt() * SLACK);
+        Self { scale: form.scale, error: rounded_up(form.error.sqrt() * SLACK + roundings) }
     }
 }
 
@@ -304,75 +280,54 @@ fn gamma(k: usize) -> f64 {
 /// All rows as int8.
 #[derive(Debug)]
 struct Screen {
-    /// `[vocabulary, width]`, zero past the end of a row.
-    rows: PageBuffer,
+    /// Tiles of rows, `[⌈vocabulary / 8⌉, ⌈hidden / 16⌉, 8, 16]`.
+    tiles: PageBuffer,
     scales: Vec<Scale>,
-    /// Elements of a row.
-    k: usize,
-    /// Elements from one row to the next.
-    width: usize,
 }
 
 impl Screen {
     fn new(rows: &FloatMatrix, workers: &dyn Workers) -> std::io::Result<Self> {
-        let (k, width) = (rows.columns, rows.columns.next_multiple_of(STEP));
-        let mut screen = PageBuffer::zeroed(rows.rows * width)?;
+        let k = rows.columns;
+        let tile_bytes = k.div_ceil(LANES) * size_of::<ScreenTile>();
+        let mut tiles = PageBuffer::zeroed(rows.rows.div_ceil(SCREEN_ROWS) * tile_bytes)?;
         let mut scales = vec![Scale::default(); rows.rows];
-        let (bytes, shared) = (SharedSlice::new(&mut screen), SharedSlice::new(&mut scales));
+        let (bytes, shared) = (SharedSlice::new(&mut tiles), SharedSlice::new(&mut scales));
         workers.run(&|thread| {
-            let (mut row, mut form) = (vec![0.0; k], vec![0i8; k]);
-            for index in share(rows.rows, workers.threads(), thread) {
-                rows.widen_row(index, &mut row);
-                // SAFETY: every row is in one thread's share.
-                let (target, scale) =
-                    unsafe { (bytes.part(index * width..index * width + k), shared.part(index..index + 1)) };
-                scale[0] = Scale::quantize(&row, &mut form);
-                target.iter_mut().zip(&form).for_each(|(target, q)| *target = q.cast_unsigned());
+            let (mut row, mut form) = (vec![0.0; k], vec![0; k]);
+            for tile in share(rows.rows.div_ceil(SCREEN_ROWS), workers.threads(), thread) {
+                let within = tile * SCREEN_ROWS..rows.rows.min((tile + 1) * SCREEN_ROWS);
+                // SAFETY: every tile is in one thread's share.
+                let (bytes, scales) =
+                    unsafe { (bytes.part(tile * tile_bytes..(tile + 1) * tile_bytes), shared.part(within.clone())) };
+                for (r, (index, scale)) in within.zip(scales).enumerate() {
+                    rows.widen_row(index, &mut row);
+                    *scale = Scale::quantize(&row, &mut form);
+                    let places = bytes.as_chunks_mut::<LANES>().0[r..].iter_mut().step_by(SCREEN_ROWS);
+                    for (place, form) in places.zip(form.chunks(LANES)) {
+                        place[..form.len()].copy_from_slice(form);
+                    }
+                }
             }
         });
-        Ok(Self { rows: screen, scales, k, width })
+        Ok(Self { tiles, scales })
     }
 
-    /// Appends a state's integers to `integers`.
-    ///
-    /// # Panics
-    /// If it does not have the width of the head.
-    fn form(&self, state: &[f32], integers: &mut Vec<i16>) -> Form {
-        assert_eq!(state.len(), self.k, "form: a state of the head's width");
-        let largest = state.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-        let limit = f64::from(ops::screen_limit(self.width));
-        let step = f64::from(largest) / limit;
-        let start = integers.len();
-        integers.extend(state.iter().map(|x| match step {
-            0.0 => 0,
-            step => (f64::from(*x) / step).round_ties_even().clamp(-limit, limit) as i16,
-        }));
-        let rest = state.iter().zip(&integers[start..]).map(|(x, a)| f64::from(*x) - step * f64::from(*a));
-        let form = Form { step, norm: norm(state.iter().map(|x| f64::from(*x))), rest: norm(rest) };
-        integers.resize(start + self.width, 0);
-        form
-    }
-
-    /// Intervals of the logits of some rows, at most [`BLOCK`].
-    fn intervals(
-        &self,
-        form: &Form,
-        integers: &[i16],
-        rows: std::ops::Range<usize>,
-        lower: &mut [f32],
-        upper: &mut [f32],
-    ) {
-        let mut sums = [0; BLOCK];
-        let sums = &mut sums[..rows.len()];
-        ops::screen_rows(integers, &self.rows[rows.start * self.width..rows.end * self.width], sums);
-        let underflow = roundings(self.k) * LANES as f64 * f64::from(f32::from_bits(1));
+    /// Intervals of the logits of some rows, at most [`BLOCK`], for a state of this norm.
+    fn intervals(&self, state: &[f32], norm: f64, rows: std::ops::Range<usize>, lower: &mut [f32], upper: &mut [f32]) {
+        let (k, mut sums) = (state.len(), [[0.0; SCREEN_ROWS]; BLOCK / SCREEN_ROWS]);
+        let within = rows.start / SCREEN_ROWS..rows.end.div_ceil(SCREEN_ROWS);
+        let steps = k.div_ceil(LANES);
+        let tiles = self.tiles.as_chunks::<LANES>().0.as_chunks::<SCREEN_ROWS>().0;
+        ops::dot_screen(state, &tiles[within.start * steps..within.end * steps], &mut sums[..within.len()]);
+        // Partial sums are at most `‖x‖·√k` times the largest element of a row. Where one might overflow there is no bound.
+        let largest = LARGEST / (127.0 * norm * (k as f64).sqrt());
+        // Of the sum in its integers' scale and of the logit.
+        let underflow = roundings(k) * LANES as f64 * f64::from(f32::from_bits(1));
         let ends = lower.iter_mut().zip(upper);
-        for ((sum, scale), (lower, upper)) in sums.iter().zip(&self.scales[rows]).zip(ends) {
-            let estimate = f64::from(scale.scale) * form.step * f64::from(*sum);
-            let bound = form.norm * f64::from(scale.error) + form.rest * f64::from(scale.weight);
-            // The estimate's own two roundings, far below the bound unless that is 0.
-            let bound = bound * SLACK + estimate.abs() * 1e-15 + underflow;
-            if bound.is_finite() {
+        for ((sum, scale), (lower, upper)) in sums.as_flattened().iter().zip(&self.scales[rows]).zip(ends) {
+            let estimate = f64::from(scale.scale) * f64::from(*sum);
+            let bound = norm * f64::from(scale.error) * SLACK + (1.0 + f64::from(scale.scale)) * underflow;
+            if bound.is_finite() && f64::from(scale.scale).max(1.0) <= largest {
                 (*lower, *upper) = (((estimate - bound) as f32).next_down(), ((estimate + bound) as f32).next_up());
             } else {
                 (*lower, *upper) = (f32::NEG_INFINITY, f32::INFINITY);
@@ -419,9 +374,9 @@ mod tests {
             logits
         });
         let logits = logits.collect();
-        let queries: Vec<_> = states.iter().map(|state| Query { state, wanted, always }).collect();
+        let queries = states.iter().map(|state| Query { state, wanted, always });
         let mut found = vec![Vec::new(); states.len()];
-        head.candidates(&team, &queries, &mut HeadScratch::default(), &mut found);
+        head.candidates(&team, queries, &mut HeadScratch::default(), &mut found);
         (logits, found)
     }
 

@@ -34,7 +34,7 @@ pub struct Session {
     head: HeadScratch,
     /// Logits after the last token, or room for them.
     logits: Vec<f32>,
-    /// Candidates to be the next token, of one state after the other.
+    /// Candidates to be the next token.
     candidates: Vec<Candidate>,
 }
 
@@ -114,14 +114,47 @@ impl Session {
     /// Candidates to be the next token, in rising order of tokens: those that are `wanted`, those in `always` (in rising
     /// order), and perhaps others. Empty if nothing has been read.
     pub fn candidates(&mut self, wanted: Wanted, always: &[u32]) -> &mut Vec<Candidate> {
-        self.candidates.clear();
         let state = self.sequence.state();
-        if !state.is_empty() {
-            let query = Query { state, wanted, always };
-            let found = std::array::from_mut(&mut self.candidates);
-            self.batch.model().head().candidates(self.batch.team(), &[query], &mut self.head, found);
-        }
+        let queries = state.chunks(state.len().max(1)).map(|state| Query { state, wanted, always });
+        self.candidates.clear();
+        let found = &mut std::slice::from_mut(&mut self.candidates)[..queries.len()];
+        self.batch.model().head().candidates(self.batch.team(), queries, &mut self.head, found);
         &mut self.candidates
+    }
+
+    /// Most tokens that [`explore`](Self::explore) reads.
+    #[must_use]
+    pub const fn exploration(&self) -> usize {
+        self.batch.capacity()
+    }
+
+    /// Reads `tokens` in one pass, and puts the [`candidates`](Self::candidates) after each of them into `found`, which
+    /// grows as it has to. What turns out to have been wrong is taken back by [`keep`](Self::keep).
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), or if there are more than [`exploration`](Self::exploration).
+    pub fn explore(
+        &mut self,
+        tokens: &[u32],
+        wanted: Wanted,
+        always: &[u32],
+        found: &mut Vec<Vec<Candidate>>,
+    ) -> Result<(), ModelError> {
+        self.batch.forward(&mut [Part { sequence: &mut self.sequence, tokens }])?;
+        found.resize_with(found.len().max(tokens.len()), Vec::new);
+        let (model, team) = (Arc::clone(self.batch.model()), Arc::clone(self.batch.team()));
+        let states = self.batch.states(0..tokens.len()).chunks_exact(model.config().hidden);
+        let queries = states.map(|state| Query { state, wanted, always });
+        model.head().candidates(&team, queries, &mut self.head, &mut found[..tokens.len()]);
+        Ok(())
+    }
+
+    /// Keeps the first `kept ≥ 1` tokens of the last [`explore`](Self::explore).
+    ///
+    /// # Panics
+    /// If it did not read so many.
+    pub fn keep(&mut self, kept: usize) {
+        self.batch.keep(&mut self.sequence, kept);
     }
 
     /// The sequence.

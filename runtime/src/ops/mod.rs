@@ -39,7 +39,7 @@ pub use head::dot_rows;
 pub use norm::{Quantized, quantize, rms_norm, rms_norm_quantize};
 pub use projection::{Sums, add_dequantized, dequantize, gated};
 pub use rope::rotate;
-pub use screen::{screen_limit, screen_rows};
+pub use screen::{SCREEN_ROWS, ScreenForm, ScreenTile, dot_screen, screen_form};
 
 #[cfg(test)]
 mod tests {
