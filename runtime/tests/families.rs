@@ -130,7 +130,7 @@ fn every_family_has_the_references_bits_for_all_kernels_threads_chunks_and_cache
     for name in MODELS {
         let checkpoint = open(name);
         // More than one block of attention, and more than the sliding window.
-        let ids: Vec<u32> = golden(name).ids.into_iter().cycle().take(75).collect();
+        let ids: Vec<u32> = golden(name).ids.into_iter().cycle().take(110).collect();
         let models = [Family::Mad, Family::Tl1].map(|family| {
             Arc::new(Model::load(&checkpoint, &KernelChoice::Family(family), &cpu, &team, &|_| {}).unwrap())
         });

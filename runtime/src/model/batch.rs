@@ -6,8 +6,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ternion_tuner::Workers;
-
 use super::forward::{Forward, Scratch};
 use super::rope::RopeTable;
 use super::{Model, ModelError, Observer, Sequence};
@@ -42,7 +40,7 @@ impl Batch {
     pub fn new(model: Arc<Model>, team: Arc<Team>, capacity: usize) -> Result<Self, ModelError> {
         let capacity = capacity.max(1);
         let rope = RopeTable::new(model.config().head_dim / 2, model.frequencies.len());
-        let scratch = Scratch::new(&model, capacity, team.threads())?;
+        let scratch = Scratch::new(&model, capacity)?;
         Ok(Self { model, team, capacity, rope, scratch, n: 0 })
     }
 
