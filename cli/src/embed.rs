@@ -18,8 +18,12 @@ use crate::output;
 use crate::terminal::{Bar, note};
 use crate::{UsageError, interrupt};
 
-/// Embedding models pool as they say; of others the last token's final norm is taken. Vectors have length 1.
+/// What to embed.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Embedding models pool as they say, of others the last position is taken; vectors have length 1. \
+    More: docs/src/evaluation.md"
+)]
 pub(crate) struct Embed {
     #[command(flatten)]
     model: ModelOptions,

@@ -24,16 +24,22 @@ use crate::output::{self, print};
 use crate::terminal::{Bar, note};
 use crate::{UsageError, interrupt, plot};
 
-/// Figures are the same with any kernel, number of threads and machine. What published models reach is in the chapter
-/// "Evaluation, embeddings, adapters" of the documentation (docs/src/evaluation.md).
+/// Longest windows of a text, unless asked otherwise: attention over much more takes longer than it tells.
+const WINDOW: usize = 4096;
+
+/// What to measure.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Figures are the same with any kernel, number of threads and machine. Definitions, file formats \
+    and what published models reach: docs/src/evaluation.md"
+)]
 pub(crate) struct Eval {
     #[command(flatten)]
     model: ModelOptions,
     /// Measure the loss on this text (UTF-8)
     #[arg(long, value_name = "FILE", required_unless_present_any = ["choices", "stats"])]
     text: Option<PathBuf>,
-    /// Tokens that a prediction sees at most, and the context of a question [default: the model's context]
+    /// Tokens that a prediction sees at most [default: the model's context, for a text at most 4096]
     #[arg(short, long, value_name = "TOKENS")]
     context: Option<NonZeroUsize>,
     /// Tokens from one window of the text to the next; less than the context lets predictions see more, and takes longer
@@ -213,7 +219,7 @@ fn measure(
     counts: &mut Option<ActivationCounts>,
 ) -> Result<TextReport> {
     let tokens = tokenizer.encode(text, tokenizer.adds_bos())?;
-    let context = session.context();
+    let context = options.context.map_or(session.context().min(WINDOW), usize::from);
     let windows = Windows { context, stride: options.stride.map_or(context, usize::from) };
     if windows.stride > context {
         let problem = format!("--stride: {} tokens are more than the context of {context}", windows.stride);

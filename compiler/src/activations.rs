@@ -15,6 +15,8 @@ pub enum ActivationFormat {
     /// `b = (c₀−1)·x + (c₁−1)·y + 254` in 0..=508, as 16 bytes `b mod 64` and then 16 bytes `b / 64`. Indices with a
     /// code 3 give 0. Two pairs (four activations, one weight byte) take 64 bytes.
     PairTables,
+    /// As they are, padded with zeros to 64 bytes.
+    Plain,
 }
 
 /// What [`ActivationFormat::PairTables`] adds to every sum so that entries are unsigned.
@@ -28,6 +30,7 @@ impl ActivationFormat {
             Self::Planes => planes_bytes(k, 4),
             Self::FivePlanes => planes_bytes(k, 5),
             Self::PairTables => k.div_ceil(4) * 64,
+            Self::Plain => k.next_multiple_of(64),
         }
     }
 
@@ -41,6 +44,11 @@ impl ActivationFormat {
             Self::Planes => planes::<4>(values, target),
             Self::FivePlanes => planes::<5>(values, target),
             Self::PairTables => pair_tables(values, target),
+            Self::Plain => {
+                let (bytes, padding) = target.split_at_mut(values.len());
+                bytes.iter_mut().zip(values).for_each(|(byte, value)| *byte = value.cast_unsigned());
+                padding.fill(0);
+            }
         }
     }
 }

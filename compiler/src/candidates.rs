@@ -32,6 +32,9 @@ impl Schedule {
             match spec.columns {
                 Columns::One => decoding(machine, multiply, &mut candidates),
                 Columns::Many => prompts(machine, multiply, &mut candidates),
+                Columns::ListedRows | Columns::ListedColumns => {
+                    sparse(machine, multiply, spec.columns, &mut candidates);
+                }
             }
         }
         candidates.retain(|schedule| schedule.check(spec, cpu).is_ok());
@@ -94,6 +97,20 @@ fn decoding(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Sched
     }
     for unroll in [4, 2, 8, 16] {
         candidates.extend([128, 64, 32, 48, 16].map(|rows| tl1(machine, rows, unroll)));
+    }
+}
+
+/// For a list of records, where the latency of memory is the limit: what is asked for far enough ahead is there in time.
+fn sparse(machine: MachineKind, multiply: Multiply, columns: Columns, candidates: &mut Vec<Schedule>) {
+    let (family, layout) = match columns {
+        Columns::ListedRows => (Family::SparseRows, Layout::Rows { rows: 1, chunk: 64 }),
+        _ => (Family::SparseColumns, Layout::Columns { chunk: machine.vector_bytes() as u8 }),
+    };
+    let prefetches: &[u16] = if machine == MachineKind::Clif128 { &[0] } else { &[16, 8, 32, 0] };
+    for unroll in [2, 1, 4] {
+        for prefetch in prefetches {
+            candidates.push(Schedule { family, prefetch: *prefetch, ..mad(machine, layout, multiply, unroll) });
+        }
     }
 }
 

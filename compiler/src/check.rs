@@ -8,6 +8,7 @@ use std::fmt;
 
 use crate::compile::in_parallel;
 use crate::harness::{self, Data, Fault, Placement, Problem};
+use crate::listed::GROUP;
 use crate::{Columns, Kernel};
 
 /// Seed of the data that kernels are checked on.
@@ -47,10 +48,14 @@ pub(crate) fn check_each(kernels: &[Kernel]) -> Vec<Result<(), Fault>> {
 
 /// Rows, length of a row and columns that a kernel is checked on.
 fn shape(kernel: &Kernel) -> [usize; 3] {
+    let k = kernel.spec().k;
     let columns = match kernel.spec().columns {
+        Columns::ListedRows => return [2 * GROUP + 1, k, 1],
+        // Columns are records.
+        Columns::ListedColumns => return [k, 2 * GROUP + 1, 1],
         Columns::One => 2,
         // One pass of `ntile` columns and one column left over.
         Columns::Many => usize::from(kernel.schedule().ntile) + 1,
     };
-    [2 * kernel.layout().tile_rows() + 1, kernel.spec().k, columns]
+    [2 * kernel.layout().tile_rows() + 1, k, columns]
 }

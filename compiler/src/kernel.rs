@@ -15,15 +15,16 @@ use crate::{ActivationFormat, Columns, KernelSpec, Layout, Schedule};
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct KernelArgs {
-    weights: *const u8,
-    tiles: u64,
-    activations: *const u8,
-    columns: u64,
-    sums: *const i32,
-    out: *mut i32,
-    out_stride: u64,
-    last_column: *const u8,
-    scratch: *mut u8,
+    pub(crate) weights: *const u8,
+    pub(crate) tiles: u64,
+    pub(crate) activations: *const u8,
+    pub(crate) columns: u64,
+    pub(crate) sums: *const i32,
+    pub(crate) out: *mut i32,
+    pub(crate) out_stride: u64,
+    pub(crate) last_column: *const u8,
+    pub(crate) scratch: *mut u8,
+    pub(crate) list: *const u32,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -170,6 +171,7 @@ impl Kernel {
         match self.spec.columns {
             Columns::One => assert_eq!(columns, 1, "a kernel for one column"),
             Columns::Many => assert!(columns >= 1, "at least one column"),
+            Columns::ListedRows | Columns::ListedColumns => panic!("a kernel that reads a list is called with one"),
         }
         if tiles.is_empty() {
             return None;
@@ -195,13 +197,14 @@ impl Kernel {
             out_stride: 4 * out.stride as u64,
             last_column: activations.columns[(columns - 1) * column_bytes..].as_ptr(),
             scratch,
+            list: std::ptr::null(),
         })
     }
 
     /// Runs the code.
     ///
     /// # Safety
-    /// `args` points to what [`arguments`](Self::arguments) returned for slices that still exist, its scratch has
+    /// `args` points to what [`arguments`](Self::arguments), or its like for lists, returned for slices that still exist, its scratch has
     /// [`scratch_bytes`](Schedule::scratch_bytes) that nothing else uses, and the contract of [`run`](Self::run) holds.
     pub(crate) unsafe fn enter(&self, args: *const KernelArgs) {
         // SAFETY: the code was compiled for this CPU and checked; it reads `tiles.len()` tiles of weights, `columns`

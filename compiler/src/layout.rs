@@ -38,6 +38,13 @@ pub enum Layout {
         /// Rows of a tile, a multiple of 4.
         rows: u8,
     },
+    /// `columns64`: row after row, each padded to 64 bytes; within every `chunk` bytes, which hold `4 · chunk` weights, in
+    /// the order in which `sparse-columns` meets them. Of a transposed matrix, since a row here is a column there: field j
+    /// of byte `16l + 4x + i` is weight `(4x + j) · chunk / 4 + 4l + i`, with i, j and x below 4.
+    Columns {
+        /// Bytes of a vector: 16, 32 or 64.
+        chunk: u8,
+    },
 }
 
 impl Layout {
@@ -45,7 +52,7 @@ impl Layout {
     #[must_use]
     pub const fn tile_rows(self) -> usize {
         match self {
-            Self::Canonical => 1,
+            Self::Canonical | Self::Columns { .. } => 1,
             Self::Rows { rows, .. } | Self::Lanes { rows, .. } | Self::Fives { rows } => rows as usize,
         }
     }
@@ -64,6 +71,7 @@ impl Layout {
             Self::Canonical => bytes,
             Self::Rows { chunk: part, .. } | Self::Lanes { group: part, .. } => bytes.next_multiple_of(part as usize),
             Self::Fives { .. } => k.div_ceil(5).next_multiple_of(FIVES_GROUP),
+            Self::Columns { .. } => bytes.next_multiple_of(64),
         }
     }
 
@@ -95,6 +103,7 @@ impl Layout {
             let rows = tile * tile_rows..source.m().min((tile + 1) * tile_rows);
             match self {
                 Self::Canonical => target.copy_from_slice(source.row(tile)),
+                Self::Columns { chunk } => reorder_columns(source.row(tile), target, chunk.into(), true),
                 Self::Rows { chunk: part, .. } | Self::Lanes { group: part @ 2.., .. } => {
                     target.fill(ZERO_BYTE);
                     for (r, row) in rows.enumerate() {
@@ -151,6 +160,11 @@ impl Layout {
             let r = row % tile_rows;
             match self {
                 Self::Canonical => target.copy_from_slice(tile),
+                Self::Columns { chunk } => {
+                    let mut row = vec![0; tile.len()];
+                    reorder_columns(tile, &mut row, chunk.into(), false);
+                    target.copy_from_slice(&row[..row_bytes]);
+                }
                 Self::Rows { chunk: part, .. } | Self::Lanes { group: part @ 2.., .. } => {
                     for (c, target) in target.chunks_mut(part.into()).enumerate() {
                         target.copy_from_slice(&tile[(c * tile_rows + r) * usize::from(part)..][..target.len()]);
@@ -184,6 +198,53 @@ impl Layout {
         let mut canonical = vec![0; m * PackedMatrix::row_bytes(k)];
         self.unpack_rows(m, k, bytes, 0..m, &mut canonical);
         TernaryMatrix::from_bytes(m, k, canonical)
+    }
+}
+
+/// Brings a row into the order of [`Layout::Columns`] (`forth`), or back. What the target has more than the source is
+/// filled with trit 0.
+fn reorder_columns(source: &[u8], target: &mut [u8], chunk: usize, forth: bool) {
+    let byte = |at: usize| source.get(at).copied().unwrap_or(ZERO_BYTE);
+    for start in (0..target.len()).step_by(chunk) {
+        // Four bytes whose 16 codes change places among them: of weights `(4x + j) · chunk / 4 + 4l + 0..4`, for all j.
+        for (l, x) in (0..chunk / 16).flat_map(|l| (0..4).map(move |x| (l, x))) {
+            let canonical = |j: usize| start + (4 * x + j) * chunk / 16 + l;
+            let ordered = |i: usize| start + 16 * l + 4 * x + i;
+            let codes = std::array::from_fn(|at| if forth { byte(canonical(at)) } else { byte(ordered(at)) });
+            for (at, codes) in transposed(codes).into_iter().enumerate() {
+                target[if forth { ordered(at) } else { canonical(at) }] = codes;
+            }
+        }
+    }
+}
+
+/// Sixteen codes, code j of byte i as code i of byte j.
+fn transposed(bytes: [u8; 4]) -> [u8; 4] {
+    std::array::from_fn(|i| (0..4).fold(0, |byte, j| byte | (bytes[j] >> (2 * i) & 3) << (2 * j)))
+}
+
+/// Columns `columns` of a matrix as rows in canonical order, `columns.len() · ⌈m/4⌉` bytes: what is packed for kernels
+/// that read columns as records. Disjoint ranges can be transposed in parallel; ranges that begin at a multiple of 4 are
+/// the fastest.
+///
+/// # Panics
+/// If `target` has another length or a column lies past the last.
+pub fn transpose_columns(source: PackedMatrix<'_>, columns: Range<usize>, target: &mut [u8]) {
+    let (m, bytes) = (source.m(), PackedMatrix::row_bytes(source.m()));
+    assert!(columns.end <= source.k(), "transpose_columns: columns of the matrix");
+    assert_eq!(target.len(), columns.len() * bytes, "transpose_columns: bytes of the columns");
+    target.fill(ZERO_BYTE);
+    for at in 0..bytes {
+        let rows: [&[u8]; 4] = std::array::from_fn(|r| if 4 * at + r < m { source.row(4 * at + r) } else { &[] });
+        for byte in columns.start / 4..columns.end.div_ceil(4) {
+            let codes = transposed(rows.map(|row| row.get(byte).copied().unwrap_or(ZERO_BYTE)));
+            for (i, codes) in codes.into_iter().enumerate() {
+                let column = 4 * byte + i;
+                if columns.contains(&column) {
+                    target[(column - columns.start) * bytes + at] = codes;
+                }
+            }
+        }
     }
 }
 
@@ -221,13 +282,16 @@ impl fmt::Display for Layout {
             Self::Lanes { rows, group: 1 } => write!(f, "lanes{rows}"),
             Self::Lanes { rows, group } => write!(f, "lanes{rows}x{group}"),
             Self::Fives { rows } => write!(f, "fives{rows}"),
+            Self::Columns { chunk } => write!(f, "columns{chunk}"),
         }
     }
 }
 
 /// A word that names no layout.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no layout: expected canonical, rows<R>x<16|32|64>, lanes<R>, lanes<R>x4 or fives<R>")]
+#[error(
+    "`{0}` is no layout: expected canonical, rows<R>x<16|32|64>, lanes<R>, lanes<R>x4, fives<R> or columns<16|32|64>"
+)]
 pub struct ParseLayoutError(String);
 
 impl FromStr for Layout {
@@ -241,6 +305,8 @@ impl FromStr for Layout {
                 (Ok(rows @ 1..), Ok(chunk @ (16 | 32 | 64))) => Some(Self::Rows { rows, chunk }),
                 _ => None,
             }
+        } else if let Some(chunk) = text.strip_prefix("columns") {
+            chunk.parse().ok().filter(|chunk| matches!(chunk, 16 | 32 | 64)).map(|chunk| Self::Columns { chunk })
         } else if let Some(rows) = text.strip_prefix("fives") {
             rows.parse().ok().filter(|rows| rows % 4 == 0 && *rows > 0).map(|rows| Self::Fives { rows })
         } else {
@@ -286,6 +352,7 @@ mod tests {
             (1u8..=4).prop_map(|groups| Layout::Lanes { rows: 16 * groups, group: 1 }),
             (1u8..=8).prop_map(|groups| Layout::Lanes { rows: 4 * groups, group: 4 }),
             (1u8..=8).prop_map(|groups| Layout::Fives { rows: 4 * groups }),
+            prop::sample::select(vec![16, 32, 64]).prop_map(|chunk| Layout::Columns { chunk }),
         ]
     }
 
@@ -307,6 +374,24 @@ mod tests {
             layout.pack_tiles(matrix.view(), 0..cut, low);
             layout.pack_tiles(matrix.view(), cut..layout.tiles(m), high);
             prop_assert_eq!(parts, packed);
+        }
+
+        #[test]
+        fn columns_become_rows(m in 1usize..40, k in 1usize..60, cuts in (0usize..60, 0usize..60), seed in any::<u64>()) {
+            let mut state = seed;
+            let matrix = TernaryMatrix::from_fn(m, k, |_, _| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                Trit::ALL[(state >> 33) as usize % 3]
+            });
+            let columns = cuts.0.min(cuts.1).min(k)..cuts.0.max(cuts.1).min(k);
+            let mut target = vec![0; columns.len() * PackedMatrix::row_bytes(m)];
+            transpose_columns(matrix.view(), columns.clone(), &mut target);
+            let found = PackedMatrix::new(columns.len(), m, &target).unwrap();
+            for (row, column) in columns.enumerate() {
+                for at in 0..m {
+                    prop_assert_eq!(found.code(row, at), matrix.view().code(at, column));
+                }
+            }
         }
 
         #[test]
@@ -332,6 +417,8 @@ mod tests {
             "lanes6x4",
             "fives0",
             "fives6",
+            "columns8",
+            "columns064",
             "tiles",
         ] {
             assert!(text.parse::<Layout>().is_err(), "{text}");

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::activations::ActivationFormat;
 use crate::emit::mad_lanes::max_pair_groups;
 use crate::emit::tl1::MAX_UNROLL;
+use crate::listed::GROUP;
 use crate::machine::wide;
-use crate::{Arch, Columns, Cpu, Feature, KernelSpec, Layout, emit};
+use crate::{Arch, Columns, Cpu, Feature, KernelSpec, Layout, RecordList, emit};
 
 /// The idea behind a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -22,15 +23,34 @@ pub enum Family {
     T5,
     /// For many columns at once: the weight byte is the row of a table of the sums of four activations.
     Vlut,
+    /// One column times the rows that a list names.
+    SparseRows,
+    /// The weighted sum of the columns that a list names.
+    SparseColumns,
 }
 
 impl Family {
     /// All families.
-    pub const ALL: [Self; 4] = [Self::Mad, Self::Tl1, Self::T5, Self::Vlut];
+    pub const ALL: [Self; 6] = [Self::Mad, Self::Tl1, Self::T5, Self::Vlut, Self::SparseRows, Self::SparseColumns];
 
     /// Whether it multiplies, so that [`Multiply`] says how.
     const fn multiplies(self) -> bool {
-        matches!(self, Self::Mad | Self::T5)
+        !matches!(self, Self::Tl1 | Self::Vlut)
+    }
+
+    /// The families that read whole matrices.
+    pub fn dense() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|family| family.list().is_none())
+    }
+
+    /// What it is called with: `None` for one column and for many.
+    #[must_use]
+    pub const fn list(self) -> Option<Columns> {
+        match self {
+            Self::SparseRows => Some(Columns::ListedRows),
+            Self::SparseColumns => Some(Columns::ListedColumns),
+            Self::Mad | Self::Tl1 | Self::T5 | Self::Vlut => None,
+        }
     }
 }
 
@@ -41,6 +61,8 @@ impl fmt::Display for Family {
             Self::Tl1 => "tl1",
             Self::T5 => "t5",
             Self::Vlut => "vlut",
+            Self::SparseRows => "sparse-rows",
+            Self::SparseColumns => "sparse-columns",
         })
     }
 }
@@ -50,7 +72,10 @@ impl FromStr for Family {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let known = Self::ALL.into_iter().find(|family| family.to_string() == text);
-        known.ok_or_else(|| ParseScheduleError(format!("family `{text}`: expected mad, tl1, t5 or vlut")))
+        known.ok_or_else(|| {
+            let names: Vec<_> = Self::ALL.iter().map(ToString::to_string).collect();
+            ParseScheduleError(format!("family `{text}`: expected one of {}", names.join(", ")))
+        })
     }
 }
 
@@ -141,7 +166,8 @@ pub struct Schedule {
     pub unroll: u8,
     /// Columns that share one pass over a tile; the 16-bit lanes of a vector for `vlut`.
     pub ntile: u8,
-    /// How many bytes ahead of the weights in use the cache is asked for more; 0 for not at all.
+    /// How far ahead of the weights in use the cache is asked for more: in bytes, or in places of the list for families
+    /// that read one; 0 for not at all.
     pub prefetch: u16,
 }
 
@@ -187,6 +213,16 @@ pub enum ScheduleError {
         /// Its value.
         value: usize,
         /// What is allowed.
+        expected: &'static str,
+    },
+    /// The family computes something else.
+    #[error("{family} does not compute {spec}: {expected}")]
+    Spec {
+        /// The family.
+        family: Family,
+        /// What was to be computed.
+        spec: KernelSpec,
+        /// What it computes.
         expected: &'static str,
     },
     /// The layout is narrower than the machine's vectors.
@@ -239,17 +275,27 @@ impl Schedule {
         self.check_machine(cpu)?;
         let parameter =
             |name, value: u8, expected| Err(ScheduleError::Parameter { name, value: value.into(), expected });
+        if self.family.list() != Some(spec.columns).filter(|columns| columns.are_listed()) {
+            let expected = match self.family.list() {
+                None => "it reads no list",
+                Some(Columns::ListedRows) => "it needs rows=listed",
+                Some(_) => "it needs columns=listed",
+            };
+            return Err(ScheduleError::Spec { family: self.family, spec: *spec, expected });
+        }
         match (spec.columns, self.ntile) {
-            (Columns::One, 1) | (Columns::Many, 1..=MAX_NTILE) => {}
-            (Columns::One, ntile) => return parameter("ntile", ntile, "1 for n=1"),
+            (Columns::Many, 1..=MAX_NTILE) | (_, 1) => {}
+            (Columns::One | Columns::ListedRows | Columns::ListedColumns, ntile) => {
+                return parameter("ntile", ntile, "1 for n=1");
+            }
             (Columns::Many, ntile) => return parameter("ntile", ntile, "1 to 32"),
         }
         if self.prefetch != 0 && !self.family.multiplies() {
-            let expected = "0: only mad and t5 prefetch";
+            let expected = "0: only families that multiply prefetch";
             return Err(ScheduleError::Parameter { name: "prefetch", value: self.prefetch.into(), expected });
         }
         if self.multiply != Multiply::Pairs && !self.family.multiplies() {
-            return parameter("multiply", self.multiply as u8, "none: only mad and t5 multiply");
+            return parameter("multiply", self.multiply as u8, "none: tl1 and vlut do not multiply");
         }
         match self.family {
             Family::Mad => {
@@ -266,6 +312,24 @@ impl Schedule {
                     _ => return Err(self.layout_error("rows4x…, rows8x… or lanes4x4 to lanes64x4")),
                 };
                 self.check_multiply(vectors, cpu)?;
+            }
+            Family::SparseRows => {
+                let Layout::Rows { rows: 1, chunk: 64 } = self.layout else {
+                    return Err(self.layout_error("rows1x64"));
+                };
+                self.check_multiply(4 * usize::from(self.unroll), cpu)?;
+            }
+            Family::SparseColumns => {
+                let Layout::Columns { chunk } = self.layout else {
+                    return Err(self.layout_error("columns16, columns32 or columns64"));
+                };
+                if usize::from(chunk) != self.machine.vector_bytes() {
+                    return self.check_width(chunk.into()).and(Err(self.layout_error("columns<bytes of a vector>")));
+                }
+                if emit::sparse_columns::records(self) > GROUP {
+                    return parameter("unroll", self.unroll, "1 or 2 times four records");
+                }
+                self.check_multiply(self.unroll.into(), cpu)?;
             }
             Family::T5 => {
                 let Layout::Fives { rows: rows @ 1..=64 } = self.layout else {
@@ -316,7 +380,10 @@ impl Schedule {
         }
         let expected = match self.machine {
             MachineKind::Clif128 if self.prefetch != 0 => "0: clif128 cannot prefetch",
-            _ if !self.prefetch.is_multiple_of(64) => "a multiple of 64 bytes",
+            _ if self.family.list().is_some() && usize::from(self.prefetch) > RecordList::LOOK_AHEAD => {
+                "at most 64 places of the list"
+            }
+            _ if self.family.list().is_none() && !self.prefetch.is_multiple_of(64) => "a multiple of 64 bytes",
             _ => return Ok(()),
         };
         Err(ScheduleError::Parameter { name: "prefetch", value: self.prefetch.into(), expected })
@@ -377,7 +444,7 @@ impl Schedule {
     #[must_use]
     pub fn scratch_bytes(&self, tiles: usize) -> usize {
         match self.family {
-            Family::Mad | Family::Tl1 | Family::T5 => 0,
+            Family::Mad | Family::Tl1 | Family::T5 | Family::SparseRows | Family::SparseColumns => 0,
             Family::Vlut => emit::vlut::scratch_bytes(self, tiles),
         }
     }
@@ -386,7 +453,8 @@ impl Schedule {
     #[must_use]
     pub const fn activation_format(&self) -> ActivationFormat {
         match self.family {
-            Family::Mad | Family::Vlut => ActivationFormat::Planes,
+            Family::Mad | Family::Vlut | Family::SparseRows => ActivationFormat::Planes,
+            Family::SparseColumns => ActivationFormat::Plain,
             Family::T5 => ActivationFormat::FivePlanes,
             Family::Tl1 => ActivationFormat::PairTables,
         }

@@ -10,7 +10,9 @@ use std::path::Path;
 use std::process::Command;
 
 use ternion_compiler::harness::{Data, Problem};
-use ternion_compiler::{ActivationFormat, Columns, Cpu, KernelSpec, Layout, Multiply, Schedule, object};
+use ternion_compiler::listed::GROUP;
+use ternion_compiler::{ActivationFormat, Columns, Cpu, KernelSpec, Layout, Multiply, RecordList, Schedule, object};
+use ternion_kernels_ref::{QuantizedRow, gemm};
 
 const COMPILER: &str = "aarch64-linux-gnu-gcc";
 const EMULATOR: &str = "qemu-aarch64";
@@ -44,8 +46,8 @@ fn tools() -> bool {
 
 /// All candidates for `cpu` that `without` cannot have, for all row lengths.
 fn candidates(cpu: &Cpu, without: Option<&Cpu>) -> Vec<(KernelSpec, Schedule)> {
-    let specs =
-        ROW_LENGTHS.into_iter().flat_map(|k| [Columns::One, Columns::Many].map(|columns| KernelSpec { k, columns }));
+    let all = [Columns::One, Columns::Many, Columns::ListedRows, Columns::ListedColumns];
+    let specs = ROW_LENGTHS.into_iter().flat_map(|k| all.map(|columns| KernelSpec { k, columns }));
     specs
         .flat_map(|spec| Schedule::candidates(&spec, cpu).into_iter().map(move |schedule| (spec, schedule)))
         .filter(|(spec, schedule)| without.is_none_or(|lesser| schedule.check(spec, lesser).is_err()))
@@ -146,7 +148,7 @@ fn table(kernels: &[(KernelSpec, Schedule, &str)]) -> String {
 }
 
 /// Words of a case, `struct vector` of the driver.
-const CASE_WORDS: usize = 16;
+const CASE_WORDS: usize = 18;
 
 /// What every kernel runs on: three problems each, so that all kinds of data are met by all kinds of kernels.
 fn vectors(jobs: &[(KernelSpec, Schedule)]) -> Vec<u8> {
@@ -156,11 +158,12 @@ fn vectors(jobs: &[(KernelSpec, Schedule)]) -> Vec<u8> {
     for (kernel, (spec, schedule)) in jobs.iter().enumerate() {
         for kind in [Data::Random, Data::ALL[1 + kernel % 8], Data::ALL[1 + (kernel + 3) % 8]] {
             let k = spec.k;
+            if spec.columns.are_listed() {
+                cases.extend(listed_case(&mut data, kernel, *spec, *schedule, kind).map(|word| word as u64));
+                continue;
+            }
             let problem = problems.entry((k, kind)).or_insert_with(|| Problem::new(kind, M, k, 17, k as u64));
-            let n = match spec.columns {
-                Columns::One => 1,
-                Columns::Many => usize::from(schedule.ntile) + 1,
-            };
+            let n = if spec.columns == Columns::One { 1 } else { usize::from(schedule.ntile) + 1 };
             assert!(n <= problem.columns().len());
             let (layout, format) = (schedule.layout, schedule.activation_format());
             let rows = layout.tiles(M) * layout.tile_rows();
@@ -198,6 +201,8 @@ fn vectors(jobs: &[(KernelSpec, Schedule)]) -> Vec<u8> {
                 rows,
                 rows + 5,
                 schedule.scratch_bytes(layout.tiles(M)).next_multiple_of(64),
+                0,
+                0,
             ];
             cases.extend(case.map(|word| word as u64));
         }
@@ -207,6 +212,72 @@ fn vectors(jobs: &[(KernelSpec, Schedule)]) -> Vec<u8> {
     assert_eq!(file.len(), data.start);
     file.extend(data.bytes);
     file
+}
+
+/// A case of a kernel that reads a list: every record but each third.
+fn listed_case(
+    data: &mut Blobs,
+    kernel: usize,
+    spec: KernelSpec,
+    schedule: Schedule,
+    kind: Data,
+) -> [usize; CASE_WORDS] {
+    let (layout, k) = (schedule.layout, spec.k);
+    let by_rows = spec.columns == Columns::ListedRows;
+    let problem = if by_rows { Problem::new(kind, M, k, 1, k as u64) } else { Problem::new(kind, k, M, 1, k as u64) };
+    let column = &problem.columns()[0];
+    let listed: Vec<usize> = (0..M).filter(|i| i % 3 != 1).collect();
+    let factor = |i: usize| if by_rows { 0 } else { column.values()[i] };
+    let mut list = RecordList::default();
+    list.fill(listed.iter().map(|i| ((i * layout.row_bytes(k)) as u32, factor(*i))));
+
+    let (weights, activations, sum) = if by_rows {
+        let format = schedule.activation_format();
+        let mut bytes = vec![0; format.bytes(k)];
+        format.prepare(column.values(), &mut bytes);
+        (problem.pack(layout), bytes, column.sum())
+    } else {
+        let factors: Vec<_> = list.factors().iter().map(|factor| factor.cast_unsigned()).collect();
+        let sum = list.factors().iter().map(|factor| i32::from(*factor)).sum();
+        (problem.pack_transposed(layout), factors, sum)
+    };
+    let places = list.groups() * GROUP;
+    let expected: Vec<i32> = match problem.expected() {
+        None => Vec::new(),
+        Some(all) if by_rows => listed.iter().map(|row| all[*row]).collect(),
+        Some(_) => {
+            let mut values = vec![0; M];
+            listed.iter().for_each(|i| values[*i] = column.values()[*i]);
+            gemm::gemm(problem.weights(), &[QuantizedRow::from_values(values).unwrap()])
+        }
+    };
+    let rows = if by_rows { places } else { 4 * layout.row_bytes(k) };
+    let name = data.add(problem.to_string().into_bytes());
+    let (weights, activations) = (data.add(weights), data.add(activations));
+    let sum = data.add(i32::to_le_bytes(sum).to_vec());
+    let offsets = data.add(list.offsets().iter().flat_map(|offset| offset.to_le_bytes()).collect());
+    let compared = expected.len();
+    let expected = data.add(expected.iter().flat_map(|sum| sum.to_le_bytes()).collect());
+    [
+        kernel,
+        name.0,
+        name.1,
+        weights.0,
+        weights.1,
+        places,
+        activations.0,
+        activations.1,
+        activations.1,
+        sum.0,
+        1,
+        if compared == 0 { 0 } else { expected.0 },
+        compared,
+        rows,
+        rows,
+        0,
+        offsets.0,
+        offsets.1,
+    ]
 }
 
 /// Bytes of the file that several cases share.
@@ -235,11 +306,19 @@ enum What {
 impl Blobs {
     /// Offset in the file and number of bytes of what `key` stands for.
     fn place(&mut self, key: Key, bytes: impl FnOnce() -> Vec<u8>) -> (usize, usize) {
-        *self.places.entry(key).or_insert_with(|| {
-            self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
-            let (at, bytes) = (self.start + self.bytes.len(), bytes());
-            self.bytes.extend(&bytes);
-            (at, bytes.len())
-        })
+        if let Some(place) = self.places.get(&key) {
+            return *place;
+        }
+        let place = self.add(bytes());
+        self.places.insert(key, place);
+        place
+    }
+
+    /// As [`place`](Self::place), for bytes that only one case needs.
+    fn add(&mut self, bytes: Vec<u8>) -> (usize, usize) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
+        let at = self.start + self.bytes.len();
+        self.bytes.extend(&bytes);
+        (at, bytes.len())
     }
 }

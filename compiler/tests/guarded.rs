@@ -67,7 +67,12 @@ fn run_cases() {
                 let m = rows(&mut random);
                 let data = random.of(&Data::ALL);
                 let placement = random.of(&[Placement::BeforeGuard, Placement::AfterGuard, Placement::Unaligned]);
-                let problem = Problem::new(data, m, spec.k, n, random.next());
+                let problem = match spec.columns {
+                    Columns::One | Columns::Many => Problem::new(data, m, spec.k, n, random.next()),
+                    Columns::ListedRows => Problem::new(data, m, spec.k, 1, random.next()),
+                    // A record is a column.
+                    Columns::ListedColumns => Problem::new(data, spec.k, m, 1, random.next()),
+                };
                 let case = format!("{schedule}; {spec}; {cpu}; {problem}; placement={placement}");
                 say(&format!("case {case}"));
                 harness::check(&kernel, &problem, placement).unwrap_or_else(|fault| panic!("{case}: {fault}"));
@@ -102,12 +107,20 @@ fn lowered(random: &mut Random, batch: usize) -> Cpu {
 
 /// A kernel: a candidate, half of the time changed at random into another legal schedule.
 fn job(random: &mut Random, cpu: &Cpu) -> (KernelSpec, Schedule) {
-    let spec = KernelSpec { k: row_length(random), columns: random.of(&[Columns::One, Columns::Many]) };
+    let columns = random.of(&[
+        Columns::One,
+        Columns::One,
+        Columns::Many,
+        Columns::Many,
+        Columns::ListedRows,
+        Columns::ListedColumns,
+    ]);
+    let spec = KernelSpec { k: row_length(random), columns };
     let candidate = random.of(&Schedule::candidates(&spec, cpu));
     let rows = random.of(&[4, 8]);
     let changed = Schedule {
         layout: match candidate.layout {
-            Layout::Rows { .. } => Layout::Rows { rows, chunk: random.of(&[16, 32, 64]) },
+            Layout::Rows { rows: 4.., .. } => Layout::Rows { rows, chunk: random.of(&[16, 32, 64]) },
             Layout::Lanes { group: 1, .. } => Layout::Lanes { rows: 16 * (1 + random.below(4)) as u8, group: 1 },
             Layout::Lanes { group, .. } => Layout::Lanes { rows: 4 * (1 + random.below(8)) as u8, group },
             Layout::Fives { .. } => Layout::Fives { rows: 4 * (1 + random.below(8)) as u8 },

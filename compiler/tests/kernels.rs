@@ -12,10 +12,14 @@ fn host() -> Cpu {
 #[test]
 fn every_candidate_compiles_and_agrees_with_the_reference_on_awkward_shapes() {
     for k in [4, 64, 100, 260, 1028, 2560] {
-        for columns in [Columns::One, Columns::Many] {
+        for columns in [Columns::One, Columns::Many, Columns::ListedRows, Columns::ListedColumns] {
             let spec = KernelSpec { k, columns };
             let jobs: Vec<_> = Schedule::candidates(&spec, &host()).into_iter().map(|s| (spec, s)).collect();
-            for family in Family::ALL.into_iter().filter(|family| *family != Family::Vlut || columns == Columns::Many) {
+            let serves = |family: &Family| match family.list() {
+                Some(list) => list == columns,
+                None => !columns.are_listed() && (*family != Family::Vlut || columns == Columns::Many),
+            };
+            for family in Family::ALL.into_iter().filter(serves) {
                 assert!(jobs.iter().any(|(_, s)| s.family == family), "the host runs {family}");
             }
             for kernel in compile_each(&jobs, &host()) {
@@ -29,14 +33,17 @@ fn every_candidate_compiles_and_agrees_with_the_reference_on_awkward_shapes() {
 fn kernels_agree_whatever_features_the_cpu_lacks() {
     // Every step down still has a legal schedule, and what it emits runs: a lesser CPU's code is legal on a better one.
     let mut cpu = host();
-    let spec = KernelSpec { k: 132, columns: Columns::Many };
+    let specs =
+        [Columns::Many, Columns::ListedRows, Columns::ListedColumns].map(|columns| KernelSpec { k: 132, columns });
     for feature in [None].into_iter().chain(Feature::ALL.iter().rev().copied().map(Some)) {
         if let Some(feature) = feature {
             cpu = cpu.without(feature);
         }
-        let jobs: Vec<_> = Schedule::candidates(&spec, &cpu).into_iter().map(|s| (spec, s)).collect();
-        assert!(!jobs.is_empty(), "{cpu}");
-        compile(&jobs, &cpu).unwrap_or_else(|error| panic!("{cpu}: {error}"));
+        for spec in specs {
+            let jobs: Vec<_> = Schedule::candidates(&spec, &cpu).into_iter().map(|s| (spec, s)).collect();
+            assert!(!jobs.is_empty(), "{cpu}");
+            compile(&jobs, &cpu).unwrap_or_else(|error| panic!("{cpu}: {error}"));
+        }
     }
 }
 

@@ -171,7 +171,7 @@ impl Input {
 /// Columns of a sample.
 fn columns(columns: Columns) -> usize {
     match columns {
-        Columns::One => 1,
+        Columns::One | Columns::ListedRows | Columns::ListedColumns => 1,
         Columns::Many => PROMPT_COLUMNS,
     }
 }

@@ -2,6 +2,8 @@
 
 mod mad;
 pub(crate) mod mad_lanes;
+pub(crate) mod sparse_columns;
+mod sparse_rows;
 mod t5;
 pub(crate) mod tl1;
 pub(crate) mod vlut;
@@ -16,6 +18,8 @@ pub(crate) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
         (Family::Mad, _) => mad::emit(m, spec, schedule),
         (Family::Tl1, _) => tl1::emit(m, spec, schedule),
         (Family::Vlut, _) => vlut::emit(m, spec, schedule),
+        (Family::SparseRows, _) => sparse_rows::emit(m, spec, schedule),
+        (Family::SparseColumns, _) => sparse_columns::emit(m, spec, schedule),
     }
 }
 

@@ -94,6 +94,8 @@ pub(super) unsafe trait Plain: Copy {}
 unsafe impl Plain for u8 {}
 // SAFETY: any four bytes are an `i32`.
 unsafe impl Plain for i32 {}
+// SAFETY: any four bytes are an `u32`.
+unsafe impl Plain for u32 {}
 // SAFETY: bytes.
 unsafe impl Plain for Line {}
 // SAFETY: integers and raw pointers, which may hold any address.

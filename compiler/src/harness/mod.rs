@@ -9,6 +9,7 @@
 //! A read or write beyond a guard ends the process: whoever uses guards runs the harness in a process that may end.
 
 mod buffer;
+mod listed;
 mod problem;
 #[cfg(test)]
 mod tests;
@@ -55,13 +56,14 @@ impl From<region::Error> for Fault {
     }
 }
 
-/// Runs `kernel` on `problem` and compares. A kernel for one column is run on each column in turn.
+/// Runs `kernel` on `problem` and compares. A kernel for one column is run on each column in turn, one that reads a list on
+/// the first, with records drawn from the problem's seed.
 ///
 /// # Errors
 /// The first fault that is found.
 ///
 /// # Panics
-/// If the problem's rows are not as long as the kernel's.
+/// If the problem's rows (columns, for a kernel that reads them as records) are not as long as the kernel's.
 pub fn check(kernel: &Kernel, problem: &Problem, placement: Placement) -> Result<(), Fault> {
     check_and_time(kernel, problem, placement, 0, &mut || Duration::ZERO).map(drop)
 }
@@ -82,13 +84,16 @@ pub fn check_and_time(
     repeats: usize,
     clock: &mut dyn FnMut() -> Duration,
 ) -> Result<Vec<Duration>, Fault> {
+    let per_call = match kernel.spec().columns {
+        Columns::One => 1,
+        Columns::Many => problem.columns().len().max(1),
+        Columns::ListedRows | Columns::ListedColumns => {
+            return listed::check_and_time(kernel, problem, placement, repeats, clock);
+        }
+    };
     assert_eq!(problem.k(), kernel.spec().k, "a problem with rows of the kernel's length");
     let weights = Buffer::read_only(&problem.pack(kernel.layout()), placement)?;
     let columns = problem.columns();
-    let per_call = match kernel.spec().columns {
-        Columns::One => 1,
-        Columns::Many => columns.len().max(1),
-    };
     let mut first = None;
     for (call, columns) in columns.chunks(per_call).enumerate() {
         let mut run = Run::new(kernel, problem, placement, &weights, call * per_call, columns)?;

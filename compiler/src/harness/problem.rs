@@ -2,9 +2,10 @@
 
 use std::fmt;
 
-use ternion_kernels_ref::{QuantizedRow, TernaryMatrix, Trit, gemm};
+use ternion_kernels_ref::{PackedMatrix, QuantizedRow, TernaryMatrix, Trit, gemm};
 
 use crate::Layout;
+use crate::layout::transpose_columns;
 
 /// The numbers of a [`Problem`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -113,6 +114,18 @@ impl Problem {
         &self.columns
     }
 
+    /// What its numbers are.
+    #[must_use]
+    pub const fn data(&self) -> Data {
+        self.data
+    }
+
+    /// The weights.
+    #[must_use]
+    pub fn weights(&self) -> PackedMatrix<'_> {
+        self.weights.view()
+    }
+
     /// The seed.
     #[must_use]
     pub const fn seed(&self) -> u64 {
@@ -122,7 +135,20 @@ impl Problem {
     /// The weights in `layout`; with [`Data::InvalidCodes`] as many bytes of any value.
     #[must_use]
     pub fn pack(&self, layout: Layout) -> Vec<u8> {
-        let mut bytes = layout.pack(self.weights.view());
+        self.pack_matrix(self.weights.view(), layout)
+    }
+
+    /// As [`pack`](Self::pack), of the transposed matrix.
+    #[must_use]
+    pub fn pack_transposed(&self, layout: Layout) -> Vec<u8> {
+        let (m, k) = (self.m(), self.k());
+        let mut transposed = vec![0; k * PackedMatrix::row_bytes(m)];
+        transpose_columns(self.weights.view(), 0..k, &mut transposed);
+        self.pack_matrix(PackedMatrix::new(k, m, &transposed).expect("its size"), layout)
+    }
+
+    fn pack_matrix(&self, matrix: PackedMatrix<'_>, layout: Layout) -> Vec<u8> {
+        let mut bytes = layout.pack(matrix);
         if self.data == Data::InvalidCodes {
             let mut random = Random::new(self.seed);
             bytes.fill_with(|| random.next() as u8);
@@ -165,7 +191,7 @@ fn activations(data: Data, k: usize, column: usize, random: &mut Random) -> Quan
 }
 
 /// A stream of pseudo-random numbers (SplitMix64).
-struct Random {
+pub(super) struct Random {
     state: u64,
     /// What is left of a number that trits are taken from: a fraction of 64 bits.
     fraction: u64,
@@ -174,11 +200,11 @@ struct Random {
 }
 
 impl Random {
-    const fn new(seed: u64) -> Self {
+    pub(super) const fn new(seed: u64) -> Self {
         Self { state: seed, fraction: 0, left: 0 }
     }
 
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.state;
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);

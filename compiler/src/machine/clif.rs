@@ -200,6 +200,10 @@ impl Machine for Clif<'_> {
         int(self.builder.ins().uload8(types::I64, input_flags(), Value::from_u32(address.0), offset))
     }
 
+    fn load32(&mut self, address: Int, offset: i32) -> Int {
+        int(self.builder.ins().uload32(input_flags(), Value::from_u32(address.0), offset))
+    }
+
     fn copy32(&mut self, from: Int, from_offset: i32, to: Int, to_offset: i32) {
         let value = self.builder.ins().load(types::I32, memory_flags(), Value::from_u32(from.0), from_offset);
         self.builder.ins().store(memory_flags(), value, Value::from_u32(to.0), to_offset);
@@ -333,6 +337,10 @@ impl Machine for Clif<'_> {
 
     fn prefetch(&mut self, _address: Int, _offset: i32) {
         // Cranelift has no such instruction; `Schedule::check` allows no distance here.
+    }
+
+    fn prefetch_second_level(&mut self, address: Int, offset: i32) {
+        self.prefetch(address, offset);
     }
 
     fn and(&mut self, a: Vector, b: Vector) -> Vector {
@@ -475,6 +483,10 @@ impl Machine for Clif<'_> {
 
     fn interleave8(&mut self, a: Vector, b: Vector) -> [Vector; 2] {
         self.shuffle(a, b, |first, i| first + i / 2 + i % 2 * 16)
+    }
+
+    fn interleave16_within(&mut self, a: Vector, b: Vector) -> [Vector; 2] {
+        self.shuffle(a, b, |first, i| first + i / 4 * 2 + i % 2 + i / 2 % 2 * 16)
     }
 
     fn widen16(&mut self, a: Vector) -> [Vector; 2] {

@@ -46,7 +46,7 @@ pub struct Loop(pub(crate) usize);
 pub enum Argument {
     /// Address of the first tile of weights.
     Weights,
-    /// Number of tiles, at least 1.
+    /// Number of tiles, at least 1; of places of the list for kernels that read one.
     Tiles,
     /// Address of the first prepared column.
     Activations,
@@ -62,6 +62,8 @@ pub enum Argument {
     LastColumn,
     /// Address of memory that the kernel may use as it likes, aligned to 64 bytes.
     Scratch,
+    /// Address of the list: where records begin, in bytes from the weights, `u32` each.
+    List,
 }
 
 /// The operations that emitters are written in.
@@ -81,6 +83,8 @@ pub trait Machine {
     fn shift_left(&mut self, a: Int, bits: u8) -> Int;
     /// An unsigned byte of weights.
     fn load_byte(&mut self, address: Int, offset: i32) -> Int;
+    /// An unsigned 32-bit number of an input.
+    fn load32(&mut self, address: Int, offset: i32) -> Int;
     /// Copies 32 bits from one address to another, after the stores before it.
     fn copy32(&mut self, from: Int, from_offset: i32, to: Int, to_offset: i32);
     /// `a + constant`.
@@ -133,6 +137,8 @@ pub trait Machine {
 
     /// Asks for the 64 bytes around `address + offset`, which need not exist, to be in the cache soon.
     fn prefetch(&mut self, address: Int, offset: i32);
+    /// As [`prefetch`](Self::prefetch), but no nearer than the second-level cache.
+    fn prefetch_second_level(&mut self, address: Int, offset: i32);
 
     /// Bitwise and.
     fn and(&mut self, a: Vector, b: Vector) -> Vector;
@@ -182,6 +188,8 @@ pub trait Machine {
     fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2];
     /// The bytes of `a` and `b` in turn, within every 128 bits: from their lower halves, then from their upper halves.
     fn interleave8(&mut self, a: Vector, b: Vector) -> [Vector; 2];
+    /// The 16-bit lanes of `a` and `b` in turn, within every 128 bits: from their lower halves, then from their upper halves.
+    fn interleave16_within(&mut self, a: Vector, b: Vector) -> [Vector; 2];
     /// Widens unsigned 16-bit lanes to 32 bits: the first half, then the second.
     fn widen16(&mut self, a: Vector) -> [Vector; 2];
     /// Widens signed 16-bit lanes to 32 bits: the first half, then the second.

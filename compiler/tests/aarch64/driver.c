@@ -24,6 +24,7 @@ struct kernel_args {
     uint64_t out_stride;
     const void *last_column;
     void *scratch;
+    const void *list;
 };
 
 /* The generated table. */
@@ -43,6 +44,7 @@ struct vector {
     uint64_t expected_at; /* columns × m results; 0: any results will do */
     uint64_t m, rows, out_stride;
     uint64_t scratch_bytes; /* a multiple of 64, so that the scratch is aligned to 64 bytes */
+    uint64_t list_at, list_bytes;
 };
 
 static const uint32_t poison = 0xa5a5a5a5;
@@ -134,14 +136,16 @@ static int run(const struct vector *v, int before_guard) {
     struct buffer out = place(NULL, out_bytes, before_guard);
     struct buffer scratch = place(NULL, v->scratch_bytes, before_guard);
     const uint8_t *last_column = activations.bytes + v->activations_bytes - v->column_bytes;
-    struct kernel_args record = {weights.bytes, v->tiles,          activations.bytes, v->columns,   sums.bytes,
-                                 out.bytes,     4 * v->out_stride, last_column,       scratch.bytes};
+    struct buffer list = place(file + v->list_at, v->list_bytes, before_guard);
+    struct kernel_args record = {weights.bytes, v->tiles,          activations.bytes, v->columns,    sums.bytes,
+                                 out.bytes,     4 * v->out_stride, last_column,       scratch.bytes, list.bytes};
     struct buffer args = place(&record, sizeof record, before_guard);
     now = v;
     placement = before_guard ? "before-guard" : "after-guard";
     kernels[v->kernel].run((const struct kernel_args *)args.bytes);
     int ok = right(v, out, out_bytes, scratch);
-    release(weights), release(activations), release(sums), release(out), release(scratch), release(args);
+    release(weights), release(activations), release(sums), release(out), release(scratch), release(list);
+    release(args);
     return ok;
 }
 

@@ -241,6 +241,13 @@ impl Machine for Wide {
         self.compute_int(X86::Movzx_r64_rm8, Address { base: Register(address.0), index: None, offset })
     }
 
+    fn load32(&mut self, address: Int, offset: i32) -> Int {
+        let register = self.program.register(Class::Int);
+        let target = Some((register, View::Int32));
+        self.push(Instruction::new(X86::Mov_r32_rm32, target, [memory(address, offset)]));
+        Int(register.0)
+    }
+
     fn copy32(&mut self, from: Int, from_offset: i32, to: Int, to_offset: i32) {
         let register = self.program.register(Class::Int);
         let target = Some((register, View::Int32));
@@ -360,6 +367,10 @@ impl Machine for Wide {
 
     fn prefetch(&mut self, address: Int, offset: i32) {
         self.push(Instruction::new(X86::Prefetcht0_m8, None, [memory(address, offset)]));
+    }
+
+    fn prefetch_second_level(&mut self, address: Int, offset: i32) {
+        self.push(Instruction::new(X86::Prefetcht1_m8, None, [memory(address, offset)]));
     }
 
     fn and(&mut self, a: Vector, b: Vector) -> Vector {
@@ -497,6 +508,10 @@ impl Machine for Wide {
 
     fn interleave8(&mut self, a: Vector, b: Vector) -> [Vector; 2] {
         [self.binary(Operation::UnpackLow8, a, b), self.binary(Operation::UnpackHigh8, a, b)]
+    }
+
+    fn interleave16_within(&mut self, a: Vector, b: Vector) -> [Vector; 2] {
+        [self.binary(Operation::UnpackLow16, a, b), self.binary(Operation::UnpackHigh16, a, b)]
     }
 
     fn widen16(&mut self, a: Vector) -> [Vector; 2] {

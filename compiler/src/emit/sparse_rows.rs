@@ -1,0 +1,111 @@
+//! `sparse-rows`: the product of some rows, which a list names.
+//!
+//! In a model with relu² every gate at 0 or below makes its neuron's row of the up-projection useless. Rows lie one after
+//! the other as records; the list holds where each begins. A record is read from its beginning to its end before the next,
+//! since that is what the hardware's own prefetchers expect, and the records that come later are asked for meanwhile:
+//! nothing else tells the memory which they are.
+//!
+//! ```text
+//! for 4 records of the list
+//!   for record
+//!     for vector of k                    `unroll` vectors per turn
+//!       4 × (shift, and, multiply-add); ask for as much of the record `prefetch` places on
+//!   add up lanes, subtract Σa, store 4 results
+//! ```
+
+use crate::activations::plane_bytes;
+use crate::machine::{Argument, Int, Machine, Vector, advance, repeat, while_at_least};
+use crate::{KernelSpec, Multiply, Schedule};
+
+/// Records whose lanes are added up at once.
+const RECORDS: usize = 4;
+
+pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
+    let (record, width) = (schedule.layout.row_bytes(spec.k), m.vector_bytes());
+    let (vectors, unroll) = (record / width, usize::from(schedule.unroll));
+    let (list, out, left) = (m.argument(Argument::List), m.argument(Argument::Out), m.argument(Argument::Tiles));
+    let [list, out, left] = [list, out, left].map(|start| m.int_variable(start));
+    while_at_least(m, left, RECORDS as i32, |m| {
+        let totals: [_; RECORDS] = std::array::from_fn(|r| {
+            let (here, weights, zero) = (m.get_int(list), m.argument(Argument::Weights), m.zero());
+            let offset = m.load32(here, 4 * r as i32);
+            let start = m.add(weights, offset);
+            let (bytes, total) = (m.int_variable(start), m.vector_variable(zero));
+            let activations = m.argument(Argument::Activations);
+            let activations = m.int_variable(activations);
+            let ahead = (schedule.prefetch > 0).then(|| {
+                let offset = m.load32(here, 4 * (i32::from(schedule.prefetch) + r as i32));
+                let start = m.add(weights, offset);
+                m.int_variable(start)
+            });
+            let turn = |m: &mut dyn Machine, count: usize| {
+                let (start, column, before) = (m.get_int(bytes), m.get_int(activations), m.get(total));
+                let after = add_vectors(m, schedule, plane_bytes(spec.k, 4), count, start, column, before);
+                m.set(total, after);
+                if let Some(ahead) = ahead {
+                    let start = m.get_int(ahead);
+                    for line in (0..count * width).step_by(64) {
+                        m.prefetch_second_level(start, line as i32);
+                    }
+                    advance(m, ahead, (count * width) as i32);
+                }
+                advance(m, bytes, (count * width) as i32);
+                advance(m, activations, (count * width) as i32);
+            };
+            repeat(m, vectors / unroll, |m| turn(m, unroll));
+            repeat(m, (vectors % unroll).min(1), |m| turn(m, vectors % unroll));
+            total
+        });
+        let sums = m.argument(Argument::Sums);
+        let sum = m.load_splat32(sums, 0);
+        let totals = totals.map(|total| m.get(total));
+        let dots = m.sum_lanes32(totals);
+        let result = m.sub32(dots, sum);
+        let target = m.get_int(out);
+        m.store_low128(target, 0, result);
+        advance(m, list, 4 * RECORDS as i32);
+        advance(m, out, 4 * RECORDS as i32);
+        advance(m, left, -(RECORDS as i32));
+    });
+}
+
+/// `total`, a vector of 32-bit lanes, and what `count` vectors of a record add to it.
+fn add_vectors(
+    m: &mut dyn Machine,
+    schedule: &Schedule,
+    plane: usize,
+    count: usize,
+    record: Int,
+    activations: Int,
+    mut total: Vector,
+) -> Vector {
+    let width = m.vector_bytes();
+    let mask = m.splat8(3);
+    // With `pairs`, 16-bit sums of this turn; `Schedule::check` knows that they fit.
+    let mut sum: Option<Vector> = None;
+    for at in (0..count).map(|vector| vector * width) {
+        let bytes = m.load(record, at as i32);
+        for place in 0..4 {
+            let shifted = if place == 0 { bytes } else { m.shift_right16(bytes, 2 * place as u8) };
+            let codes = m.and(shifted, mask);
+            let activations = m.load(activations, (place * plane + at) as i32);
+            match schedule.multiply {
+                Multiply::Dot => total = m.dot(total, codes, activations),
+                Multiply::Pairs => {
+                    let pairs = m.multiply_add_pairs(codes, activations);
+                    sum = Some(match sum {
+                        None => pairs,
+                        Some(sum) => m.add16(sum, pairs),
+                    });
+                }
+            }
+        }
+    }
+    match sum {
+        None => total,
+        Some(sum) => {
+            let wide = m.sum_pairs16(sum);
+            m.add32(total, wide)
+        }
+    }
+}
