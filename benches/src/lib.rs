@@ -2,6 +2,8 @@
 //!
 //! Benches report, they never judge: `cargo bench -p ternion-benches`.
 
+pub mod model;
+
 use std::ops::Range;
 
 use ternion_compiler::{Activations, Kernel, OutRows};

@@ -6,8 +6,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ternion_tuner::Workers;
-
 use super::forward::{Forward, Scratch};
 use super::rope::RopeTable;
 use super::{Model, ModelError, Observer, Sequence};
