@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use ternion_compiler::Cpu;
 use ternion_runtime::formats::Checkpoint;
-use ternion_runtime::model::{KernelChoice, Model, Session, problems};
+use ternion_runtime::model::{KernelChoice, Model, Session, Wanted, problems};
 use ternion_runtime::team::Team;
 use ternion_tuner::{Budget, CacheDir, choose};
 
@@ -33,14 +33,13 @@ pub fn tokens(count: usize, vocabulary: usize) -> Vec<u32> {
     (1..=count as u64).map(|i| (step(i) % vocabulary as u64) as u32).collect()
 }
 
-/// Time of one token of generation: a pass and the greedy choice of the next.
+/// Reads tokens and chooses the next one greedily, which takes the time that is returned with it.
 ///
 /// # Errors
 /// If the context is full.
-pub fn step(session: &mut Session, token: u32) -> Result<(u32, Duration)> {
-    use ternion_runtime::model::Wanted;
+pub fn read(session: &mut Session, tokens: &[u32]) -> Result<(u32, Duration)> {
     let start = Instant::now();
-    session.read(&[token])?;
+    session.read(tokens)?;
     let candidates = session.candidates(Wanted::Top(1), &[]);
     let best = candidates.iter().max_by(|a, b| a.0.total_cmp(&b.0)).map_or(0, |(_, token)| *token);
     Ok((best, start.elapsed()))

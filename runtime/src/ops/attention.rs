@@ -126,21 +126,20 @@ impl<E: Element, W: Widen<E>> Block<'_, E, W> {
     /// Turns scores into weights `e^(score − max)`, 0 past the end; returns the maximum and the sum of the weights.
     #[inline(always)]
     fn weigh(&self, scores: &mut [Lanes; VECTORS]) -> (f32, f32) {
-        let end = |vector: usize| self.positions.saturating_sub(vector * LANES);
         let mut max = Lanes::splat(f32::NEG_INFINITY);
-        for (vector, scores) in scores.iter().enumerate() {
-            for (lane, (max, score)) in max.0.iter_mut().zip(scores.0).enumerate() {
-                *max = if lane < end(vector) && score > *max { score } else { *max };
+        for (vector, scores) in scores.iter_mut().enumerate() {
+            let end = self.positions.saturating_sub(vector * LANES);
+            if end < LANES {
+                // e^−∞ is 0.
+                scores.0[end..].fill(f32::NEG_INFINITY);
             }
+            max = max.zip(*scores, |max, score| if score > max { score } else { max });
         }
         let max = max.0.into_iter().fold(f32::NEG_INFINITY, f32::max);
         let mut sum = Lanes::ZERO;
-        for (vector, scores) in scores.iter_mut().enumerate() {
-            for (lane, (sum, score)) in sum.0.iter_mut().zip(&mut scores.0).enumerate() {
-                let weight = math::exp(*score - max);
-                *score = if lane < end(vector) { weight } else { 0.0 };
-                *sum += *score;
-            }
+        for scores in scores {
+            *scores = scores.map(|score| math::exp(score - max));
+            sum = sum.zip(*scores, |sum, weight| sum + weight);
         }
         (max, sum.tree_sum())
     }
@@ -225,7 +224,10 @@ fn attend<E: Element>(
     assert_eq!(width, head_dim.next_multiple_of(LANES), "attend: values of whole groups of lanes");
     assert_eq!(values.len(), width * KEY_BLOCK, "attend: values of one block");
     let steps = if E::STEPS { KEY_BLOCK } else { 0 };
-    assert!([key_steps, value_steps].iter().all(|s| s.len() == steps), "attend: a step per position, where there are any");
+    assert!(
+        [key_steps, value_steps].iter().all(|s| s.len() == steps),
+        "attend: a step per position, where there are any"
+    );
 
     let (keys, values) = (keys.as_chunks().0, values.as_chunks().0);
     let (key_steps, value_steps) = (key_steps.as_chunks().0, value_steps.as_chunks().0);
@@ -250,9 +252,19 @@ fn attend<E: Element>(
     }
 }
 
+/// Sixteen int8 values as `f32`.
+#[inline(always)]
+fn widen_int8(elements: &[i8; LANES]) -> Lanes {
+    let mut lanes = Lanes::ZERO;
+    for (lane, element) in lanes.0.iter_mut().zip(elements) {
+        *lane = f32::from(*element);
+    }
+    lanes
+}
+
 #[inline(always)]
 fn attend_int8_body(queries: &[f32], block: CachedBlock<'_, i8>, scale: f32, running: Running<'_>) {
-    attend(queries, block, scale, running, |elements: &[i8; LANES]| Lanes(elements.map(f32::from)));
+    attend(queries, block, scale, running, widen_int8);
 }
 
 #[inline(always)]
