@@ -209,14 +209,7 @@ trait Pages: Debug + Send + Sync {
     fn bytes(&self) -> usize;
     fn store(&mut self, layer: usize, position: usize, key: &[f32], value: &[f32]);
     /// Merges the first positions of a page: `of` is a layer and a head, `seen` the page and how many positions.
-    fn attend(
-        &self,
-        of: (usize, usize),
-        seen: (usize, usize),
-        queries: &[f32],
-        scale: f32,
-        running: Running<'_>,
-    );
+    fn attend(&self, of: (usize, usize), seen: (usize, usize), queries: &[f32], scale: f32, running: Running<'_>);
 }
 
 #[derive(Debug)]
