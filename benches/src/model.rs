@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use ternion_compiler::Cpu;
 use ternion_runtime::formats::Checkpoint;
-use ternion_runtime::model::{KernelChoice, Model, Session, problems};
+use ternion_runtime::model::{KernelChoice, Model, Session, Wanted, problems};
 use ternion_runtime::team::Team;
-use ternion_tuner::{Budget, CacheDir, choose};
+use ternion_tuner::{Budget, CacheDir, Request, choose};
 
 /// A model with the kernels that this machine's profile knows or, where it knows none, that win a short race.
 ///
@@ -20,7 +20,7 @@ pub fn load(path: &Path, threads: usize) -> Result<(Arc<Model>, Arc<Team>)> {
     let cpu = Cpu::host().context("ternion emits code for x86-64 and aarch64 only")?;
     let team = Arc::new(Team::new(threads)?);
     let problems = problems(checkpoint.config());
-    let choices = choose(&problems, &cpu, &*team, Budget::RACE, &CacheDir::default(), &|_| {})?;
+    let choices = choose(&Request::new(problems, Budget::RACE), &cpu, &*team, &CacheDir::default(), &|_| {})?;
     choices.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
     let model = Model::load(&checkpoint, &KernelChoice::Tuned(choices), &cpu, &*team, &|_| {})?;
     Ok((Arc::new(model), team))
@@ -33,14 +33,13 @@ pub fn tokens(count: usize, vocabulary: usize) -> Vec<u32> {
     (1..=count as u64).map(|i| (step(i) % vocabulary as u64) as u32).collect()
 }
 
-/// Time of one token of generation: a pass and the greedy choice of the next.
+/// Reads tokens and chooses the next one greedily, which takes the time that is returned with it.
 ///
 /// # Errors
 /// If the context is full.
-pub fn step(session: &mut Session, token: u32) -> Result<(u32, Duration)> {
-    use ternion_runtime::model::Wanted;
+pub fn read(session: &mut Session, tokens: &[u32]) -> Result<(u32, Duration)> {
     let start = Instant::now();
-    session.read(&[token])?;
+    session.read(tokens)?;
     let candidates = session.candidates(Wanted::Top(1), &[]);
     let best = candidates.iter().max_by(|a, b| a.0.total_cmp(&b.0)).map_or(0, |(_, token)| *token);
     Ok((best, start.elapsed()))

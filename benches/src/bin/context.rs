@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::Parser;
-use ternion_benches::model::{load, median, step, tokens};
+use ternion_benches::model::{load, median, read, tokens};
 use ternion_runtime::model::{KvType, Session, SessionOptions};
 
 /// Decoding speed by context length and type of the KV cache
@@ -51,18 +51,18 @@ fn main() -> Result<()> {
             }
             for _ in 0..arguments.n {
                 for (_, _, session, token, times) in &mut sessions {
-                    let (next, time) = step(session, *token)?;
+                    let (next, time) = read(session, &[*token])?;
                     *token = next;
                     times.push(time);
                 }
             }
             let mut first = None;
-            for (context, read, _, _, times) in &mut sessions {
+            for (context, speed, _, _, times) in &mut sessions {
                 let time: Duration = median(times);
                 let first = *first.get_or_insert(time);
                 let share = first.as_secs_f64() / time.as_secs_f64();
                 let time = time.as_secs_f64() * 1e3;
-                println!("| {threads} | {kv} | {context} | {read:.0} | {time:.2} | {:.1} % |", share * 100.0);
+                println!("| {threads} | {kv} | {context} | {speed:.0} | {time:.2} | {:.1} % |", share * 100.0);
             }
         }
     }

@@ -144,10 +144,9 @@ impl Forward<'_> {
         let (model, config) = (self.model, self.config());
         scratch.places.clear();
         scratch.heads.begin(parts, config, self.team);
-        for (index, Part { sequence, tokens }) in parts.iter_mut().enumerate() {
+        for (index, Part { sequence, tokens }) in parts.iter().enumerate() {
             let start = sequence.tokens.len();
             let end = start + tokens.len();
-            sequence.cache.reserve(end);
             rope.reserve(end, &model.frequencies);
             scratch.places.extend((start..end).map(|position| Place { part: index, position }));
         }

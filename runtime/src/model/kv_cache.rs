@@ -1,18 +1,23 @@
 //! Keys and values of the positions so far, laid out for attention.
 //!
-//! A page holds [`KEY_BLOCK`] positions of one layer, so memory follows the length of the text and a page is one block
-//! of attention's fixed order. Within a page, per key-value head: keys transposed in groups of sixteen positions
+//! A page holds [`KEY_BLOCK`] positions of all layers, so memory follows the length of the text and a page is one block
+//! of attention's fixed order. Long contexts read hundreds of megabytes per token, so pages lie on the system's huge pages
+//! where they are large enough. Within a page, per layer and key-value head: keys transposed in groups of sixteen positions
 //! (`[4, head_dim, 16]`), so that attention works on sixteen positions at once, and values position by position,
 //! padded to whole groups of sixteen. Keys and values of int8 have a step per position and head beside them.
 
 use std::fmt::{self, Debug};
+use std::io;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use ternion_kernels_ref::attention::KEY_BLOCK;
 use ternion_kernels_ref::lanes::LANES;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::memory::PageBuffer;
 use crate::ops::{self, CachedBlock, Running};
 
 /// The precision of cached keys and values. It is an input of a model's results, unlike kernels or threads.
@@ -58,9 +63,10 @@ impl FromStr for KvType {
     }
 }
 
-/// Sizes of one layer's keys and values.
+/// Sizes of keys and values.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
+    layers: usize,
     kv_heads: usize,
     head_dim: usize,
 }
@@ -83,7 +89,7 @@ impl Shape {
 }
 
 /// What a cache stores a number as.
-trait Element: Copy + Default + Debug + Send + Sync + 'static {
+trait Element: FromBytes + IntoBytes + Immutable + Copy + Default + Debug + Send + Sync + 'static {
     const KIND: KvType;
     /// Whether a vector has a step beside its elements.
     const STEPS: bool;
@@ -135,81 +141,79 @@ impl Element for i8 {
     }
 }
 
-/// [`KEY_BLOCK`] positions of one layer.
+/// [`KEY_BLOCK`] positions of all layers.
 #[derive(Debug)]
 struct Page<E> {
-    /// `[kv_heads, KEY_BLOCK / 16, head_dim, 16]`
-    keys: Box<[E]>,
-    /// `[kv_heads, KEY_BLOCK, width]`
-    values: Box<[E]>,
-    /// Steps of keys, then of values, `[2, kv_heads, KEY_BLOCK]`; empty for types without.
-    steps: Box<[f32]>,
+    /// Per layer and key-value head the keys, `[KEY_BLOCK / 16, head_dim, 16]`, and the values, `[KEY_BLOCK, width]`. Then,
+    /// for types that have them, the steps of keys and values as `f32`, `[layers, kv_heads, 2, KEY_BLOCK]`.
+    bytes: PageBuffer,
+    _elements: PhantomData<E>,
 }
 
 impl<E: Element> Page<E> {
-    fn new(shape: Shape) -> Self {
-        let kv_heads = shape.kv_heads;
-        let zeros = |len| vec![E::default(); len].into_boxed_slice();
-        let steps = if E::STEPS { 2 * kv_heads * KEY_BLOCK } else { 0 };
-        Self {
-            keys: zeros(kv_heads * shape.keys()),
-            values: zeros(kv_heads * shape.values()),
-            steps: vec![0.0; steps].into_boxed_slice(),
-        }
+    fn new(shape: Shape) -> io::Result<Self> {
+        let heads = shape.layers * shape.kv_heads;
+        let steps = if E::STEPS { heads * 2 * KEY_BLOCK * size_of::<f32>() } else { 0 };
+        let bytes = PageBuffer::zeroed(heads * Self::head_bytes(shape) + steps)?;
+        Ok(Self { bytes, _elements: PhantomData })
     }
 
-    fn bytes(&self) -> usize {
-        size_of_val(&*self.keys) + size_of_val(&*self.values) + size_of_val(&*self.steps)
+    /// Bytes of one head's keys and values.
+    const fn head_bytes(shape: Shape) -> usize {
+        (shape.keys() + shape.values()) * size_of::<E>()
     }
 
-    /// Stores the key and value of one position of one head.
-    fn store(&mut self, shape: Shape, head: usize, position: usize, vectors: [&[f32]; 2], elements: &mut [E]) {
-        let [key, value] = vectors;
-        let key_step = E::round(key, elements);
-        let first = head * shape.keys() + position / LANES * shape.head_dim * LANES + position % LANES;
-        let places = self.keys[first..].iter_mut().step_by(LANES);
-        places.zip(&*elements).for_each(|(place, k)| *place = *k);
-        let values = &mut self.values[head * shape.values() + position * shape.width()..][..shape.head_dim];
-        let value_step = E::round(value, values);
+    /// Stores the key and value of one position of one head of all layers'.
+    fn store(&mut self, shape: Shape, head: usize, position: usize, [key, value]: [&[f32]; 2], rounded: &mut [E]) {
+        let (elements, steps) = self.bytes.split_at_mut(shape.layers * shape.kv_heads * Self::head_bytes(shape));
+        let elements = &mut elements[head * Self::head_bytes(shape)..][..Self::head_bytes(shape)];
+        let (keys, values) = elements_mut::<E>(elements).split_at_mut(shape.keys());
+        let key_step = E::round(key, rounded);
+        let first = position / LANES * shape.head_dim * LANES + position % LANES;
+        let places = keys[first..].iter_mut().step_by(LANES);
+        places.zip(&*rounded).for_each(|(place, k)| *place = *k);
+        let value_step = E::round(value, &mut values[position * shape.width()..][..shape.head_dim]);
         if E::STEPS {
-            for (of, step) in [key_step, value_step].into_iter().enumerate() {
-                self.steps[(of * shape.kv_heads + head) * KEY_BLOCK + position] = step;
-            }
+            let steps = &mut elements_mut::<f32>(steps)[head * 2 * KEY_BLOCK..][..2 * KEY_BLOCK];
+            (steps[position], steps[KEY_BLOCK + position]) = (key_step, value_step);
         }
     }
 
-    /// Some positions of one head.
+    /// Some positions of one head of all layers'.
     fn block(&self, shape: Shape, head: usize, positions: Range<usize>) -> CachedBlock<'_, E> {
-        let steps = |of: usize| match &*self.steps {
-            [] => &[][..],
-            steps => &steps[(of * shape.kv_heads + head) * KEY_BLOCK..][..KEY_BLOCK],
-        };
-        CachedBlock {
-            keys: &self.keys[head * shape.keys()..][..shape.keys()],
-            values: &self.values[head * shape.values()..][..shape.values()],
-            key_steps: steps(0),
-            value_steps: steps(1),
-            first: positions.start,
-            positions: positions.end,
-        }
+        let (all, steps) = self.bytes.split_at(shape.layers * shape.kv_heads * Self::head_bytes(shape));
+        let (keys, values) =
+            elements::<E>(&all[head * Self::head_bytes(shape)..][..Self::head_bytes(shape)]).split_at(shape.keys());
+        let steps = if E::STEPS { &elements(steps)[head * 2 * KEY_BLOCK..][..2 * KEY_BLOCK] } else { &[][..] };
+        let (key_steps, value_steps) = steps.split_at(steps.len() / 2);
+        CachedBlock { keys, values, key_steps, value_steps, first: positions.start, positions: positions.end }
     }
 }
 
-/// The pages of all layers, whatever their elements are.
+/// Part of a page as elements of one type.
+fn elements<T: FromBytes + IntoBytes + Immutable>(bytes: &[u8]) -> &[T] {
+    <[T]>::ref_from_bytes(bytes).expect("parts of a page are aligned and whole")
+}
+
+/// As [`elements`].
+fn elements_mut<T: FromBytes + IntoBytes>(bytes: &mut [u8]) -> &mut [T] {
+    <[T]>::mut_from_bytes(bytes).expect("parts of a page are aligned and whole")
+}
+
+/// The pages of a cache, whatever their elements are.
 trait Pages: Debug + Send + Sync {
     fn kind(&self) -> KvType;
-    /// Has at least `pages` pages in every layer.
-    fn grow(&mut self, pages: usize);
-    /// Has at most `pages` pages in every layer.
+    /// Has at least `pages` pages.
+    fn grow(&mut self, pages: usize) -> io::Result<()>;
+    /// Has at most `pages` pages.
     fn shrink(&mut self, pages: usize);
     fn bytes(&self) -> usize;
     fn store(&mut self, layer: usize, position: usize, key: &[f32], value: &[f32]);
+    /// Merges some positions of a page: `of` is a layer and a head, `seen` the page and which positions.
     fn attend(
         &self,
-        layer: usize,
-        head: usize,
-        block: usize,
-        positions: Range<usize>,
+        of: (usize, usize),
+        seen: (usize, Range<usize>),
         queries: &[f32],
         scale: f32,
         running: Running<'_>,
@@ -219,15 +223,14 @@ trait Pages: Debug + Send + Sync {
 #[derive(Debug)]
 struct PagesOf<E> {
     shape: Shape,
-    layers: Vec<Vec<Page<E>>>,
+    pages: Vec<Page<E>>,
     /// One head's key, rounded, before it is stored.
     key: Vec<E>,
 }
 
 impl<E: Element> PagesOf<E> {
-    fn boxed(shape: Shape, layers: usize) -> Box<dyn Pages> {
-        let layers = (0..layers).map(|_| Vec::new()).collect();
-        Box::new(Self { shape, layers, key: vec![E::default(); shape.head_dim] })
+    fn boxed(shape: Shape) -> Box<dyn Pages> {
+        Box::new(Self { shape, pages: Vec::new(), key: vec![E::default(); shape.head_dim] })
     }
 }
 
@@ -236,43 +239,44 @@ impl<E: Element> Pages for PagesOf<E> {
         E::KIND
     }
 
-    fn grow(&mut self, pages: usize) {
-        for layer in &mut self.layers {
-            while layer.len() < pages {
-                layer.push(Page::new(self.shape));
-            }
+    fn grow(&mut self, pages: usize) -> io::Result<()> {
+        while self.pages.len() < pages {
+            self.pages.push(Page::new(self.shape)?);
         }
+        Ok(())
     }
 
     fn shrink(&mut self, pages: usize) {
-        self.layers.iter_mut().for_each(|layer| layer.truncate(pages));
+        self.pages.truncate(pages);
     }
 
     fn bytes(&self) -> usize {
-        self.layers.iter().flatten().map(Page::bytes).sum()
+        self.pages.iter().map(|page| page.bytes.len()).sum()
     }
 
     fn store(&mut self, layer: usize, position: usize, key: &[f32], value: &[f32]) {
-        let page = &mut self.layers[layer][position / KEY_BLOCK];
-        let width = self.shape.kv_heads * self.shape.head_dim;
-        assert!(key.len() == width && value.len() == width, "store: a key and a value of every head");
-        let heads = key.chunks_exact(self.shape.head_dim).zip(value.chunks_exact(self.shape.head_dim));
+        let Shape { layers, kv_heads, head_dim } = self.shape;
+        assert!(layer < layers, "store: one of the layers");
+        assert!([key, value].iter().all(|row| row.len() == kv_heads * head_dim), "store: a vector of every head");
+        let heads = key.chunks_exact(head_dim).zip(value.chunks_exact(head_dim));
         for (head, (key, value)) in heads.enumerate() {
+            let (page, head) = (&mut self.pages[position / KEY_BLOCK], layer * kv_heads + head);
             page.store(self.shape, head, position % KEY_BLOCK, [key, value], &mut self.key);
         }
     }
 
     fn attend(
         &self,
-        layer: usize,
-        head: usize,
-        block: usize,
-        positions: Range<usize>,
+        (layer, head): (usize, usize),
+        (page, positions): (usize, Range<usize>),
         queries: &[f32],
         scale: f32,
         running: Running<'_>,
     ) {
-        E::attend(queries, self.layers[layer][block].block(self.shape, head, positions), scale, running);
+        let Shape { layers, kv_heads, .. } = self.shape;
+        assert!(layer < layers && head < kv_heads, "attend: one of the layers and heads");
+        let block = self.pages[page].block(self.shape, layer * kv_heads + head, positions);
+        E::attend(queries, block, scale, running);
     }
 }
 
@@ -287,11 +291,11 @@ impl KvCache {
     /// An empty cache for `layers` layers of `kv_heads` heads.
     #[must_use]
     pub fn new(kind: KvType, layers: usize, kv_heads: usize, head_dim: usize) -> Self {
-        let shape = Shape { kv_heads, head_dim };
+        let shape = Shape { layers, kv_heads, head_dim };
         let pages = match kind {
-            KvType::F16 => PagesOf::<u16>::boxed(shape, layers),
-            KvType::F32 => PagesOf::<f32>::boxed(shape, layers),
-            KvType::Int8 => PagesOf::<i8>::boxed(shape, layers),
+            KvType::F16 => PagesOf::<u16>::boxed(shape),
+            KvType::F32 => PagesOf::<f32>::boxed(shape),
+            KvType::Int8 => PagesOf::<i8>::boxed(shape),
         };
         Self { head_dim, pages }
     }
@@ -303,8 +307,11 @@ impl KvCache {
     }
 
     /// Makes room for `positions` positions in every layer.
-    pub fn reserve(&mut self, positions: usize) {
-        self.pages.grow(positions.div_ceil(KEY_BLOCK));
+    ///
+    /// # Errors
+    /// If memory runs out. What there was is still there.
+    pub fn reserve(&mut self, positions: usize) -> io::Result<()> {
+        self.pages.grow(positions.div_ceil(KEY_BLOCK))
     }
 
     /// Gives back the memory of what lies beyond `positions` positions.
@@ -342,7 +349,7 @@ impl KvCache {
     ) {
         let start = block * KEY_BLOCK;
         let positions = positions.start.saturating_sub(start)..KEY_BLOCK.min(positions.end - start);
-        self.pages.attend(layer, head, block, positions, queries, attention_scale(self.head_dim), running);
+        self.pages.attend((layer, head), (block, positions), queries, attention_scale(self.head_dim), running);
     }
 }
 
@@ -369,7 +376,7 @@ mod tests {
     fn filled(kind: KvType, positions: usize) -> KvCache {
         let mut cache = KvCache::new(kind, 2, HEADS, HEAD_DIM);
         for position in 0..positions {
-            cache.reserve(position + 1);
+            cache.reserve(position + 1).unwrap();
             cache.store(1, position, &row(position, 0), &row(position, 1));
         }
         cache

@@ -131,26 +131,21 @@ impl<E: Element, W: Widen<E>> Block<'_, E, W> {
     /// weights.
     #[inline(always)]
     fn weigh(&self, scores: &mut [Lanes; VECTORS]) -> (f32, f32) {
-        let within = |vector: usize| {
-            let lane = |position: usize| position.saturating_sub(vector * LANES);
-            lane(self.first)..lane(self.positions)
-        };
         let mut max = Lanes::splat(f32::NEG_INFINITY);
-        for (vector, scores) in scores.iter().enumerate() {
-            let counts = within(vector);
-            for (lane, (max, score)) in max.0.iter_mut().zip(scores.0).enumerate() {
-                *max = if counts.contains(&lane) && score > *max { score } else { *max };
-            }
-        }
-        let max = max.0.into_iter().fold(f32::NEG_INFINITY, f32::max);
-        let mut sum = Lanes::ZERO;
         for (vector, scores) in scores.iter_mut().enumerate() {
-            let counts = within(vector);
-            for (lane, (sum, score)) in sum.0.iter_mut().zip(&mut scores.0).enumerate() {
-                let weight = math::exp(*score - max);
-                *score = if counts.contains(&lane) { weight } else { 0.0 };
-                *sum += *score;
+            // e^−∞ is 0.
+            let lane = |position: usize| position.saturating_sub(vector * LANES).min(LANES);
+            scores.0[..lane(self.first)].fill(f32::NEG_INFINITY);
+            if self.positions < (vector + 1) * LANES {
+                scores.0[lane(self.positions)..].fill(f32::NEG_INFINITY);
             }
+            max = max.zip(*scores, |max, score| if score > max { score } else { max });
+        }
+        let max = max.largest();
+        let mut sum = Lanes::ZERO;
+        for scores in scores {
+            *scores = scores.map(|score| math::exp(score - max));
+            sum = sum.zip(*scores, |sum, weight| sum + weight);
         }
         (max, sum.tree_sum())
     }
@@ -217,8 +212,9 @@ impl<E: Element, W: Widen<E>> Block<'_, E, W> {
     }
 }
 
+/// `ONE`, `TWO` and `FOUR` are the vectors worked on at a time for so many heads: as many sums as registers hold.
 #[inline(always)]
-fn attend<E: Element>(
+fn attend<E: Element, const ONE: usize, const TWO: usize, const FOUR: usize>(
     queries: &[f32],
     cached: CachedBlock<'_, E>,
     scale: f32,
@@ -255,27 +251,28 @@ fn attend<E: Element>(
         let values = &mut running.values[done * width..][..count * width];
         let running = Running { max: &mut running.max[range.clone()], sum: &mut running.sum[range], values };
         match count {
-            1 => block.merge::<1, 4>([query(0)], running),
-            2 => block.merge::<2, 2>([query(0), query(1)], running),
-            _ => block.merge::<4, 2>([query(0), query(1), query(2), query(3)], running),
+            1 => block.merge::<1, ONE>([query(0)], running),
+            2 => block.merge::<2, TWO>([query(0), query(1)], running),
+            _ => block.merge::<4, FOUR>([query(0), query(1), query(2), query(3)], running),
         }
         done += count;
     }
 }
 
+/// Sixteen int8 values as `f32`.
 #[inline(always)]
-fn attend_int8_body(queries: &[f32], block: CachedBlock<'_, i8>, scale: f32, running: Running<'_>) {
-    attend(queries, block, scale, running, |elements: &[i8; LANES]| Lanes(elements.map(f32::from)));
+fn widen_int8(elements: &[i8; LANES]) -> Lanes {
+    let mut lanes = Lanes::ZERO;
+    for (lane, element) in lanes.0.iter_mut().zip(elements) {
+        *lane = f32::from(*element);
+    }
+    lanes
 }
 
+/// Sixteen `f32` values as they are.
 #[inline(always)]
-fn attend_f32_body(queries: &[f32], block: CachedBlock<'_, f32>, scale: f32, running: Running<'_>) {
-    attend(queries, block, scale, running, |elements: &[f32; LANES]| Lanes(*elements));
-}
-
-#[cfg(test)]
-fn attend_f16_body(queries: &[f32], block: CachedBlock<'_, u16>, scale: f32, running: Running<'_>) {
-    attend(queries, block, scale, running, half::widen_lanes);
+fn widen_f32(elements: &[f32; LANES]) -> Lanes {
+    Lanes(*elements)
 }
 
 /// Adds the result of the next positions to that of all before, as [`ternion_kernels_ref::attention::Partial::merge`].
@@ -305,41 +302,48 @@ fn finish_body(sum: f32, values: &[f32], target: &mut [f32]) {
     }
 }
 
-/// Merges the next block of at most [`KEY_BLOCK`] positions, cached as halves, into `running`. `queries` is
-/// `[heads, head_dim]`, all reading the same key-value head.
-///
-/// # Panics
-/// If the lengths do not fit each other.
-#[multiversion::multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma+bmi2+f16c",
-    "x86_64+avx2+fma+bmi2+f16c",
-    "aarch64+neon"
-))]
-pub fn attend_block_f16(queries: &[f32], block: CachedBlock<'_, u16>, scale: f32, running: Running<'_>) {
-    // The levels differ in the instruction that widens, which no compiler finds by itself.
-    let widen = multiversion::target::match_target! {
-        "x86_64+avx512f" => |elements: &[u16; LANES]| half::widen_lanes_avx512(elements),
-        "x86_64+avx2+f16c" => |elements: &[u16; LANES]| half::widen_lanes_f16c(elements),
-        _ => half::widen_lanes,
-    };
-    attend(queries, block, scale, running, widen);
+/// Attention for every feature level. Levels differ in how many sums their registers hold, and for halves in the instruction
+/// that widens them, which no compiler finds by itself.
+macro_rules! attend_at_every_level {
+    ($($(#[$meta:meta])* $vis:vis $name:ident($element:ty), $widen_avx512:path, $widen_avx2:path, $widen:path;)*) => {$(
+        $(#[$meta])*
+        #[multiversion::multiversion(targets(
+            "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma+bmi2+f16c",
+            "x86_64+avx2+fma+bmi2+f16c",
+            "aarch64+neon",
+        ))]
+        $vis fn $name(queries: &[f32], block: CachedBlock<'_, $element>, scale: f32, running: Running<'_>) {
+            multiversion::target::match_target! {
+                "x86_64+avx512f" => attend::<_, 4, 4, 4>(queries, block, scale, running, |e: &_| $widen_avx512(e)),
+                "x86_64+avx2+f16c" => attend::<_, 4, 2, 1>(queries, block, scale, running, |e: &_| $widen_avx2(e)),
+                _ => attend::<_, 4, 2, 1>(queries, block, scale, running, $widen),
+            }
+        }
+    )*};
 }
 
-for_every_level! {
+attend_at_every_level! {
+    /// Merges the next block of at most [`KEY_BLOCK`] positions, cached as halves, into `running`. `queries` is
+    /// `[heads, head_dim]`, all reading the same key-value head.
+    ///
+    /// # Panics
+    /// If the lengths do not fit each other.
+    pub attend_block_f16(u16), half::widen_lanes_avx512, half::widen_lanes_f16c, half::widen_lanes;
+
     /// As [`attend_block_f16`], cached as int8 with steps.
     ///
     /// # Panics
     /// If the lengths do not fit each other.
-    pub fn attend_block_int8(queries: &[f32], block: CachedBlock<'_, i8>, scale: f32, running: Running<'_>)
-        = attend_int8_body;
+    pub attend_block_int8(i8), widen_int8, widen_int8, widen_int8;
 
     /// As [`attend_block_f16`], cached as `f32`.
     ///
     /// # Panics
     /// If the lengths do not fit each other.
-    pub fn attend_block_f32(queries: &[f32], block: CachedBlock<'_, f32>, scale: f32, running: Running<'_>)
-        = attend_f32_body;
+    pub attend_block_f32(f32), widen_f32, widen_f32, widen_f32;
+}
 
+for_every_level! {
     /// Merges what was found over the next positions, for itself, into what was found over all before. Attention over one
     /// block after the other is the same as attention over each for itself and merging them in order, bit for bit.
     ///
@@ -383,9 +387,11 @@ mod tests {
             finish: finish_attention,
         },
         Level {
-            int8: attend_int8_body,
-            f16: attend_f16_body,
-            f32: attend_f32_body,
+            int8: |queries, block, scale, running| attend::<_, 4, 2, 1>(queries, block, scale, running, widen_int8),
+            f16: |queries, block, scale, running| {
+                attend::<_, 4, 2, 1>(queries, block, scale, running, half::widen_lanes)
+            },
+            f32: |queries, block, scale, running| attend::<_, 4, 2, 1>(queries, block, scale, running, widen_f32),
             merge: merge_body,
             finish: finish_body,
         },
