@@ -21,7 +21,7 @@ use ternion_runtime::formats::synth::Recipe;
 use ternion_runtime::formats::{Activation, Checkpoint, Projection};
 use ternion_runtime::model::{KernelChoice, Model, Session, SessionOptions, problems};
 use ternion_runtime::team::Team;
-use ternion_tuner::{Budget, CacheDir, Choices, SystemStopwatch, choose, probe};
+use ternion_tuner::{Budget, CacheDir, Choices, Class, Request, SystemStopwatch, choose, probe};
 
 /// The shapes that the model is made from.
 const MADE_FROM: [&str; 2] = ["125M", "0.7B"];
@@ -134,7 +134,8 @@ fn main() -> Result<()> {
 
 /// The tuned kernels of a shape.
 fn tuned(recipe: &Recipe, cpu: &Cpu, team: &Team) -> Result<Choices> {
-    Ok(choose(&problems(&recipe.config), cpu, team, Budget::RACE, &CacheDir::default(), &|_| {})?)
+    let request = Request::new(problems(&recipe.config), Budget::RACE);
+    Ok(choose(&request, cpu, team, &CacheDir::default(), &|_| {})?)
 }
 
 /// Times a dense model of a shape.
@@ -165,7 +166,7 @@ fn cached() -> Result<f64> {
     let cpu = Cpu::host().context("ternion emits code for x86-64 and aarch64 only")?;
     let team = Team::new(1)?;
     let choices = tuned(&Recipe::preset("2B-4T")?, &cpu, &team)?;
-    let schedule = choices.get(SHAPE.0, SHAPE.1).context("no kernel was chosen")?.one;
+    let schedule = choices.get(SHAPE.0, SHAPE.1).context("no kernel was chosen")?.of(Class::One);
     let spec = KernelSpec { k: SHAPE.1, columns: Columns::One };
     let kernels = compile(&[(spec, schedule)], &cpu)?;
     let kernel = kernels.first().context("no kernel was compiled")?;
