@@ -255,7 +255,7 @@ impl<'a> Job<'a> {
     ///
     /// # Safety
     /// Nobody else may work on these heads of these tokens.
-    unsafe fn from_start(&self, span: &Span, kv_head: usize, tokens: Range<usize>, blocks: Range<usize>) {
+    unsafe fn attend_from_start(&self, span: &Span, kv_head: usize, tokens: Range<usize>, blocks: Range<usize>) {
         for block in blocks {
             for token in tokens.clone() {
                 // SAFETY: the caller's contract.
@@ -299,7 +299,7 @@ impl<'a> Job<'a> {
             items.start += tokens.len();
             // SAFETY: the items are the heads of these tokens that read this key-value head: the caller's contract.
             unsafe {
-                self.from_start(span, kv_head, tokens.clone(), 0..span.blocks);
+                self.attend_from_start(span, kv_head, tokens.clone(), 0..span.blocks);
                 tokens.for_each(|token| self.finish(self.of_token(kv_head, token)));
             }
         }
@@ -321,7 +321,7 @@ impl<'a> Job<'a> {
                 let all = blocks.end == span.blocks;
                 // SAFETY: whoever has the first block, and that is the caller alone, has what begins there.
                 unsafe {
-                    self.from_start(span, kv_head, span.tokens.clone(), blocks);
+                    self.attend_from_start(span, kv_head, span.tokens.clone(), blocks);
                     if all {
                         span.tokens.clone().for_each(|token| self.finish(self.of_token(kv_head, token)));
                     }

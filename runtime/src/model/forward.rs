@@ -229,9 +229,9 @@ impl Forward<'_> {
         self.project([(gate, gate_sums)], activations);
         let q = activations.scale(0);
         let done = sparse.filter(|_| gate.step(q) > 0.0).is_some_and(|sparse| {
-            let gate = (gate.row(gate_sums, 0), gate.step(q));
+            let gate = (gate.row(gate_sums, 0), [gate.step(q), up.step(q)]);
             let column = activations.read(1, sparse.rows());
-            sparse.up(index, self.team, gate, up.step(q), &column, scratch, &mut gated[..config.ffn])
+            sparse.up(index, self.team, gate, &column, scratch, &mut gated[..config.ffn])
         });
         if !done {
             self.project([(up, up_sums)], activations);

@@ -112,15 +112,16 @@ impl<E: Element, W: Widen<E>> Block<'_, E, W> {
                     }
                 }
             }
-            for v in 0..V {
-                let vector = round * V + v;
-                let factor = if E::STEPS {
-                    Lanes(self.key_steps[vector]).map(|step| self.scale * step)
+            let factors: [Lanes; V] = std::array::from_fn(|v| {
+                if E::STEPS {
+                    Lanes(self.key_steps[round * V + v]).map(|step| self.scale * step)
                 } else {
                     Lanes::splat(self.scale)
-                };
-                for g in 0..G {
-                    scores[g][vector] = sums[g][v].zip(factor, |sum, factor| sum * factor);
+                }
+            });
+            for (scores, sums) in scores.iter_mut().zip(sums) {
+                for ((score, sum), factor) in scores[round * V..].iter_mut().zip(sums).zip(factors) {
+                    *score = sum.zip(factor, |sum, factor| sum * factor);
                 }
             }
         }
@@ -408,9 +409,12 @@ mod tests {
         value_steps: Vec<f32>,
     }
 
+    /// Keys, values, their steps and the number of positions of one block.
+    type TestBlock<E> = (Vec<E>, Vec<E>, [Vec<f32>; 2], usize);
+
     impl<E: Copy> Cache<E> {
         /// One of the two after the other in cached order; what lies past the end is `nan`.
-        fn blocks(&self, nan: E) -> Vec<(Vec<E>, Vec<E>, [Vec<f32>; 2], usize)> {
+        fn blocks(&self, nan: E) -> Vec<TestBlock<E>> {
             let (head_dim, width) = (self.head_dim, self.head_dim.next_multiple_of(LANES));
             let count = self.keys.len() / head_dim;
             let starts = (0..count).step_by(KEY_BLOCK);
