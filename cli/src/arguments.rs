@@ -27,6 +27,8 @@ pub(crate) enum Command {
     Prepare(Prepare),
     /// Prove that kernels, threads and prompt chunks do not change a single bit of the logits
     Verify(Verify),
+    /// Study kernels: list them, and emit them as text, bytes or object files
+    Lab(crate::lab::Lab),
     /// Show what this machine offers and what would make it faster
     Doctor(Doctor),
 }

@@ -6,6 +6,7 @@ mod arguments;
 mod doctor;
 mod embedded;
 mod interrupt;
+mod lab;
 mod model;
 mod output;
 mod prepare;
@@ -71,6 +72,7 @@ fn execute(command: &Command) -> Result<ExitCode> {
         Command::Setup(options) => prepare::setup(options),
         Command::Prepare(options) => prepare::prepare(options),
         Command::Verify(options) => verify::verify(options),
+        Command::Lab(options) => lab::lab(options).map(|()| ExitCode::SUCCESS),
         Command::Doctor(options) => doctor::doctor(options).map(|()| ExitCode::SUCCESS),
     }
 }
