@@ -5,12 +5,21 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use ternion_compiler::{Family, Schedule};
+use ternion_runtime::formats::gguf::I2sLayout;
+use ternion_runtime::formats::{Activation, OpenOptions};
 use ternion_runtime::model::KvType;
 
+use crate::bench::Bench;
 use crate::embed::Embed;
 use crate::eval::Eval;
+use crate::export::Export;
+use crate::lab::Lab;
+use crate::pull::Pull;
+use crate::purpose::Purpose;
+use crate::synth::Synth;
+use crate::tune::Tune;
 
 /// Runs 1-bit language models on CPUs, with kernels compiled for exactly this machine and this model.
 #[derive(Debug, Parser)]
@@ -32,17 +41,85 @@ pub(crate) enum Command {
     Eval(Box<Eval>),
     /// Turn texts into vectors
     Embed(Box<Embed>),
+    /// Fetch a model from a hub
+    Pull(Pull),
+    /// Write a model in the formats of other engines: GGUF, or a Hugging Face directory
+    Export(Export),
+    /// Make up a model of a published shape, for measuring speed
+    Synth(Synth),
     /// Prove that kernels, threads and prompt chunks do not change a single bit of the logits
     Verify(Verify),
+    /// Find the fastest kernels for a model on this machine, and say why
+    Tune(Box<Tune>),
+    /// Measure tokens per second: prompts (pp) and generation (tg)
+    Bench(Box<Bench>),
+    /// Measures kernels for a parent process
+    #[command(hide = true)]
+    TuneWorker,
+    /// Study kernels: list them, and emit them as text, bytes or object files
+    Lab(Lab),
     /// Show what this machine offers and what would make it faster
     Doctor(Doctor),
+}
+
+/// What a GGUF file leaves open.
+#[derive(Clone, Copy, Debug, Default, Args)]
+#[command(next_help_heading = "Reading GGUF files")]
+pub(crate) struct ReadOptions {
+    /// How I2_S matrices are ordered: 128 for released files, 64 for files quantised on ARM, rows4 for builds without
+    /// ACT_PARALLEL; a wrong choice gives a model that talks nonsense
+    #[arg(long, value_name = "LAYOUT", default_value = "128")]
+    pub(crate) i2s_layout: I2sOrder,
+    /// Take the scales of I2_S matrices for reciprocals
+    #[arg(long)]
+    pub(crate) invert_scale: bool,
+    /// The activation function, instead of the one that the file's architecture stands for
+    #[arg(long, value_name = "FUNCTION")]
+    pub(crate) activation: Option<ActivationName>,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(crate) enum I2sOrder {
+    #[default]
+    #[value(name = "128")]
+    Blocks128,
+    #[value(name = "64")]
+    Blocks64,
+    #[value(name = "rows4")]
+    Rows4,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ActivationName {
+    Relu2,
+    Silu,
+}
+
+impl From<&ReadOptions> for OpenOptions {
+    fn from(options: &ReadOptions) -> Self {
+        Self {
+            i2s_layout: match options.i2s_layout {
+                I2sOrder::Blocks128 => I2sLayout::Blocks128,
+                I2sOrder::Blocks64 => I2sLayout::Blocks64,
+                I2sOrder::Rows4 => I2sLayout::Rows4,
+            },
+            invert_scale: options.invert_scale,
+            activation: options.activation.map(|activation| match activation {
+                ActivationName::Relu2 => Activation::Relu2,
+                ActivationName::Silu => Activation::Silu,
+            }),
+        }
+    }
 }
 
 /// The model and how it is run.
 #[derive(Debug, Args)]
 pub(crate) struct ModelOptions {
-    /// A prepared file (.tern), a Hugging Face directory or a GGUF file; without it, the embedded model runs
+    /// A prepared file (.tern), a Hugging Face directory, a GGUF file or the name of a pulled model; without it, the
+    /// embedded model runs
     pub(crate) model: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) read: ReadOptions,
     #[command(flatten)]
     pub(crate) threads: Threads,
     /// Type of the key-value cache
@@ -132,8 +209,11 @@ pub(crate) struct SamplingOptions {
 
 #[derive(Debug, Args)]
 pub(crate) struct Setup {
-    /// A Hugging Face directory, a GGUF file or a prepared file; without it, the embedded model's kernels are tuned
+    /// A Hugging Face directory, a GGUF file, a prepared file or the name of a pulled model; without it, the embedded
+    /// model's kernels are tuned
     pub(crate) model: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) read: ReadOptions,
     /// The prepared file to write [default: the model's name with .tern, in this directory]
     #[arg(short, long, value_name = "FILE", requires = "model")]
     pub(crate) output: Option<PathBuf>,
@@ -141,15 +221,22 @@ pub(crate) struct Setup {
     pub(crate) threads: Threads,
     #[command(flatten)]
     pub(crate) budget: TuningBudget,
+    #[command(flatten)]
+    pub(crate) purpose: Purpose,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Prepare {
-    /// A Hugging Face directory, a GGUF file or a prepared file
+    /// A Hugging Face directory, a GGUF file, a prepared file or the name of a pulled model
     pub(crate) source: PathBuf,
+    #[command(flatten)]
+    pub(crate) read: ReadOptions,
     /// The prepared file to write
-    #[arg(short, long, value_name = "FILE")]
-    pub(crate) output: PathBuf,
+    #[arg(short, long, value_name = "FILE", required_unless_present = "dry_run")]
+    pub(crate) output: Option<PathBuf>,
+    /// Write nothing, but say what would be written and how large it would be
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     /// Store the weights in the order that this machine's fastest kernels read, so that they are mapped and not repacked
     #[arg(long)]
     pub(crate) for_this_machine: bool,
@@ -157,6 +244,8 @@ pub(crate) struct Prepare {
     pub(crate) threads: Threads,
     #[command(flatten)]
     pub(crate) budget: TuningBudget,
+    #[command(flatten)]
+    pub(crate) purpose: Purpose,
 }
 
 #[derive(Debug, Args)]
@@ -168,8 +257,11 @@ pub(crate) struct TuningBudget {
 
 #[derive(Debug, Args)]
 pub(crate) struct Verify {
-    /// A prepared file (.tern), a Hugging Face directory or a GGUF file; without it, the embedded model
+    /// A prepared file (.tern), a Hugging Face directory, a GGUF file or the name of a pulled model; without it, the
+    /// embedded model
     pub(crate) model: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) read: ReadOptions,
     /// Verify with 1 to this many threads; without it, every processor that this process may use, and at least 2
     #[arg(short, long)]
     pub(crate) threads: Option<NonZeroUsize>,
@@ -200,7 +292,7 @@ pub(crate) enum ForcedKernel {
     Schedule(Schedule),
 }
 
-fn parse_kernel(text: &str) -> Result<ForcedKernel, String> {
+pub(crate) fn parse_kernel(text: &str) -> Result<ForcedKernel, String> {
     if text.contains('/') {
         text.parse()
             .map(ForcedKernel::Schedule)

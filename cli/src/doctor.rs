@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use ternion_compiler::{Cpu, Feature};
 use ternion_runtime::team::Team;
-use ternion_tuner::{CacheDir, CpuProfile, MachineProfile, SystemStopwatch, probe};
+use ternion_tuner::{CacheDir, Class, CpuProfile, MachineProfile, SystemStopwatch, probe};
 
 use crate::arguments::Doctor;
 use crate::output::{self, print};
@@ -44,9 +44,8 @@ pub(crate) fn doctor(options: &Doctor) -> Result<()> {
     let cpu = Cpu::host().context("ternion emits code for x86-64 and aarch64 only, and this CPU is neither")?;
     let machine = probe();
     let most = options.threads.threads.map_or(machine.cores.available, usize::from);
-    let bandwidth = [1, most]
+    let bandwidth = thread_counts(most)
         .into_iter()
-        .take(if most > 1 { 2 } else { 1 })
         .map(|threads| {
             let team = Team::new(threads)?;
             let bytes_per_second = machine.memory_bandwidth(&team, &SystemStopwatch::start());
@@ -76,6 +75,14 @@ pub(crate) fn doctor(options: &Doctor) -> Result<()> {
     };
     findings.advice = advice(&findings, &cpu);
     if options.json { output::json(&findings) } else { print(&page(&findings)) }
+}
+
+/// 1, 2, 4 … and `most`.
+fn thread_counts(most: usize) -> Vec<usize> {
+    let doubled = std::iter::successors(Some(1usize), |threads| threads.checked_mul(2));
+    let mut counts: Vec<usize> = doubled.take_while(|threads| *threads < most).collect();
+    counts.push(most);
+    counts
 }
 
 /// What would make it faster, most important first.
@@ -108,7 +115,7 @@ fn advice(findings: &Findings, cpu: &Cpu) -> Vec<String> {
     if let Some(physical) = machine.cores.physical.filter(|physical| *physical < machine.cores.available) {
         advice.push(format!("the processors are {physical} cores with several threads each: try -t {physical}"));
     }
-    if let [one, all] = &findings.bandwidth[..]
+    if let [one, .., all] = &findings.bandwidth[..]
         && let (Some(one), Some(best)) = (one.bytes_per_second, all.bytes_per_second)
         && best < 1.15 * one
     {
@@ -167,8 +174,11 @@ fn page(findings: &Findings) -> String {
         );
         if known.current {
             for shape in &known.profile.shapes {
-                let decode = time(std::time::Duration::from_secs_f64(shape.decode.median_us * 1e-6));
-                line("", format!("  {}x{}: {} ({decode})", shape.m, shape.k, shape.choice.one));
+                let decode = shape.results.first().map_or(String::new(), |result| {
+                    let median = std::time::Duration::from_secs_f64(result.figures.median_us * 1e-6);
+                    format!(" ({})", time(median))
+                });
+                line("", format!("  {}x{}: {}{decode}", shape.m, shape.k, shape.choice.of(Class::One)));
             }
         }
         for refusal in &known.profile.refused {

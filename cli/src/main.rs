@@ -3,17 +3,24 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
+mod bench;
 mod doctor;
 mod embed;
 mod embedded;
 mod eval;
+mod export;
 mod interrupt;
+mod lab;
 mod model;
 mod output;
 mod plot;
 mod prepare;
+mod pull;
+mod purpose;
 mod run;
+mod synth;
 mod terminal;
+mod tune;
 mod verify;
 
 use std::process::ExitCode;
@@ -49,7 +56,11 @@ fn main() -> ExitCode {
         Err(error) if output::reader_went_away(&error) => ExitCode::SUCCESS,
         Err(error) => {
             terminal::note(&format!("error: {}", one_line(&error)));
-            if error.is::<UsageError>() { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
+            match () {
+                () if error.is::<UsageError>() => ExitCode::from(USAGE),
+                () if tune::was_interrupted(&error) => ExitCode::from(interrupt::EXIT_CODE),
+                () => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -75,7 +86,14 @@ fn execute(command: &Command) -> Result<ExitCode> {
         Command::Prepare(options) => prepare::prepare(options),
         Command::Eval(options) => eval::eval(options),
         Command::Embed(options) => embed::embed(options),
+        Command::Pull(options) => pull::pull(options),
+        Command::Export(options) => export::export(options),
+        Command::Synth(options) => synth::synth(options),
         Command::Verify(options) => verify::verify(options),
+        Command::Tune(options) => tune::tune(options),
+        Command::Bench(options) => bench::bench(options),
+        Command::TuneWorker => tune::work(),
+        Command::Lab(options) => lab::lab(options).map(|()| ExitCode::SUCCESS),
         Command::Doctor(options) => doctor::doctor(options).map(|()| ExitCode::SUCCESS),
     }
 }

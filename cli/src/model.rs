@@ -7,15 +7,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ternion_compiler::{Cpu, Schedule};
-use ternion_runtime::formats::{Checkpoint, ModelConfig, Projection};
+use ternion_runtime::formats::{Checkpoint, Projection};
 use ternion_runtime::lora::Adapter;
 use ternion_runtime::model::{KernelChoice, Model, problems};
 use ternion_runtime::team::{Team, available_threads};
-use ternion_tuner::{Budget, CacheDir, Choice, Choices, Phase, Problem, Progress, choose};
+use ternion_tuner::{Budget, CacheDir, Choice, Choices, Request, choose};
 
-use crate::arguments::{ForcedKernel, LoraOption, ModelOptions};
-use crate::embedded;
+use crate::arguments::{ForcedKernel, LoraOption, ModelOptions, ReadOptions};
 use crate::terminal::{Bar, note};
+use crate::{embedded, pull};
 
 /// A model that is ready to run, and how long that took.
 pub(crate) struct Ready {
@@ -41,9 +41,16 @@ pub(crate) struct ReadyTimes {
 /// Opens the model at `path`, or the embedded one.
 ///
 /// What had to be guessed or corrected while reading it is said once.
-pub(crate) fn open(path: Option<&Path>) -> Result<Checkpoint> {
+pub(crate) fn open(path: Option<&Path>, read: &ReadOptions) -> Result<Checkpoint> {
+    let options = read.into();
     let checkpoint = match path {
-        Some(path) => Checkpoint::open(path)?,
+        Some(path) if pull::may_be_a_name(path) && !path.exists() => match pull::pulled(path) {
+            Some(pulled) => Checkpoint::open_with(&pulled, &options)?,
+            None => {
+                bail!("{0}: no such file, and no model of this name has been pulled: ternion pull {0}", path.display())
+            }
+        },
+        Some(path) => Checkpoint::open_with(path, &options)?,
         None => embedded::open()?,
     };
     checkpoint.notes().iter().for_each(|line| note(&format!("note: {line}")));
@@ -60,23 +67,10 @@ pub(crate) fn team(threads: Option<NonZeroUsize>) -> Result<Arc<Team>> {
     Ok(Arc::new(Team::new(threads.map_or_else(available_threads, usize::from))?))
 }
 
-/// The schedules of a model: remembered ones, or the winners of a race within `budget`. Warnings go to the terminal.
-pub(crate) fn schedules(config: &ModelConfig, cpu: &Cpu, team: &Team, budget: Budget) -> Result<Choices> {
+/// The schedules that `request` asks for: remembered ones, or the winners of a race. Warnings go to the terminal.
+pub(crate) fn schedules(request: &Request, cpu: &Cpu, team: &Team) -> Result<Choices> {
     // A short race is over before a bar can be read.
-    let bar = (budget.time > Duration::from_secs(1)).then(|| Bar::time("tuning", budget.time));
-    let progress = |progress: Progress| {
-        if let Some(bar) = &bar {
-            let what = match progress.phase {
-                Phase::Compiling { done, total } => format!("compiling {done} of {total}"),
-                Phase::Racing { problem: Problem { m, k, .. }, shape, shapes, left } => {
-                    format!("{m}x{k} ({} of {shapes}): {left} schedules left", shape + 1)
-                }
-            };
-            bar.say(u64::try_from(progress.spent.as_millis()).unwrap_or(u64::MAX), what);
-        }
-    };
-    let choices = choose(&problems(config), cpu, team, budget, &CacheDir::default(), &progress)?;
-    drop(bar);
+    let choices = choose(request, cpu, team, &CacheDir::default(), &|_| {})?;
     for warning in &choices.warnings {
         note(&format!("warning: {warning}"));
     }
@@ -96,20 +90,27 @@ pub(crate) fn ready_to_generate(options: &ModelOptions) -> Result<Ready> {
     Ok(ready)
 }
 
+/// The kernels that the user insists on.
+pub(crate) fn forced(kernel: ForcedKernel) -> KernelChoice {
+    match kernel {
+        ForcedKernel::Family(family) => KernelChoice::Family(family),
+        // One column is taken one at a time, whatever the schedule says of many.
+        ForcedKernel::Schedule(schedule) => {
+            KernelChoice::Schedules(Choice::pair(Schedule { ntile: 1, ..schedule }, schedule))
+        }
+    }
+}
+
 /// Opens and loads the model that `options` name.
 pub(crate) fn ready(options: &ModelOptions) -> Result<Ready> {
     let start = Instant::now();
-    let checkpoint = open(options.model.as_deref())?;
+    let checkpoint = open(options.model.as_deref(), &options.read)?;
     let (cpu, team) = (cpu()?, team(options.threads.threads)?);
     let mut times = ReadyTimes { load: start.elapsed(), ..ReadyTimes::default() };
     let kernels = match options.kernel {
-        Some(ForcedKernel::Family(family)) => KernelChoice::Family(family),
-        Some(ForcedKernel::Schedule(schedule)) => {
-            // One column is taken one at a time, whatever the schedule says of many.
-            KernelChoice::Schedules(Choice { one: Schedule { ntile: 1, ..schedule }, many: schedule })
-        }
+        Some(kernel) => forced(kernel),
         None => {
-            let choices = schedules(checkpoint.config(), &cpu, &team, Budget::RACE)?;
+            let choices = schedules(&Request::new(problems(checkpoint.config()), Budget::RACE), &cpu, &team)?;
             times.tune = choices.spent;
             times.raced = !choices.all_known();
             KernelChoice::Tuned(choices)

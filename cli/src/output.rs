@@ -9,8 +9,13 @@ use tempfile::NamedTempFile;
 
 /// Writes text as it is, at once.
 pub(crate) fn print(text: &str) -> Result<()> {
+    write(text.as_bytes())
+}
+
+/// Writes bytes as they are, at once.
+pub(crate) fn write(bytes: &[u8]) -> Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("standard output cannot be written")
+    out.write_all(bytes).and_then(|()| out.flush()).context("standard output cannot be written")
 }
 
 /// Writes one JSON value on a line of its own.
@@ -39,6 +44,13 @@ pub(crate) fn create(path: &Path) -> Result<NamedTempFile> {
 pub(crate) fn finish(mut file: NamedTempFile, path: &Path) -> Result<()> {
     let written = file.flush().and_then(|()| file.persist(path).map(drop).map_err(|error| error.error));
     written.with_context(|| format!("{} cannot be written: nothing was left behind", path.display()))
+}
+
+/// Writes a file, whole or not at all.
+pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = create(path)?;
+    file.write_all(bytes).with_context(|| format!("{} cannot be written", path.display()))?;
+    finish(file, path)
 }
 
 /// Whether an error is only that nobody reads standard output any more.

@@ -1,30 +1,51 @@
 //! `ternion prepare` and `ternion setup`: one file that holds a model, in the order that this machine likes best.
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
 use ternion_compiler::Layout;
 use ternion_runtime::formats::{Checkpoint, Projection, tern};
-use ternion_tuner::{Budget, Choices, Source, Workers};
+use ternion_tuner::{Budget, Choices, Class, Source};
 
+use crate::UsageError;
 use crate::arguments::{Prepare, Setup, Threads, TuningBudget};
-use crate::model::{cpu, open, schedules, team};
-use crate::terminal::{Bar, bytes, note, time};
-use crate::{UsageError, interrupt};
+use crate::export::with_bar;
+use crate::model::{cpu, open};
+use crate::output::print;
+use crate::purpose::Purpose;
+use crate::terminal::{bytes, note, time};
+use crate::tune::{per_token, request, search};
 
 pub(crate) fn prepare(options: &Prepare) -> Result<ExitCode> {
-    let checkpoint = open(Some(&options.source))?;
-    refuse_own_source(&options.source, &options.output)?;
-    let choices =
-        if options.for_this_machine { Some(tune(&checkpoint, &options.threads, &options.budget)?) } else { None };
-    write(&checkpoint, &options.output, choices.as_ref())?;
+    let checkpoint = open(Some(&options.source), &options.read)?;
+    let output = options.output.as_deref();
+    output.map_or(Ok(()), |output| refuse_own_source(&options.source, output))?;
+    let choices = if options.for_this_machine {
+        Some(tune(&checkpoint, &options.threads, &options.budget, &options.purpose)?)
+    } else {
+        None
+    };
+    match output.filter(|_| !options.dry_run) {
+        Some(output) => write(&checkpoint, output, choices.as_ref())?,
+        None => {
+            let planned = tern::planned_bytes(&checkpoint, &layout_of(choices.as_ref()))?;
+            let config = checkpoint.config();
+            print(&format!(
+                "{}: {}, {} layers, {} ternary matrices: a file of {}\n",
+                options.source.display(),
+                config.architecture,
+                config.layers,
+                config.layers * Projection::ALL.len(),
+                bytes(planned)
+            ))?;
+        }
+    }
     Ok(ExitCode::SUCCESS)
 }
 
 pub(crate) fn setup(options: &Setup) -> Result<ExitCode> {
-    let checkpoint = open(options.model.as_deref())?;
+    let checkpoint = open(options.model.as_deref(), &options.read)?;
     let output = match (&options.model, &options.output) {
         (None, _) => None,
         (Some(_), Some(output)) => Some(output.clone()),
@@ -33,7 +54,7 @@ pub(crate) fn setup(options: &Setup) -> Result<ExitCode> {
     if let (Some(model), Some(output)) = (&options.model, &output) {
         refuse_own_source(model, output)?;
     }
-    let choices = tune(&checkpoint, &options.threads, &options.budget)?;
+    let choices = tune(&checkpoint, &options.threads, &options.budget, &options.purpose)?;
     match output {
         Some(output) => {
             write(&checkpoint, &output, Some(&choices))?;
@@ -70,32 +91,33 @@ fn refuse_own_source(source: &Path, output: &Path) -> Result<()> {
 }
 
 /// The full search, and what it found.
-fn tune(checkpoint: &Checkpoint, threads: &Threads, budget: &TuningBudget) -> Result<Choices> {
-    let team = team(threads.threads)?;
-    let choices = schedules(checkpoint.config(), &cpu()?, &team, Budget::search(budget.budget))?;
+fn tune(checkpoint: &Checkpoint, threads: &Threads, budget: &TuningBudget, purpose: &Purpose) -> Result<Choices> {
+    let threads = purpose.threads(threads);
+    let request = request(checkpoint.config(), Budget::search(budget.budget), purpose);
+    let choices = search(&request, &cpu()?, threads)?;
     for found in &choices.found {
         let how = match found.source {
             Source::Known => "known".to_owned(),
             Source::Raced => format!("best of {}", found.raced),
+            Source::Shipped => "no time to measure, shipped for this CPU".to_owned(),
             Source::Guess => "no time to measure, a guess".to_owned(),
         };
-        note(&format!("{}x{}: {} ({how})", found.problem.m, found.problem.k, found.choice.one));
+        note(&format!("{}x{}: {} ({how})", found.problem.m, found.problem.k, found.choice.of(Class::One)));
     }
-    note(&format!("tuned for {} threads in {}", team.threads(), time(choices.spent)));
+    note(&purpose.recommendation(checkpoint.config(), &per_token(&choices)));
+    note(&format!("tuned for {threads} threads in {}", time(choices.spent)));
     Ok(choices)
+}
+
+/// The layouts of `choices`, or plain.
+fn layout_of(choices: Option<&Choices>) -> impl Fn(usize, Projection, usize, usize) -> Layout {
+    move |_, _, m, k| choices.and_then(|choices| choices.get(m, k)).map_or(Layout::Canonical, |choice| choice.layout())
 }
 
 /// Writes the prepared file with the layouts of `choices`, or plain.
 fn write(checkpoint: &Checkpoint, output: &Path, choices: Option<&Choices>) -> Result<()> {
-    let layout = |_: usize, _: Projection, m: usize, k: usize| {
-        choices.and_then(|choices| choices.get(m, k)).map_or(Layout::Canonical, |choice| choice.one.layout)
-    };
-    let mut bar = None;
-    let summary = tern::write(checkpoint, output, &layout, &mut |done, total| {
-        bar.get_or_insert_with(|| Bar::bytes("writing", total)).set(done);
-        if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
-    drop(bar);
+    let layout = layout_of(choices);
+    let summary = with_bar(|progress| tern::write(checkpoint, output, &layout, progress))?;
     note(&format!(
         "wrote {} ({}, {} ternary matrices, digest {:016x})",
         output.display(),

@@ -33,7 +33,7 @@ struct Run {
 }
 
 pub(crate) fn verify(options: &Verify) -> Result<ExitCode> {
-    let checkpoint = open(options.model.as_deref())?;
+    let checkpoint = open(options.model.as_deref(), &options.read)?;
     let sections_checked = checkpoint.verify_checksums()?;
     let threads = options.threads.map_or_else(|| available_threads().max(2), usize::from);
     let verify_options = VerifyOptions { tokens: options.n.into(), threads, kv: options.kv };

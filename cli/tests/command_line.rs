@@ -200,6 +200,64 @@ fn verify_finds_a_damaged_section() {
     refused(&output(&["verify", file.to_str().unwrap()]), 1, &["damaged.tern", "checksum"]);
 }
 
+/// The binary with a cache of its own.
+fn with_cache(directory: &TempDir, arguments: &[&str]) -> Output {
+    ternion(arguments).env("TERNION_CACHE", directory.path()).output().expect("the binary runs")
+}
+
+#[test]
+fn tune_finds_remembers_explains_and_hands_on() {
+    let cache = TempDir::new().unwrap();
+    let page = cache.path().join("page.html");
+    let tuned = with_cache(&cache, &["tune", "--budget", "2s", "-t", "1", "--json", "--html", page.to_str().unwrap()]);
+    assert!(tuned.status.success(), "{}", text(&tuned.stderr));
+    let report: Value = serde_json::from_slice(&tuned.stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert!(!rows.is_empty() && rows.iter().all(|row| row["us"].as_f64().unwrap() > 0.0));
+    assert!(std::fs::read_to_string(&page).unwrap().ends_with("</html>\n"));
+    assert!(text(&tuned.stderr).contains("recommended batch size 1"));
+
+    let shown = with_cache(&cache, &["tune", "--show", "-t", "1"]);
+    assert!(text(&shown.stdout).contains("33-128"), "{}", text(&shown.stdout));
+    let run = with_cache(&cache, &["run", "-p", "Once", "-n", "4", "-t", "1"]);
+    assert!(text(&run.stderr).contains("schedules"), "known, not raced: {}", text(&run.stderr));
+
+    let file = cache.path().join("exported.json");
+    let file = file.to_str().unwrap();
+    assert!(with_cache(&cache, &["tune", "--export", file, "-t", "1"]).status.success());
+    assert!(text(&with_cache(&cache, &["tune", "--forget", "-t", "1"]).stderr).contains("forgotten"));
+    refused(&with_cache(&cache, &["tune", "--export", file, "-t", "1"]), 2, &["nothing is known"]);
+    for how in ["--import", "--merge"] {
+        assert!(with_cache(&cache, &["tune", how, file, "-t", "1"]).status.success());
+        assert_eq!(with_cache(&cache, &["tune", "--show", "-t", "1"]).stdout, shown.stdout);
+    }
+    std::fs::write(file, "{}").unwrap();
+    refused(&with_cache(&cache, &["tune", "--import", file, "-t", "1"]), 1, &["not a usable machine profile"]);
+    refused(&with_cache(&cache, &["tune", "--shapes", "nothing"]), 2, &["no shape is called nothing"]);
+}
+
+#[test]
+fn bench_prints_prompts_and_generation_in_three_formats() {
+    let arguments = ["bench", "-p", "8", "-n", "3", "-t", "1,2", "-r", "2"];
+    let table = stdout(&arguments);
+    for test in ["| 1 | pp8 |", "| 1 | tg3 |", "| 2 | pp8 |", "| 2 | tg3 |", " ± "] {
+        assert!(table.contains(test), "{test} in {table}");
+    }
+    let with = |option| stdout(&[&arguments[..], &[option]].concat());
+    assert_eq!(with("--csv").lines().count(), 5);
+    assert!(with("--kernels").contains("| down |"));
+    let json: Value = serde_json::from_str(&with("--json")).unwrap();
+    let lines = json["lines"].as_array().unwrap();
+    assert_eq!(lines.len(), 4);
+    for line in lines {
+        assert!(line["tokens_per_s"].as_f64().unwrap() > 0.0);
+        assert_eq!(line["samples"].as_array().unwrap().len(), 2);
+        assert_eq!(line["bytes_per_token"].is_u64(), line["test"] == "tg3");
+    }
+    refused(&output(&["bench", "-p", "0", "-n", "0"]), 2, &["nothing to measure"]);
+    refused(&output(&["bench", "-p", "1000000"]), 2, &["context"]);
+}
+
 #[test]
 fn doctor_knows_the_machine() {
     let page = stdout(&["doctor"]);

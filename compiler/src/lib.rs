@@ -23,7 +23,7 @@ pub mod spec;
 pub mod target;
 
 pub use activations::ActivationFormat;
-pub use compile::{CompileError, asm_text, clif_text, compile, compile_each};
+pub use compile::{CompileError, asm_text, clif_text, code_bytes, compile, compile_each};
 pub use emit::Family;
 pub use kernel::{Activations, Kernel, OutRows};
 pub use layout::Layout;

@@ -1,30 +1,85 @@
 //! Taking samples: compiled kernels run on all threads over weights as cold as the model will meet them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ternion_compiler::{
-    ActivationFormat, Activations, Columns, CompileError, Cpu, Kernel, KernelSpec, OutRows, Schedule, compile_each,
+    ActivationFormat, Activations, CompileError, Cpu, Kernel, KernelSpec, OutRows, Schedule, compile_each,
 };
 
 use crate::buffer::Buffer;
-use crate::contest::PROMPT_COLUMNS;
 use crate::workers::share;
-use crate::{Problem, Stopwatch, Workers};
+use crate::{Class, Problem, Stopwatch, Workers};
 
 /// What a race needs to know of the outside: kernels that compile and take time.
 pub(crate) trait Bench {
     /// Whether a kernel has been compiled.
-    fn is_ready(&self, job: (KernelSpec, Schedule)) -> bool;
+    fn is_ready(&self, job: Job) -> bool;
 
     /// Makes the kernels of `jobs` ready; returns the errors of those that cannot be.
-    fn compile(&mut self, jobs: &[(KernelSpec, Schedule)]) -> Vec<CompileError>;
+    fn compile(&mut self, jobs: &[Job]) -> Vec<CompileError>;
 
     /// Takes one sample of a kernel that is ready: the time of one product of `problem`'s matrix with the columns of
-    /// its class. `None` if it cannot be measured here.
-    fn sample(&mut self, problem: &Problem, job: (KernelSpec, Schedule)) -> Option<Duration>;
+    /// `class`. `None` if it cannot be measured here.
+    fn sample(&mut self, problem: &Problem, class: Class, schedule: Schedule) -> Option<Duration>;
+}
+
+/// A kernel to compile.
+pub(crate) type Job = (KernelSpec, Schedule);
+
+/// Who wants to know which kernels are about to run for the first time, in case they never return.
+pub(crate) trait Observer {
+    /// One of these may crash.
+    fn trying(&self, jobs: &[Job]);
+
+    /// They have not.
+    fn tried(&self);
+
+    /// Kernels to run one at a time before all others.
+    fn suspects(&self) -> Vec<Job>;
+}
+
+/// A bench with an observer.
+pub(crate) struct Observed<'a> {
+    bench: &'a mut dyn Bench,
+    observer: &'a dyn Observer,
+    sampled: BTreeSet<(Class, KernelSpec, Schedule)>,
+}
+
+impl<'a> Observed<'a> {
+    pub(crate) fn new(bench: &'a mut dyn Bench, observer: &'a dyn Observer) -> Self {
+        let mut observed = Self { bench, observer, sampled: BTreeSet::new() };
+        for job in observer.suspects() {
+            observed.compile(&[job]);
+        }
+        observed
+    }
+}
+
+impl Bench for Observed<'_> {
+    fn is_ready(&self, job: Job) -> bool {
+        self.bench.is_ready(job)
+    }
+
+    fn compile(&mut self, jobs: &[Job]) -> Vec<CompileError> {
+        self.observer.trying(jobs);
+        let errors = self.bench.compile(jobs);
+        self.observer.tried();
+        errors
+    }
+
+    fn sample(&mut self, problem: &Problem, class: Class, schedule: Schedule) -> Option<Duration> {
+        let spec = class.spec(problem.k);
+        if !self.sampled.insert((class, spec, schedule)) {
+            return self.bench.sample(problem, class, schedule);
+        }
+        self.observer.trying(&[(spec, schedule)]);
+        let sample = self.bench.sample(problem, class, schedule);
+        self.observer.tried();
+        sample
+    }
 }
 
 /// A sample does at least this many multiply-adds, so that starting the threads and reading the clock hardly count.
@@ -50,8 +105,8 @@ pub(crate) struct KernelBench<'a> {
     weights: Buffer,
     /// Where in the weights the next matrix lies: in what was read longest ago.
     cursor: usize,
-    kernels: BTreeMap<(KernelSpec, Schedule), Kernel>,
-    inputs: BTreeMap<(KernelSpec, ActivationFormat), Input>,
+    kernels: BTreeMap<Job, Kernel>,
+    inputs: BTreeMap<(usize, Class, ActivationFormat), Input>,
     out: Vec<i32>,
 }
 
@@ -75,11 +130,11 @@ impl<'a> KernelBench<'a> {
 }
 
 impl Bench for KernelBench<'_> {
-    fn is_ready(&self, job: (KernelSpec, Schedule)) -> bool {
+    fn is_ready(&self, job: Job) -> bool {
         self.kernels.contains_key(&job)
     }
 
-    fn compile(&mut self, jobs: &[(KernelSpec, Schedule)]) -> Vec<CompileError> {
+    fn compile(&mut self, jobs: &[Job]) -> Vec<CompileError> {
         let mut errors = Vec::new();
         for result in compile_each(jobs, &self.cpu) {
             match result {
@@ -90,15 +145,13 @@ impl Bench for KernelBench<'_> {
         errors
     }
 
-    fn sample(&mut self, problem: &Problem, job: (KernelSpec, Schedule)) -> Option<Duration> {
-        let kernel = self.kernels.get(&job)?;
+    fn sample(&mut self, problem: &Problem, class: Class, schedule: Schedule) -> Option<Duration> {
+        let kernel = self.kernels.get(&(class.spec(problem.k), schedule))?;
         let (k, layout) = (kernel.spec().k, kernel.layout());
-        let columns = columns(kernel.spec().columns);
+        let columns = class.measured();
         let format = kernel.activation_format();
-        let input = self
-            .inputs
-            .entry((kernel.spec(), format))
-            .or_insert_with(|| Input::new(k, columns, format, self.stopwatch));
+        let input =
+            self.inputs.entry((k, class, format)).or_insert_with(|| Input::new(k, columns, format, self.stopwatch));
 
         let threads = self.workers.threads().max(1);
         let all_tiles = layout.tiles(problem.m).max(1);
@@ -165,13 +218,5 @@ impl Input {
             }
         }
         Self { bytes, start, stride, sums, preparing }
-    }
-}
-
-/// Columns of a sample.
-fn columns(columns: Columns) -> usize {
-    match columns {
-        Columns::One | Columns::ListedRows | Columns::ListedColumns => 1,
-        Columns::Many => PROMPT_COLUMNS,
     }
 }

@@ -11,14 +11,14 @@ use std::thread;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use ternion_compiler::{Columns, CompileError, Cpu, KernelSpec, Schedule};
+use ternion_compiler::{CompileError, Cpu, KernelSpec, Schedule};
 
-use crate::contest::Figures;
-use crate::{Choice, CpuProfile};
+use crate::request::ClassResult;
+use crate::{Choice, Class, CpuProfile, Workload};
 
 /// The first fields of every profile.
 const FORMAT: &str = "ternion machine profile";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// No profile is nearly as large; a file that is was not written by us.
 const MAX_BYTES: u64 = 4 << 20;
@@ -26,6 +26,9 @@ const MAX_BYTES: u64 = 4 << 20;
 /// How often and how long a writer waits for another before it goes ahead without the lock.
 const LOCK_TRIES: usize = 20;
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
+
+/// No write takes nearly as long: a temporary file of this age belongs to nobody.
+const LEFTOVER_AGE: Duration = Duration::from_secs(600);
 
 /// What a choice depends on. A profile counts only if all of it is the same.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -51,26 +54,28 @@ pub struct MachineProfile {
     pub shapes: Vec<ShapeEntry>,
     /// Schedules that the compiler refused, above all for a wrong result: they never race again.
     pub refused: Vec<Refusal>,
+    /// Hash of the choices as they were written. Where it fits, they are legal still: the key holds CPU and compiler.
+    #[serde(default)]
+    digest: u64,
 }
 
 /// The choice for one shape.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ShapeEntry {
     /// Rows.
     pub m: usize,
     /// Length of a row.
     pub k: usize,
-    /// Schedules for one column and for many.
-    #[serde(flatten)]
+    /// One schedule per class.
     pub choice: Choice,
-    /// Times of a product with one column.
-    pub decode: Figures,
-    /// Times of a product with [`PROMPT_COLUMNS`](crate::PROMPT_COLUMNS) columns.
-    pub prompt: Figures,
+    /// What was measured, by class.
+    pub results: Vec<ClassResult>,
     /// Schedules that raced.
     pub raced: usize,
     /// The whole budget of the race, in milliseconds: a larger one replaces this entry.
     pub budget_ms: u64,
+    /// What it was chosen for.
+    pub workload: Workload,
 }
 
 /// A schedule that the compiler refused.
@@ -85,7 +90,7 @@ pub struct Refusal {
 }
 
 /// Something that does not stop any work but that the user may want to know.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Warning {
     /// Neither the environment nor the system says where caches go.
     #[error("no cache directory: set TERNION_CACHE to a directory, or schedules are chosen anew on every start")]
@@ -133,6 +138,12 @@ pub enum Warning {
         /// The compiler's error, which names the schedule.
         reason: String,
     },
+    /// Energy was to be saved and cannot be measured.
+    #[error("no energy meter ({reason}): schedules are chosen by time")]
+    NoEnergyMeter {
+        /// Why not.
+        reason: String,
+    },
     /// There is no memory to measure on.
     #[error("no memory to measure schedules with ({bytes} bytes): the best guess is used")]
     NoMemory {
@@ -142,7 +153,7 @@ pub enum Warning {
 }
 
 /// Where profiles are kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CacheDir {
     path: Option<PathBuf>,
 }
@@ -187,12 +198,14 @@ impl CacheDir {
     /// The file that belongs to a key.
     #[must_use]
     pub fn profile_path(&self, key: &ProfileKey) -> Option<PathBuf> {
+        self.keyed_path(key, "profile", "json")
+    }
+
+    pub(crate) fn keyed_path(&self, key: &ProfileKey, stem: &str, extension: &str) -> Option<PathBuf> {
         let text = format!("{}\n{}\n{}\n{}", key.cpu, key.features, key.compiler, key.threads);
-        // FNV-1a. A collision is harmless: the file holds the whole key.
-        let hash = text
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-        Some(self.path.as_ref()?.join(format!("profile-{hash:016x}.json")))
+        // A collision is harmless: the file holds the whole key.
+        let hash = fnv(text.as_bytes());
+        Some(self.path.as_ref()?.join(format!("{stem}-{hash:016x}.{extension}")))
     }
 
     /// Every profile in the directory, for a list of what is known, and what is wrong with the files that are none.
@@ -208,7 +221,7 @@ impl CacheDir {
         paths.sort();
         for path in paths {
             match read(&path) {
-                Ok(Some(profile)) => profiles.push((path, profile)),
+                Ok(Some(profile)) => profiles.push((path, MachineProfile { digest: 0, ..profile })),
                 Ok(None) => {}
                 Err(warning) => warnings.push(warning),
             }
@@ -223,7 +236,10 @@ impl CacheDir {
         let Some(path) = self.profile_path(key) else { return (empty, Vec::new()) };
         match read(&path) {
             Ok(Some(mut profile)) if profile.key == *key => {
-                let warnings = profile.drop_illegal(cpu, &path);
+                // Checking a schedule assigns its registers: too long for every start.
+                let untouched = profile.digest == digest(&profile.shapes);
+                let warnings = if untouched { Vec::new() } else { profile.drop_illegal(cpu, &path) };
+                profile.digest = 0;
                 (profile, warnings)
             }
             Ok(_) => (empty, Vec::new()),
@@ -237,25 +253,107 @@ impl CacheDir {
     /// Why it could not be written; nothing is lost but the next start's time.
     pub fn remember(&self, found: &MachineProfile) -> Result<(), Warning> {
         let path = self.profile_path(&found.key).ok_or(Warning::NoCacheDirectory)?;
+        self.update(&path, found, &|known| {
+            let mut profile = known.unwrap_or_else(|| MachineProfile::new(found.key.clone()));
+            profile.merge(found);
+            profile
+        })
+    }
+
+    /// Replaces the file at `path` by what `change` makes of it, with other writers kept out.
+    fn update(
+        &self,
+        path: &Path,
+        found: &MachineProfile,
+        change: &dyn Fn(Option<MachineProfile>) -> MachineProfile,
+    ) -> Result<(), Warning> {
         let directory = self.path.as_ref().ok_or(Warning::NoCacheDirectory)?;
-        let unwritable = |error: io::Error| Warning::Unwritable { path: path.clone(), reason: error.to_string() };
+        let unwritable = |error: io::Error| Warning::Unwritable { path: path.to_owned(), reason: error.to_string() };
         fs::create_dir_all(directory).map_err(unwritable)?;
         let _lock = lock(&path.with_extension("lock"));
-        let mut profile = match read(&path) {
-            Ok(Some(known)) if known.key == found.key => known,
-            _ => MachineProfile::new(found.key.clone()),
-        };
-        profile.merge(found);
-        let write = || {
-            let mut file = tempfile::NamedTempFile::new_in(directory)?;
-            serde_json::to_writer_pretty(&mut file, &profile)?;
-            file.write_all(b"\n")?;
-            // Not forced to the disk: that can take longer than the whole race, and what a power cut loses is found anew.
-            file.persist(&path)?;
-            Ok(())
-        };
-        write().map_err(unwritable)
+        remove_leftovers(directory);
+        let known = read(path).ok().flatten().filter(|known| known.key == found.key);
+        write(&change(known), directory, path).map_err(unwritable)
     }
+}
+
+/// Removes what killed writers left behind.
+fn remove_leftovers(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let old = || entry.metadata().ok()?.modified().ok()?.elapsed().ok();
+        if entry.file_name().to_string_lossy().starts_with(".ternion-") && old().is_some_and(|age| age > LEFTOVER_AGE) {
+            // Another process may have been faster.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Profiles as files that users hand on.
+impl CacheDir {
+    /// Reads an exported profile.
+    ///
+    /// # Errors
+    /// If there is no such file, or it holds no profile of this version.
+    pub fn read_exported(path: &Path) -> Result<MachineProfile, Warning> {
+        let missing = || Warning::Unreadable { path: path.to_owned(), reason: "there is no such file".to_owned() };
+        let profile = read(path)?.ok_or_else(missing)?;
+        Ok(MachineProfile { digest: 0, ..profile })
+    }
+
+    /// Writes a profile to `path`, whole or not at all.
+    ///
+    /// # Errors
+    /// Why it could not be written.
+    pub fn export(profile: &MachineProfile, path: &Path) -> Result<(), Warning> {
+        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        write(profile, directory, path)
+            .map_err(|error| Warning::Unwritable { path: path.to_owned(), reason: error.to_string() })
+    }
+
+    /// Replaces what is known under the profile's key.
+    ///
+    /// # Errors
+    /// Why it could not be written.
+    pub fn import(&self, profile: &MachineProfile) -> Result<PathBuf, Warning> {
+        let path = self.profile_path(&profile.key).ok_or(Warning::NoCacheDirectory)?;
+        self.update(&path, profile, &|_| profile.clone())?;
+        Ok(path)
+    }
+
+    /// Forgets what is known for `key`; returns whether there was anything.
+    ///
+    /// # Errors
+    /// Why the file could not be removed.
+    pub fn forget(&self, key: &ProfileKey) -> Result<bool, Warning> {
+        let path = self.profile_path(key).ok_or(Warning::NoCacheDirectory)?;
+        match fs::remove_file(&path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(Warning::Unwritable { path, reason: error.to_string() }),
+        }
+    }
+}
+
+/// FNV-1a.
+fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+fn digest(shapes: &[ShapeEntry]) -> u64 {
+    let choices: Vec<_> = shapes.iter().map(|entry| (entry.m, entry.k, entry.choice)).collect();
+    fnv(&serde_json::to_vec(&choices).unwrap_or_default())
+}
+
+/// Writes a profile beside `path` and moves it there.
+fn write(profile: &MachineProfile, directory: &Path, path: &Path) -> io::Result<()> {
+    let mut file = tempfile::Builder::new().prefix(".ternion-").tempfile_in(directory)?;
+    let profile = MachineProfile { digest: digest(&profile.shapes), ..profile.clone() };
+    let mut text = serde_json::to_vec_pretty(&profile)?;
+    text.push(b'\n');
+    file.write_all(&text)?;
+    // Not forced to the disk: that can take longer than the whole race, and what a power cut loses is found anew.
+    file.persist(path)?;
+    Ok(())
 }
 
 impl ProfileKey {
@@ -275,7 +373,7 @@ impl MachineProfile {
     /// A profile of nothing.
     #[must_use]
     pub fn new(key: ProfileKey) -> Self {
-        Self { format: FORMAT.to_owned(), version: VERSION, key, shapes: Vec::new(), refused: Vec::new() }
+        Self { format: FORMAT.to_owned(), version: VERSION, key, shapes: Vec::new(), refused: Vec::new(), digest: 0 }
     }
 
     /// The entry of an `[m, k]` matrix.
@@ -300,7 +398,7 @@ impl MachineProfile {
     }
 
     fn merge(&mut self, other: &Self) {
-        other.shapes.iter().for_each(|entry| self.insert(*entry));
+        other.shapes.iter().for_each(|entry| self.insert(entry.clone()));
         for refusal in &other.refused {
             if !self.refused.contains(refusal) {
                 self.refused.push(refusal.clone());
@@ -332,24 +430,21 @@ impl Refusal {
             CompileError::Mismatch { spec, schedule, mismatch } => {
                 Some(Self { spec: spec.to_string(), schedule: schedule.to_string(), reason: mismatch.to_string() })
             }
-            CompileError::Schedule { .. } | CompileError::Code { .. } => None,
+            _ => None,
         }
     }
 }
 
 impl Choice {
-    /// Whether both schedules are legal for rows of `k` weights on `cpu` and read the same layout; if not, why.
-    fn check(&self, k: usize, cpu: &Cpu) -> Result<(), String> {
-        for (columns, schedule) in [(Columns::One, self.one), (Columns::Many, self.many)] {
-            schedule.check(&KernelSpec { k, columns }, cpu).map_err(|error| error.to_string())?;
+    /// Whether all schedules are legal for rows of `k` weights on `cpu` and read at most two layouts; if not, why.
+    pub(crate) fn check(&self, k: usize, cpu: &Cpu) -> Result<(), String> {
+        for class in Class::ALL {
+            self.of(class).check(&class.spec(k), cpu).map_err(|error| error.to_string())?;
         }
-        if self.one.layout != self.many.layout {
-            return Err(format!(
-                "its two schedules read different layouts, {} and {}",
-                self.one.layout, self.many.layout
-            ));
+        match self.layouts().len() {
+            0..=2 => Ok(()),
+            copies => Err(format!("its schedules read {copies} different layouts")),
         }
-        Ok(())
     }
 }
 
@@ -409,14 +504,13 @@ mod tests {
     }
 
     fn entry(m: usize, k: usize, budget_ms: u64) -> ShapeEntry {
-        let figures = Figures { minimum_us: 1.5, median_us: 2.5, samples: 3 };
         let choice = Shortlist::new(k, &cpu(), 8, &|_, _| false).guess().unwrap();
-        ShapeEntry { m, k, choice, decode: figures, prompt: figures, raced: 8, budget_ms }
+        ShapeEntry { m, k, choice, results: Vec::new(), raced: 8, budget_ms, workload: Workload::default() }
     }
 
     fn profile(entries: &[ShapeEntry]) -> MachineProfile {
         let mut profile = MachineProfile::new(key());
-        entries.iter().for_each(|entry| profile.insert(*entry));
+        entries.iter().for_each(|entry| profile.insert(entry.clone()));
         profile
     }
 
@@ -489,10 +583,10 @@ mod tests {
             good[..good.len() / 2].to_owned(),
             "[]".to_owned(),
             "{}".to_owned(),
-            good.replace("\"version\":1", "\"version\":2"),
+            good.replace("\"version\":2", "\"version\":3"),
             good.replace(FORMAT, "wisdom"),
             good.replace("layout=", "layout=x"),
-            good.replace("\"one\":", "\"won\":"),
+            good.replace("\"choice\":", "\"chose\":"),
             "[".repeat(100_000),
             " ".repeat(MAX_BYTES as usize + 1),
         ];
@@ -517,16 +611,22 @@ mod tests {
     fn illegal_schedules_in_a_profile_are_dropped_with_a_warning() {
         let good = entry(256, 256, 300);
         let mut unlike = entry(64, 256, 300);
-        let other = |schedule: &Schedule| schedule.layout != good.choice.one.layout;
-        let many = KernelSpec { k: 256, columns: Columns::Many };
-        unlike.choice.many = Schedule::candidates(&many, &cpu()).into_iter().find(other).unwrap();
+        let schedules = Schedule::candidates(&Class::Batch.spec(256), &cpu());
+        let layouts = schedules.iter().fold(Vec::new(), |mut layouts: Vec<Schedule>, schedule| {
+            if layouts.iter().all(|known| known.layout != schedule.layout) {
+                layouts.push(*schedule);
+            }
+            layouts
+        });
+        unlike.choice.schedules[1..4].copy_from_slice(&layouts[..3]);
         let mut illegal = entry(64, 256, 300);
-        illegal.choice.one.unroll = 3;
+        illegal.choice.schedules[0].unroll = 3;
         for bad in [unlike, illegal] {
-            let (_keep, cache, _) = in_directory();
-            cache.remember(&profile(&[good, bad])).unwrap();
+            let (_keep, cache, path) = in_directory();
+            // As somebody's editor would leave it.
+            fs::write(&path, serde_json::to_string(&profile(&[good.clone(), bad])).unwrap()).unwrap();
             let (loaded, warnings) = cache.load(&key(), &cpu());
-            assert_eq!(loaded.shapes, [good]);
+            assert_eq!(loaded.shapes, std::slice::from_ref(&good));
             assert!(matches!(warnings[..], [Warning::Illegal { m: 64, k: 256, .. }]), "{warnings:?}");
         }
     }
@@ -554,6 +654,60 @@ mod tests {
             fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
         names.sort();
         assert_eq!(names, [path.clone(), path.with_extension("lock")]);
+    }
+
+    const KILLED: &str = "TERNION_TEST_KILLED_WRITER";
+
+    /// The writer of the test below: this test binary, told by the environment where to write until it is killed.
+    #[test]
+    fn writer() {
+        let Some(directory) = std::env::var_os(KILLED) else { return };
+        let cache = CacheDir::at(PathBuf::from(directory));
+        for m in 1.. {
+            cache.remember(&profile(&[entry(m % 50 + 1, 256, 300)])).unwrap();
+        }
+    }
+
+    #[test]
+    fn fifty_killed_writers_never_leave_a_corrupt_profile() {
+        let (directory, cache, _) = in_directory();
+        let mut noise = crate::stopwatch::scripted::Noise::new(3);
+        let mut known = 0;
+        for kill in 0..50 {
+            let mut writer = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["profile::tests::writer", "--exact"])
+                .env(KILLED, directory.path())
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            thread::sleep(Duration::from_micros(20_000 + (noise.uniform() * 20_000.0) as u64));
+            writer.kill().unwrap();
+            writer.wait().unwrap();
+            let (profile, warnings) = cache.load(&key(), &cpu());
+            assert_eq!(warnings, [], "kill {kill}");
+            assert!(profile.shapes.len() >= known, "kill {kill}: nothing that was known is lost");
+            known = profile.shapes.len();
+        }
+        assert!(known > 0, "the writers have written");
+        cache.remember(&profile(&[entry(99, 256, 300)])).unwrap();
+    }
+
+    #[test]
+    fn profiles_are_exported_imported_and_forgotten() {
+        let (directory, cache, path) = in_directory();
+        let written = profile(&[entry(256, 256, 300)]);
+        let file = directory.path().join("mine.json");
+        CacheDir::export(&written, &file).unwrap();
+        assert!(!path.exists());
+        let read = CacheDir::read_exported(&file).unwrap();
+        assert_eq!(read, written);
+        assert_eq!(cache.import(&read), Ok(path.clone()));
+        assert_eq!(cache.load(&key(), &cpu()).0, written);
+        assert_eq!(cache.forget(&key()), Ok(true));
+        assert_eq!(cache.forget(&key()), Ok(false));
+        assert!(matches!(CacheDir::read_exported(&path), Err(Warning::Unreadable { .. })));
+        fs::write(&file, "{}").unwrap();
+        assert!(matches!(CacheDir::read_exported(&file), Err(Warning::Corrupt { .. })));
     }
 
     #[cfg(target_os = "linux")]

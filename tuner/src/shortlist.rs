@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use ternion_compiler::{Columns, Cpu, Family, KernelSpec, Layout, Schedule};
 
-use crate::Choice;
 use crate::contest::Entrant;
+use crate::{Choice, Class};
 
 /// The legal schedules of a shape that are worth a race.
 #[derive(Debug)]
@@ -41,9 +41,9 @@ impl Shortlist {
             }
             let one = ones.remove(at);
             layouts.push(one.layout);
-            entrants.push(Entrant { columns: Columns::One, schedule: one });
+            entrants.push(Entrant { class: Class::One, schedule: one });
             if let Some(at) = manys.iter().position(|many| many.layout == one.layout) {
-                entrants.push(Entrant { columns: Columns::Many, schedule: manys.remove(at) });
+                entrants.push(Entrant { class: Class::Batch, schedule: manys.remove(at) });
             }
         }
         // Then more schedules of these layouts; decoding, where a model spends its time, gets two of three places.
@@ -52,21 +52,20 @@ impl Shortlist {
         let (mut ones, mut manys) = (ones.into_iter(), manys.into_iter());
         while entrants.len() < limit {
             let place = entrants.len() % 3;
-            let (one, many) = (Columns::One, Columns::Many);
+            let (one, many) = (Class::One, Class::Batch);
             let next = match place {
                 2 => manys.next().map(|schedule| (many, schedule)).or_else(|| ones.next().map(|s| (one, s))),
                 _ => ones.next().map(|schedule| (one, schedule)).or_else(|| manys.next().map(|s| (many, s))),
             };
-            let Some((columns, schedule)) = next else { break };
-            entrants.push(Entrant { columns, schedule });
+            let Some((class, schedule)) = next else { break };
+            entrants.push(Entrant { class, schedule });
         }
         Self { entrants }
     }
 
     /// Puts a choice that has proved itself first.
     pub(crate) fn promote(&mut self, choice: Choice) {
-        let pair = [(Columns::One, choice.one), (Columns::Many, choice.many)];
-        let pair = pair.map(|(columns, schedule)| Entrant { columns, schedule });
+        let pair = [Class::One, Class::Batch].map(|class| Entrant { class, schedule: choice.of(class) });
         self.entrants.retain(|entrant| !pair.contains(entrant));
         self.entrants.splice(0..0, pair);
     }
@@ -75,7 +74,7 @@ impl Shortlist {
     pub(crate) fn guess(&self) -> Option<Choice> {
         match self.entrants.as_slice() {
             [one, many, ..] if one.schedule.layout == many.schedule.layout => {
-                Some(Choice { one: one.schedule, many: many.schedule })
+                Some(Choice::pair(one.schedule, many.schedule))
             }
             _ => None,
         }
@@ -126,9 +125,9 @@ mod tests {
         let families: BTreeSet<_> = entrants.iter().map(|entrant| entrant.schedule.family).collect();
         assert!(layouts.len() >= 3 && families.len() >= 2, "{layouts:?} {families:?}");
         for layout in layouts {
-            for columns in [Columns::One, Columns::Many] {
-                let has = |entrant: &Entrant| entrant.columns == columns && entrant.schedule.layout == layout;
-                assert!(entrants.iter().any(has), "{layout} lacks {columns:?}");
+            for class in [Class::One, Class::Batch] {
+                let has = |entrant: &Entrant| entrant.class == class && entrant.schedule.layout == layout;
+                assert!(entrants.iter().any(has), "{layout} lacks {class}");
             }
         }
     }
@@ -138,7 +137,7 @@ mod tests {
         let cpu: Cpu = "x86-64 +ssse3".parse().unwrap();
         let list = Shortlist::new(256, &cpu, 8, &|_, _| false);
         let first = Schedule::candidates(&KernelSpec { k: 256, columns: Columns::One }, &cpu)[0];
-        assert_eq!(list.guess().unwrap().one, first);
+        assert_eq!(list.guess().unwrap().of(Class::One), first);
     }
 
     #[test]
@@ -153,7 +152,7 @@ mod tests {
         let expected = with_partner(Columns::One, Columns::Many) + with_partner(Columns::Many, Columns::One);
         let entrants = Shortlist::new(256, &cpu, 10_000, &|_, _| false).entrants;
         assert_eq!(entrants.len(), expected);
-        let unique: BTreeSet<_> = entrants.iter().map(|entrant| (entrant.columns, entrant.schedule)).collect();
+        let unique: BTreeSet<_> = entrants.iter().map(|entrant| (entrant.class, entrant.schedule)).collect();
         assert_eq!(unique.len(), entrants.len());
     }
 

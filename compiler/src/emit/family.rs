@@ -99,6 +99,12 @@ impl Family {
         self.0
     }
 
+    /// Its name in a schedule.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        self.0.name()
+    }
+
     /// The families that read whole matrices.
     pub fn dense() -> impl Iterator<Item = Self> {
         Self::ALL.into_iter().filter(|family| family.list().is_none())

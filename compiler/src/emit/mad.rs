@@ -65,7 +65,8 @@ impl Rules for Mad {
     fn least_registers(&self, schedule: &Schedule) -> usize {
         match schedule.layout {
             Layout::Lanes { .. } => mad_lanes::least_registers(schedule),
-            _ => 0,
+            // A sum for every row in every column, whose lanes are added up at the end.
+            _ => schedule.layout.tile_rows() * usize::from(schedule.ntile),
         }
     }
 

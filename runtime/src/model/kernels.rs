@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use ternion_compiler::{Columns, Cpu, Family, Kernel, KernelSpec, Schedule, compile};
-use ternion_tuner::{Choice, Choices, Problem};
+use ternion_compiler::{Columns, Cpu, Family, Kernel, KernelSpec, Layout, Schedule, compile};
+use ternion_tuner::{Choice, Choices, Class, Problem};
 
 use super::ModelError;
 use crate::formats::{ModelConfig, Projection};
@@ -15,7 +15,7 @@ pub enum KernelChoice {
     Tuned(Choices),
     /// The best guess within one family; where it serves only one or only many columns, the other comes from another.
     Family(Family),
-    /// The same two schedules for every shape.
+    /// The same schedules for every shape.
     Schedules(Choice),
 }
 
@@ -23,7 +23,7 @@ impl KernelChoice {
     /// The schedules of `[m, k]` matrices on `cpu`.
     ///
     /// # Errors
-    /// If there are none, or they read different layouts.
+    /// If there are none, or they read more than two layouts.
     pub fn of(&self, m: usize, k: usize, cpu: &Cpu) -> Result<Choice, ModelError> {
         let choice = match self {
             Self::Tuned(choices) => choices.get(m, k),
@@ -33,9 +33,12 @@ impl KernelChoice {
                 return best.ok_or(ModelError::NoKernel { family: *family, k, cpu: *cpu });
             }
         };
-        choice.filter(|choice| choice.one.layout == choice.many.layout).ok_or(ModelError::NotChosen { m, k })
+        choice.filter(|choice| choice.layouts().len() <= COPIES).ok_or(ModelError::NotChosen { m, k })
     }
 }
+
+/// Copies of a matrix, in different layouts, at most.
+const COPIES: usize = 2;
 
 /// The first schedules of a family that share a layout. A family that serves only one or only many columns is completed
 /// by another that reads its layout.
@@ -45,7 +48,7 @@ fn best_of(family: Family, k: usize, cpu: &Cpu) -> Option<Choice> {
     let first = |one_is: &dyn Fn(Family) -> bool, many_is: &dyn Fn(Family) -> bool| {
         ones.iter().filter(|one| one_is(one.family)).find_map(|one| {
             let many = many.iter().find(|many| many_is(many.family) && many.layout == one.layout)?;
-            Some(Choice { one: *one, many: *many })
+            Some(Choice::pair(*one, *many))
         })
     };
     let (this, any) = (&|other| other == family, &|_| true);
@@ -62,13 +65,34 @@ pub fn problems(config: &ModelConfig) -> Vec<Problem> {
     counts.into_iter().map(|((m, k), count)| Problem { m, k, count }).collect()
 }
 
-/// The two kernels of one shape.
+/// The kernels of one shape, one per class of numbers of columns.
 #[derive(Clone, Debug)]
-pub(super) struct Kernels {
-    /// For one column.
-    pub(super) one: Kernel,
-    /// For many.
-    pub(super) many: Kernel,
+pub(super) struct Kernels([Kernel; Class::ALL.len()]);
+
+impl Kernels {
+    /// The kernel for `n` columns.
+    pub(super) fn of(&self, n: usize) -> &Kernel {
+        &self.0[Class::of(n).index()]
+    }
+
+    /// All of them; classes may share one.
+    pub(super) fn all(&self) -> &[Kernel] {
+        &self.0
+    }
+
+    /// The layouts that they read, each once: as many copies of the weights there are.
+    pub(super) fn layouts(&self) -> Vec<Layout> {
+        let mut layouts: Vec<Layout> = self.0.iter().map(Kernel::layout).collect();
+        // The order of the classes is kept: few layouts, so no set is needed.
+        let mut known = Vec::with_capacity(COPIES);
+        layouts.retain(|layout| {
+            !known.contains(layout) && {
+                known.push(*layout);
+                true
+            }
+        });
+        layouts
+    }
 }
 
 /// Compiles the kernels of every shape of a model, all at once.
@@ -80,14 +104,13 @@ pub(super) fn compile_all(
     let mut shapes = Vec::new();
     let mut jobs = Vec::new();
     for Problem { m, k, .. } in problems(config) {
-        let Choice { one, many } = choice.of(m, k, cpu)?;
+        let choice = choice.of(m, k, cpu)?;
         shapes.push((m, k));
-        jobs.push((KernelSpec { k, columns: Columns::One }, one));
-        jobs.push((KernelSpec { k, columns: Columns::Many }, many));
+        jobs.extend(Class::ALL.map(|class| (class.spec(k), choice.of(class))));
     }
     let kernels = compile(&jobs, cpu)?;
-    let pairs = kernels.as_chunks().0.iter().cloned().map(|[one, many]| Kernels { one, many });
-    Ok(shapes.into_iter().zip(pairs).collect())
+    let kernels = kernels.as_chunks().0.iter().cloned().map(Kernels);
+    Ok(shapes.into_iter().zip(kernels).collect())
 }
 
 #[cfg(test)]
@@ -100,18 +123,24 @@ mod tests {
         for family in Family::dense() {
             for k in [256, 768, 2560, 6912, 37] {
                 let choice = KernelChoice::Family(family).of(8, k, &cpu).unwrap();
-                assert!(choice.one.family == family || choice.many.family == family, "{choice:?}");
-                assert_eq!(choice.one.layout, choice.many.layout);
+                assert!(choice.schedules.iter().any(|schedule| schedule.family == family), "{choice:?}");
+                assert_eq!(choice.layouts().len(), 1);
             }
         }
     }
 
     #[test]
-    fn schedules_with_different_layouts_are_refused() {
+    fn schedules_with_more_than_two_layouts_are_refused() {
         let cpu = Cpu::host().expect("a CPU that ternion compiles for");
-        let of = |family| KernelChoice::Family(family).of(8, 256, &cpu).unwrap();
-        let mixed = Choice { one: of(Family::Mad).one, many: of(Family::Tl1).many };
-        let error = KernelChoice::Schedules(mixed).of(8, 256, &cpu).unwrap_err();
+        let many = Schedule::candidates(&Class::Chunk.spec(256), &cpu);
+        let layouts: BTreeMap<Layout, Schedule> = many.iter().map(|schedule| (schedule.layout, *schedule)).collect();
+        let mut choice = KernelChoice::Family(Family::Mad).of(8, 256, &cpu).unwrap();
+        let first = choice.layout();
+        let mut others = layouts.values().filter(|other| other.layout != first).copied();
+        choice.schedules[3] = others.next().unwrap();
+        assert!(KernelChoice::Schedules(choice).of(8, 256, &cpu).is_ok());
+        choice.schedules[4] = others.next().unwrap();
+        let error = KernelChoice::Schedules(choice).of(8, 256, &cpu).unwrap_err();
         assert!(matches!(error, ModelError::NotChosen { m: 8, k: 256 }));
     }
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use ternion_compiler::Cpu;
+use ternion_compiler::{Cpu, Layout};
 use ternion_kernels_ref::PackedMatrix;
 use ternion_tuner::Workers;
 
@@ -71,13 +71,14 @@ pub(super) struct Linear {
     pub(super) bias: Vec<f32>,
     /// In the order in which they are added.
     pub(super) adapters: Vec<LowRank>,
-    place: Place,
+    /// One copy for each layout that a kernel reads.
+    copies: Vec<(Layout, Place)>,
 }
 
 impl Linear {
     /// Length of a row.
     pub(super) fn k(&self) -> usize {
-        self.kernels.one.spec().k
+        self.kernels.of(1).spec().k
     }
 }
 
@@ -172,12 +173,14 @@ impl Model {
         }
         let mut report = LoadReport { compile, weights: start.elapsed(), ..LoadReport::default() };
         report.screen_bytes = head.screen_bytes();
-        for kernel in kernels.values().flat_map(|kernels| [&kernels.one, &kernels.many]) {
-            report.kernels += 1;
-            report.code_bytes += kernel.code_bytes();
-        }
-        for linear in layers.iter().flat_map(|layer| &layer.projections) {
-            match &linear.place {
+        let kernels = kernels.values().flat_map(Kernels::all);
+        let different: BTreeMap<_, _> =
+            kernels.map(|kernel| ((kernel.spec(), kernel.schedule()), kernel.code_bytes())).collect();
+        report.kernels = different.len();
+        report.code_bytes = different.values().sum();
+        let linears = layers.iter().flat_map(|layer| &layer.projections);
+        for (_, place) in linears.flat_map(|linear| &linear.copies) {
+            match place {
                 Place::File(bytes) => report.mapped_bytes += bytes.len(),
                 Place::Buffer(range) => report.packed_bytes += range.len(),
             }
@@ -221,11 +224,12 @@ impl Model {
         &self.head
     }
 
-    /// The packed bytes of a projection, in the layout of its kernels.
-    pub(super) fn weights<'a>(&'a self, linear: &'a Linear) -> &'a [u8] {
-        match &linear.place {
-            Place::File(bytes) => bytes,
-            Place::Buffer(range) => &self.packed[range.clone()],
+    /// The packed bytes of a projection, in a layout that one of its kernels reads.
+    pub(super) fn weights<'a>(&'a self, linear: &'a Linear, layout: Layout) -> &'a [u8] {
+        match linear.copies.iter().find(|(of, _)| *of == layout) {
+            Some((_, Place::File(bytes))) => bytes,
+            Some((_, Place::Buffer(range))) => &self.packed[range.clone()],
+            None => &[],
         }
     }
 
@@ -239,13 +243,14 @@ fn check_elements(what: &'static str, found: usize, expected: usize) -> Result<(
     if found == expected { Ok(()) } else { Err(ModelError::Elements { what, found, expected }) }
 }
 
-/// One matrix to load: which, and the part of the buffer that it gets if it has to be repacked.
+/// One copy of a matrix to load: which, and the part of the buffer that it gets if it has to be repacked.
 struct Plan<'a> {
     layer: usize,
     projection: Projection,
     m: usize,
     k: usize,
     kernels: &'a Kernels,
+    layout: Layout,
     room: Range<usize>,
 }
 
@@ -263,13 +268,14 @@ fn pack_all(
         for projection in Projection::ALL {
             let (m, k) = projection.shape(config);
             let kernels = kernels.get(&(m, k)).ok_or(ModelError::NotChosen { m, k })?;
-            let layout = kernels.one.layout();
-            // A prepared file's tensors are views; a directory's would have to be decoded just to look.
-            let fits = checkpoint.is_prepared() && checkpoint.projection(layer, projection)?.layout == layout;
-            let bytes = if fits { 0 } else { layout.bytes(m, k).ok_or(ModelError::NotChosen { m, k })? };
-            let start = end.next_multiple_of(ALIGNMENT);
-            end = start.saturating_add(bytes);
-            plans.push(Plan { layer, projection, m, k, kernels, room: start..end });
+            for layout in kernels.layouts() {
+                // A prepared file's tensors are views; a directory's would have to be decoded just to look.
+                let fits = checkpoint.is_prepared() && checkpoint.projection(layer, projection)?.layout == layout;
+                let bytes = if fits { 0 } else { layout.bytes(m, k).ok_or(ModelError::NotChosen { m, k })? };
+                let start = end.next_multiple_of(ALIGNMENT);
+                end = start.saturating_add(bytes);
+                plans.push(Plan { layer, projection, m, k, kernels, layout, room: start..end });
+            }
         }
     }
     let mut buffer = PageBuffer::zeroed(end).map_err(|source| ModelError::Memory { bytes: end, source })?;
@@ -298,13 +304,22 @@ fn pack_all(
     if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         return Err(error);
     }
-    // Without an error every plan has been carried out.
-    let linears = loaded.into_iter().filter_map(|linear| linear.into_inner().unwrap_or_else(PoisonError::into_inner));
-    Ok((buffer, linears))
+    // Without an error every plan has been carried out. Second copies follow the first.
+    let loaded = loaded.into_iter().filter_map(|linear| linear.into_inner().unwrap_or_else(PoisonError::into_inner));
+    let mut linears: Vec<Linear> = Vec::new();
+    let mut last = None;
+    for (linear, Plan { layer, projection, .. }) in loaded.zip(&plans) {
+        match linears.last_mut() {
+            Some(first) if last == Some((*layer, *projection)) => first.copies.extend(linear.copies),
+            _ => linears.push(linear),
+        }
+        last = Some((*layer, *projection));
+    }
+    Ok((buffer, linears.into_iter()))
 }
 
 fn load(checkpoint: &Checkpoint, plan: &Plan<'_>, room: &mut [u8]) -> Result<Linear, ModelError> {
-    let Plan { layer, projection, m, k, kernels, .. } = plan;
+    let Plan { layer, projection, m, k, kernels, layout, .. } = plan;
     let (layer, projection, m, k) = (*layer, *projection, *m, *k);
     let tensor = checkpoint.projection(layer, projection)?;
     if (tensor.m, tensor.k) != (m, k) || tensor.layout.bytes(m, k) != Some(tensor.bytes.len()) {
@@ -313,22 +328,28 @@ fn load(checkpoint: &Checkpoint, plan: &Plan<'_>, room: &mut [u8]) -> Result<Lin
     let place = if room.is_empty() {
         Place::File(tensor.bytes.clone())
     } else {
-        repack(&tensor, kernels, room);
+        repack(&tensor, *layout, room);
         Place::Buffer(plan.room.clone())
     };
     let bias = checkpoint.bias(layer, projection)?;
     if projection.has_bias(checkpoint.config()) {
         check_elements("bias", bias.len(), m)?;
     }
-    Ok(Linear { m, scale: tensor.scale, kernels: (*kernels).clone(), bias, adapters: Vec::new(), place })
+    Ok(Linear {
+        m,
+        scale: tensor.scale,
+        kernels: (*kernels).clone(),
+        bias,
+        adapters: Vec::new(),
+        copies: vec![(*layout, place)],
+    })
 }
 
-/// Brings a tensor into the layout of its kernels.
-fn repack(tensor: &TernaryTensor, kernels: &Kernels, room: &mut [u8]) {
+/// Brings a tensor into another layout.
+fn repack(tensor: &TernaryTensor, target: Layout, room: &mut [u8]) {
     let TernaryTensor { m, k, layout, bytes, .. } = tensor;
-    let target = kernels.one.layout();
     let tiles = 0..target.tiles(*m);
-    match PackedMatrix::new(*m, *k, bytes).filter(|_| *layout == ternion_compiler::Layout::Canonical) {
+    match PackedMatrix::new(*m, *k, bytes).filter(|_| *layout == Layout::Canonical) {
         Some(canonical) => target.pack_tiles(canonical, tiles, room),
         None => {
             let mut canonical = vec![0; m * PackedMatrix::row_bytes(*k)];

@@ -1,13 +1,13 @@
-//! The race: compile who may race, as far as time allows, and let them run.
+//! Compiling who may race, as far as time allows.
 
 use std::time::Duration;
 
-use ternion_compiler::{CompileError, KernelSpec, Schedule};
+use ternion_compiler::CompileError;
 
-use crate::bench::Bench;
-use crate::contest::{Entrant, Figures, contest};
+use crate::bench::{Bench, Job};
+use crate::contest::Entrant;
 use crate::shortlist::Shortlist;
-use crate::{Choice, Problem, Stopwatch};
+use crate::{Problem, Stopwatch};
 
 /// Of the time that there is, compiling takes at most this part.
 const COMPILING_SHARE: f64 = 0.6;
@@ -15,11 +15,8 @@ const COMPILING_SHARE: f64 = 0.6;
 /// What a batch may cost beyond what the one before it did, for each of its kernels.
 const COMPILING_MARGIN: f64 = 1.25;
 
-/// A kernel to compile.
-pub(crate) type Job = (KernelSpec, Schedule);
-
-fn job(problem: &Problem, entrant: &Entrant) -> Job {
-    (KernelSpec { k: problem.k, columns: entrant.columns }, entrant.schedule)
+pub(crate) fn job(problem: &Problem, entrant: &Entrant) -> Job {
+    (entrant.class.spec(problem.k), entrant.schedule)
 }
 
 /// Every different kernel that `lists` want to race: all the first places, then all the second, and so on, so that time
@@ -70,35 +67,6 @@ pub(crate) fn compile(
         done += batch.len();
     }
     refused
-}
-
-/// Races the compiled schedules of `list` for `problem` until `deadline` at the latest. Returns the winners, their
-/// figures for one column and for many, and how many raced; `None` if too few were compiled or time ended too early to
-/// compare them. `progress` is told how many still race.
-pub(crate) fn race(
-    problem: &Problem,
-    list: &Shortlist,
-    bench: &mut dyn Bench,
-    stopwatch: &dyn Stopwatch,
-    deadline: Duration,
-    progress: &dyn Fn(usize),
-) -> Option<(Choice, [Figures; 2], usize)> {
-    let ready = |entrant: &&Entrant| bench.is_ready(job(problem, entrant));
-    let entrants: Vec<Entrant> = list.entrants.iter().filter(ready).copied().collect();
-    // A guess that ran alone has not won anything.
-    if entrants.len() <= 2 && list.entrants.len() > 2 {
-        return None;
-    }
-    let verdict = contest(
-        &entrants,
-        stopwatch,
-        deadline,
-        &mut |entrant| bench.sample(problem, job(problem, &entrants[entrant])),
-        &mut |left| progress(left),
-    )?;
-    let schedule = |entrant: usize| entrants[entrant].schedule;
-    let choice = Choice { one: schedule(verdict.one), many: schedule(verdict.many) };
-    Some((choice, verdict.figures, entrants.len()))
 }
 
 #[cfg(test)]

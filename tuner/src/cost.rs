@@ -1,0 +1,196 @@
+//! What a product should cost: a model of each kind of kernel, fitted to what has been measured so far.
+//!
+//! The time of a product is taken to be a sum of a few kinds of work, counted from shape and schedule: bytes of weights
+//! that come from memory, vectors that are unpacked, multiplied and loaded, and turns of the loop. Each kind of kernel
+//! (family, machine, one or many columns) has its own price for each. Prices start from a guess of the machine (a stream
+//! of 10 GB/s, one vector operation per cycle) and are fitted by least squares to relative errors, held to the guess by
+//! a little weight where samples are few. The model only orders candidates: what wins is what was measured.
+
+use std::collections::BTreeMap;
+
+use ternion_compiler::{Columns, Family, Layout, MachineKind, Schedule};
+
+use crate::{Class, Problem};
+
+/// Kinds of work that have a price.
+const TERMS: usize = 5;
+
+/// Prices before anything is measured, in nanoseconds: a byte of weights, a vector unpacked, a vector multiplied, a
+/// vector of activations loaded, a turn of the loop.
+const GUESS: [f64; TERMS] = [0.1, 0.8, 0.3, 0.15, 0.5];
+
+/// How much the guess counts against one sample.
+const GUESS_WEIGHT: f64 = 0.02;
+
+/// What is fitted together.
+type Kind = (Family, MachineKind, Columns);
+
+/// Counts of each kind of work in one product on one thread of `threads`.
+fn work(problem: &Problem, class: Class, schedule: &Schedule, threads: usize) -> [f64; TERMS] {
+    let layout = schedule.layout;
+    let vector = schedule.machine.vector_bytes() as f64;
+    let columns = class.measured() as f64;
+    let tiles = layout.tiles(problem.m).div_ceil(threads.max(1)) as f64;
+    let bytes = tiles * layout.tile_bytes(problem.k) as f64;
+    let passes = (columns / f64::from(schedule.ntile.max(1))).ceil();
+    let products = tiles * (layout.tile_rows() * problem.k) as f64 * columns / vector;
+    // A vector of activations serves as many rows as there are in flight.
+    let rows = layout.tile_rows() as f64;
+    let steps = problem.k as f64 / step(layout) / f64::from(schedule.unroll.max(1));
+    [bytes, passes * bytes / vector, products, products / rows, tiles * passes * steps]
+}
+
+/// Weights of a row that one step of the loop takes.
+fn step(layout: Layout) -> f64 {
+    match layout {
+        Layout::Rows { chunk, .. } => 4.0 * f64::from(chunk),
+        Layout::Lanes { group, .. } => 4.0 * f64::from(group),
+        _ => 20.0,
+    }
+}
+
+/// Prices, and the samples that they come from.
+#[derive(Default)]
+pub(crate) struct CostModel {
+    kinds: BTreeMap<Kind, Fit>,
+}
+
+/// Normal equations of one kind, with every sample scaled to a time of 1.
+#[derive(Clone, Copy)]
+struct Fit {
+    products: [[f64; TERMS]; TERMS],
+    targets: [f64; TERMS],
+    prices: [f64; TERMS],
+    samples: usize,
+}
+
+impl Default for Fit {
+    fn default() -> Self {
+        Self { products: [[0.0; TERMS]; TERMS], targets: [0.0; TERMS], prices: GUESS, samples: 0 }
+    }
+}
+
+impl CostModel {
+    /// Learns that a product took so many seconds.
+    pub(crate) fn learn(&mut self, problem: &Problem, class: Class, schedule: &Schedule, threads: usize, seconds: f64) {
+        if seconds > 0.0 && seconds.is_finite() {
+            let work = work(problem, class, schedule, threads);
+            self.kinds.entry(kind(class, schedule)).or_default().learn(work.map(|count| count / (seconds * 1e9)));
+        }
+    }
+
+    /// Samples of the same kind.
+    pub(crate) fn samples(&self, class: Class, schedule: &Schedule) -> usize {
+        self.kinds.get(&kind(class, schedule)).map_or(0, |fit| fit.samples)
+    }
+
+    /// Seconds that a product should take.
+    pub(crate) fn predict(&self, problem: &Problem, class: Class, schedule: &Schedule, threads: usize) -> f64 {
+        let prices = self.kinds.get(&kind(class, schedule)).map_or(GUESS, |fit| fit.prices);
+        let work = work(problem, class, schedule, threads);
+        prices.iter().zip(work).map(|(price, count)| price * count).sum::<f64>() * 1e-9
+    }
+}
+
+fn kind(class: Class, schedule: &Schedule) -> Kind {
+    (schedule.family, schedule.machine, class.columns())
+}
+
+impl Fit {
+    fn learn(&mut self, sample: [f64; TERMS]) {
+        self.samples += 1;
+        for (row, value) in sample.iter().enumerate() {
+            self.targets[row] += value;
+            for (column, other) in sample.iter().enumerate() {
+                self.products[row][column] += value * other;
+            }
+        }
+        // The guess is a sample for each price alone, as large as the others' samples are on the average.
+        let mut matrix = self.products;
+        let mut targets = self.targets;
+        for term in 0..TERMS {
+            let hold = GUESS_WEIGHT * (self.products[term][term] + 1e-12);
+            matrix[term][term] += hold;
+            targets[term] += hold * GUESS[term];
+        }
+        if let Some(prices) = solve(matrix, targets) {
+            // Work is not negative: what a fit makes so is noise.
+            self.prices = prices.map(|price| price.max(0.0));
+        }
+    }
+}
+
+/// Solves a symmetric positive definite system by elimination with pivots.
+fn solve(mut matrix: [[f64; TERMS]; TERMS], mut targets: [f64; TERMS]) -> Option<[f64; TERMS]> {
+    for column in 0..TERMS {
+        let pivot = (column..TERMS).max_by(|a, b| matrix[*a][column].abs().total_cmp(&matrix[*b][column].abs()))?;
+        matrix.swap(column, pivot);
+        targets.swap(column, pivot);
+        let scale = matrix[column][column];
+        if scale.abs() < f64::MIN_POSITIVE {
+            return None;
+        }
+        for row in column + 1..TERMS {
+            let factor = matrix[row][column] / scale;
+            let above = matrix[column];
+            matrix[row].iter_mut().zip(above).skip(column).for_each(|(value, above)| *value -= factor * above);
+            targets[row] -= factor * targets[column];
+        }
+    }
+    let mut solution = [0.0; TERMS];
+    for row in (0..TERMS).rev() {
+        let known: f64 = (row + 1..TERMS).map(|at| matrix[row][at] * solution[at]).sum();
+        solution[row] = (targets[row] - known) / matrix[row][row];
+    }
+    Some(solution)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stopwatch::scripted::Noise;
+    use ternion_compiler::Cpu;
+
+    const PROBLEM: Problem = Problem { m: 2560, k: 2560, count: 30 };
+
+    fn schedules(class: Class) -> Vec<Schedule> {
+        let cpu: Cpu = "x86-64 +ssse3 +sse4.1 +avx2 +avxvnni".parse().unwrap();
+        Schedule::candidates(&class.spec(PROBLEM.k), &cpu)
+    }
+
+    #[test]
+    fn prices_are_found_from_noisy_samples_and_order_what_was_never_measured() {
+        let prices = [0.05, 0.2, 0.6, 0.1, 2.0];
+        let truth = |class, schedule: &Schedule| {
+            let work = work(&PROBLEM, class, schedule, 2);
+            prices.iter().zip(work).map(|(price, count)| price * count * 1e-9).sum::<f64>()
+        };
+        let (mut model, mut noise) = (CostModel::default(), Noise::new(7));
+        for class in [Class::One, Class::Chunk] {
+            for schedule in schedules(class).iter().step_by(2) {
+                let seconds = truth(class, schedule) * (1.0 + 0.03 * noise.normal());
+                model.learn(&PROBLEM, class, schedule, 2, seconds);
+            }
+            let mut errors: Vec<f64> = schedules(class)
+                .iter()
+                .skip(1)
+                .step_by(2)
+                .map(|schedule| (model.predict(&PROBLEM, class, schedule, 2) / truth(class, schedule) - 1.0).abs())
+                .collect();
+            errors.sort_by(f64::total_cmp);
+            assert!(errors[errors.len() / 2] < 0.1, "{class}: {errors:?}");
+        }
+    }
+
+    #[test]
+    fn without_samples_it_still_says_something_that_grows_with_the_work() {
+        let model = CostModel::default();
+        let small = Problem { m: 640, ..PROBLEM };
+        for class in Class::ALL {
+            for schedule in schedules(class) {
+                let [small, large] = [small, PROBLEM].map(|problem| model.predict(&problem, class, &schedule, 1));
+                assert!(small > 0.0 && large > small, "{schedule}");
+            }
+        }
+    }
+}

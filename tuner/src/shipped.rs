@@ -1,0 +1,70 @@
+//! Profiles that are shipped with ternion, for the CPUs that the project has met: hints until this machine is tuned.
+//!
+//! They are keyed by the CPU alone. Another compiler may have written them, so every schedule is checked again, and what
+//! is no longer legal is no hint. Adding a machine is adding the file that `ternion tune --export` wrote to this list.
+
+use std::sync::LazyLock;
+
+use ternion_compiler::Cpu;
+
+use crate::{Choice, CpuProfile, MachineProfile, Problem};
+
+/// The files, as exported.
+const FILES: [&str; 0] = [];
+
+static PROFILES: LazyLock<Vec<MachineProfile>> =
+    LazyLock::new(|| FILES.iter().filter_map(|file| serde_json::from_str(file).ok()).collect());
+
+/// The hint for a shape, if this CPU is one of those: from a profile with this many threads, or else with the nearest
+/// number, and from the same shape, or else the nearest one with rows of the same length.
+pub(crate) fn choice(machine: &CpuProfile, cpu: &Cpu, threads: usize, problem: Problem) -> Option<Choice> {
+    find(&PROFILES, &machine.signature(), cpu, threads, problem)
+}
+
+fn find(profiles: &[MachineProfile], signature: &str, cpu: &Cpu, threads: usize, problem: Problem) -> Option<Choice> {
+    let mut profiles: Vec<_> = profiles.iter().filter(|profile| profile.key.cpu == signature).collect();
+    profiles.sort_by_key(|profile| profile.key.threads.abs_diff(threads));
+    profiles.into_iter().find_map(|profile| {
+        let mut shapes: Vec<_> = profile.shapes.iter().filter(|entry| entry.k == problem.k).collect();
+        shapes.sort_by_key(|entry| entry.m.abs_diff(problem.m));
+        let legal = |choice: &Choice| choice.layouts().len() == 1 && choice.check(problem.k, cpu).is_ok();
+        shapes.into_iter().map(|entry| entry.choice).find(legal)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::{ProfileKey, ShapeEntry};
+    use crate::shortlist::Shortlist;
+    use crate::{Class, Workload};
+
+    #[test]
+    fn every_shipped_file_is_a_profile_and_its_schedules_parse() {
+        assert_eq!(PROFILES.len(), FILES.len());
+        assert!(PROFILES.iter().all(|profile| !profile.shapes.is_empty()));
+    }
+
+    #[test]
+    fn a_hint_is_for_this_cpu_and_legal_here() {
+        let cpu: Cpu = "x86-64 +ssse3".parse().unwrap();
+        let choice = Shortlist::new(256, &cpu, 8, &|_, _| false).guess().unwrap();
+        let key = |threads| ProfileKey { cpu: "A".into(), features: "f".into(), compiler: "c".into(), threads };
+        let mut profile = MachineProfile::new(key(2));
+        let (results, workload) = (Vec::new(), Workload::default());
+        let entry = ShapeEntry { m: 64, k: 256, choice, results, raced: 1, budget_ms: 1, workload };
+        profile.insert(entry.clone());
+        let problem = Problem { m: 128, k: 256, count: 1 };
+        let found = |profile: &MachineProfile, cpu: &str, problem| {
+            find(std::slice::from_ref(profile), cpu, &"x86-64 +ssse3".parse().unwrap(), 8, problem)
+        };
+        assert_eq!(found(&profile, "A", problem), Some(choice));
+        assert_eq!(found(&profile, "B", problem), None);
+        assert_eq!(found(&profile, "A", Problem { k: 512, ..problem }), None);
+        let mut illegal = MachineProfile::new(key(2));
+        let mut bad = entry;
+        bad.choice.schedules[Class::Few.index()].unroll = 77;
+        illegal.insert(bad);
+        assert_eq!(found(&illegal, "A", problem), None);
+    }
+}
