@@ -10,7 +10,7 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 use ternion_runtime::formats::{Checkpoint, ModelConfig, Projection};
-use ternion_runtime::model::{KernelChoice, KvType, Model, Session, SessionOptions, problems};
+use ternion_runtime::model::{KernelChoice, KvType, Model, Session, SessionOptions, Wanted, problems};
 use ternion_runtime::team::{Team, available_threads};
 use ternion_tuner::{Budget, Choices, Class, Request, SystemStopwatch, probe};
 
@@ -213,11 +213,13 @@ fn run(kind: Kind, tokens: usize, session: &mut Session, vocabulary: usize) -> R
     let begin = Instant::now();
     match kind {
         Kind::Pp => {
-            session.prefill(&prompt)?;
+            session.read(&prompt)?;
+            session.candidates(Wanted::Top(1), &[]);
         }
         Kind::Tg => {
             for token in prompt {
-                session.step(token)?;
+                session.read(&[token])?;
+                session.candidates(Wanted::Top(1), &[]);
             }
         }
     }
