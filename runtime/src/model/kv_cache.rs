@@ -186,7 +186,13 @@ impl<E: Element> Page<E> {
             elements::<E>(&all[head * Self::head_bytes(shape)..][..Self::head_bytes(shape)]).split_at(shape.keys());
         let steps = if E::STEPS { &elements(steps)[head * 2 * KEY_BLOCK..][..2 * KEY_BLOCK] } else { &[][..] };
         let (key_steps, value_steps) = steps.split_at(steps.len() / 2);
-        CachedBlock { keys, values, key_steps, value_steps, first: positions.start, positions: positions.end }
+        let (first, positions, next_keys) = (positions.start, positions.end, &[][..]);
+        CachedBlock { keys, values, key_steps, value_steps, next_keys, first, positions }
+    }
+
+    /// The keys of one head of all layers'.
+    fn keys(&self, shape: Shape, head: usize) -> &[E] {
+        elements::<E>(&self.bytes[head * Self::head_bytes(shape)..][..shape.keys() * size_of::<E>()])
     }
 }
 
@@ -275,7 +281,9 @@ impl<E: Element> Pages for PagesOf<E> {
     ) {
         let Shape { layers, kv_heads, .. } = self.shape;
         assert!(layer < layers && head < kv_heads, "attend: one of the layers and heads");
-        let block = self.pages[page].block(self.shape, layer * kv_heads + head, positions);
+        let head = layer * kv_heads + head;
+        let next_keys = self.pages.get(page + 1).map_or(&[][..], |next| next.keys(self.shape, head));
+        let block = CachedBlock { next_keys, ..self.pages[page].block(self.shape, head, positions) };
         E::attend(queries, block, scale, running);
     }
 }

@@ -11,6 +11,7 @@ use ternion_kernels_ref::math;
 
 use super::half;
 use super::lanes::Lanes;
+use crate::memory::prefetch;
 
 /// Groups of lanes in a block.
 const VECTORS: usize = KEY_BLOCK / LANES;
@@ -51,6 +52,8 @@ pub struct CachedBlock<'a, E> {
     pub key_steps: &'a [f32],
     /// As `key_steps`, of values.
     pub value_steps: &'a [f32],
+    /// Keys that are probably read next, or nothing: they are fetched on the way.
+    pub next_keys: &'a [E],
     /// Positions before it, which a sliding window has left behind, do not count.
     pub first: usize,
     /// Nor do those from here on.
@@ -86,10 +89,19 @@ struct Block<'a, E, W> {
     values: &'a [[E; LANES]],
     key_steps: &'a [[f32; LANES]],
     value_steps: &'a [[f32; LANES]],
+    next_keys: &'a [[E; LANES]],
     first: usize,
     positions: usize,
     scale: f32,
     widen: W,
+}
+
+/// Fetches what is read later while as much is read now: `count` vectors from `at` on, if there are so many.
+#[inline(always)]
+fn fetch<E>(later: &[[E; LANES]], at: usize, count: usize) {
+    if let Some(later) = later.get(at..at + count) {
+        prefetch(later);
+    }
 }
 
 impl<E: Element, W: Widen<E>> Block<'_, E, W> {
@@ -104,6 +116,7 @@ impl<E: Element, W: Widen<E>> Block<'_, E, W> {
             let keys: [&[[E; LANES]]; V] = std::array::from_fn(|v| &keys[v * head_dim..][..head_dim]);
             let mut sums = [[Lanes::ZERO; V]; G];
             for d in 0..head_dim {
+                fetch(self.values, (round * head_dim + d) * V, V);
                 let keys: [Lanes; V] = std::array::from_fn(|v| (self.widen)(&keys[v][d]));
                 for (sums, query) in sums.iter_mut().zip(queries) {
                     let q = Lanes::splat(query[d]);
@@ -195,6 +208,7 @@ impl<E: Element, W: Widen<E>> Block<'_, E, W> {
     ) {
         let mut sums = [[Lanes::ZERO; D]; G];
         for (position, values) in self.values.chunks_exact(width).enumerate().take(self.positions).skip(self.first) {
+            fetch(self.next_keys, group * KEY_BLOCK + position * D, D);
             let values: [Lanes; D] = std::array::from_fn(|d| (self.widen)(&values[group + d]));
             for (sums, weights) in sums.iter_mut().zip(weights) {
                 let weight = Lanes::splat(weights[position / LANES].0[position % LANES]);
@@ -222,7 +236,7 @@ fn attend<E: Element, const ONE: usize, const TWO: usize, const FOUR: usize>(
     running: Running<'_>,
     widen: impl Widen<E>,
 ) {
-    let CachedBlock { keys, values, key_steps, value_steps, first, positions } = cached;
+    let CachedBlock { keys, values, key_steps, value_steps, next_keys, first, positions } = cached;
     let heads = running.max.len();
     assert!(heads > 0 && running.sum.len() == heads, "attend: a maximum and a sum per head");
     assert!(first < positions && positions <= KEY_BLOCK, "attend: positions of one block");
@@ -237,9 +251,9 @@ fn attend<E: Element, const ONE: usize, const TWO: usize, const FOUR: usize>(
         "attend: a step per position, where there are any"
     );
 
-    let (keys, values) = (keys.as_chunks().0, values.as_chunks().0);
+    let [keys, values, next_keys] = [keys, values, next_keys].map(|elements| elements.as_chunks().0);
     let (key_steps, value_steps) = (key_steps.as_chunks().0, value_steps.as_chunks().0);
-    let block = Block { keys, values, key_steps, value_steps, first, positions, scale, widen };
+    let block = Block { keys, values, key_steps, value_steps, next_keys, first, positions, scale, widen };
     let mut done = 0;
     while done < heads {
         let query = |g: usize| &queries[(done + g) * head_dim..][..head_dim];
@@ -461,7 +475,7 @@ mod tests {
                 blocks.iter().enumerate().skip(first / KEY_BLOCK)
             {
                 let (first, positions) = (first.saturating_sub(i * KEY_BLOCK), *positions);
-                let block = CachedBlock { keys, values, key_steps, value_steps, first, positions };
+                let block = CachedBlock { keys, values, key_steps, value_steps, next_keys: keys, first, positions };
                 if i < split {
                     attend(queries, block, SCALE, running.again());
                 } else {
