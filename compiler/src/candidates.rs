@@ -56,6 +56,12 @@ fn t5(machine: MachineKind, vectors: usize, multiply: Multiply, unroll: u8) -> S
     Schedule { family: Family::T5, ..mad(machine, layout, multiply, unroll) }
 }
 
+/// With `vectors` vectors of rows.
+fn tl2(machine: MachineKind, vectors: usize, unroll: u8) -> Schedule {
+    let layout = Layout::Threes { rows: (vectors * machine.vector_bytes()) as u8 };
+    Schedule { family: Family::Tl2, ..mad(machine, layout, Multiply::Pairs, unroll) }
+}
+
 /// `lanes<R>x4` with 1, 2, 4 … vectors of rows.
 fn lanes(machine: MachineKind, vectors: usize) -> Layout {
     Layout::Lanes { rows: (vectors * machine.vector_bytes() / 4) as u8, group: 4 }
@@ -88,6 +94,11 @@ fn decoding(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Sched
             for (vectors, unroll) in [(2, 1), (1, 1), (1, 2), (2, 2), (1, 4)] {
                 candidates.push(Schedule { prefetch, ..t5(machine, vectors, multiply, unroll) });
             }
+        }
+    }
+    for prefetch in prefetches {
+        for (vectors, unroll) in [(2, 1), (1, 1), (1, 2), (4, 1)] {
+            candidates.push(Schedule { prefetch: *prefetch, ..tl2(machine, vectors, unroll) });
         }
     }
     if machine == MachineKind::Clif128 && multiply == Multiply::Pairs {
@@ -139,6 +150,7 @@ fn prompts(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Schedu
         }
     }
     candidates.extend([64, 128, 32, 16].map(|rows| tl1(machine, rows, 4)));
+    candidates.extend([4, 2, 1].map(|vectors| tl2(machine, vectors, 1)));
     if machine != MachineKind::Avx512 {
         candidates.push(Schedule { ntile: 4, ..t5(machine, 1, multiply, 1) });
     } else {

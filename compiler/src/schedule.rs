@@ -226,12 +226,12 @@ impl Schedule {
             }
             (Columns::Many, ntile) => return parameter("ntile", ntile, "1 to 32"),
         }
-        if self.prefetch != 0 && !self.family.multiplies() {
-            let expected = "0: only families that multiply prefetch";
+        if self.prefetch != 0 && !self.family.rules().prefetches() {
+            let expected = "0: this family does not prefetch";
             return Err(ScheduleError::Parameter { name: "prefetch", value: self.prefetch.into(), expected });
         }
         if self.multiply != Multiply::Pairs && !self.family.multiplies() {
-            return parameter("multiply", self.multiply as u8, "none: tl1 and vlut do not multiply");
+            return parameter("multiply", self.multiply as u8, "none: this family does not multiply");
         }
         self.family.rules().check(self, cpu)
     }

@@ -8,6 +8,8 @@ mod assemble;
 mod encoding;
 mod program;
 
+use std::cmp::Ordering;
+
 use iced_x86::Code as X86;
 
 use self::allocate::{Assignment, allocate};
@@ -36,6 +38,8 @@ pub(crate) struct Target {
     isa: Isa,
     /// The four-way dot product at this width.
     dot: X86,
+    /// Whether bytes can be looked up across a vector.
+    permutes_bytes: bool,
 }
 
 impl Target {
@@ -44,11 +48,16 @@ impl Target {
         match machine {
             MachineKind::Clif128 => None,
             // Without AVX-VNNI the AVX-512 encoding does the same with the same sixteen registers.
-            MachineKind::Avx2 if cpu.has(Feature::AvxVnni) => {
-                Some(Self { isa: Isa::Avx2, dot: X86::VEX_Vpdpbusd_ymm_ymm_ymmm256 })
+            MachineKind::Avx2 => {
+                let vex = cpu.has(Feature::AvxVnni);
+                let dot =
+                    if vex { X86::VEX_Vpdpbusd_ymm_ymm_ymmm256 } else { X86::EVEX_Vpdpbusd_ymm_k1z_ymm_ymmm256b32 };
+                Some(Self { isa: Isa::Avx2, dot, permutes_bytes: false })
             }
-            MachineKind::Avx2 => Some(Self { isa: Isa::Avx2, dot: X86::EVEX_Vpdpbusd_ymm_k1z_ymm_ymmm256b32 }),
-            MachineKind::Avx512 => Some(Self { isa: Isa::Avx512, dot: X86::EVEX_Vpdpbusd_zmm_k1z_zmm_zmmm512b32 }),
+            MachineKind::Avx512 => {
+                let dot = X86::EVEX_Vpdpbusd_zmm_k1z_zmm_zmmm512b32;
+                Some(Self { isa: Isa::Avx512, dot, permutes_bytes: cpu.has(Feature::Avx512vbmi) })
+            }
         }
     }
 
@@ -166,7 +175,13 @@ impl Wide {
     }
 
     /// Records an instruction that changes a copy of `start`.
-    fn change(&mut self, code: X86, memory: MemoryForm, start: Vector, operands: [Operand; 2]) -> Vector {
+    fn change<const N: usize>(
+        &mut self,
+        code: X86,
+        memory: MemoryForm,
+        start: Vector,
+        operands: [Operand; N],
+    ) -> Vector {
         let register = self.program.register(Class::Vector);
         self.program.ops.push(Op::Copy { to: register, from: Register(start.0) });
         let mut instruction = Instruction::new(code, Some((register, self.target.isa.view())), operands);
@@ -197,6 +212,9 @@ impl Wide {
         Loop(number)
     }
 }
+
+/// For `vpternlog`: the bits of the first operand where those of the third are set, else those of the second.
+const FIRST_WHERE_THIRD: u8 = 0b1110_0100;
 
 fn memory(address: Int, offset: i32) -> Operand {
     Operand::Memory { address: Address { base: Register(address.0), index: None, offset }, splat32: false }
@@ -496,6 +514,56 @@ impl Machine for Wide {
             result = self.binary(Operation::Or, result, found);
         }
         result
+    }
+
+    fn load_signed_table(&mut self, address: Int, offset: i32) -> Vector {
+        let table = self.load_table(address, offset);
+        if !self.target.permutes_bytes {
+            return table;
+        }
+        // The table as it is and flipped, by the fifth bit of the index; the sixth changes nothing.
+        let flipped = std::array::from_fn(|i| if i / 16 % 2 == 0 { 0xff } else { 0 });
+        let flipped = self.vector_constant(Constant::Bytes(flipped));
+        self.binary(Operation::Xor, table, flipped)
+    }
+
+    fn lookup_signed(&mut self, tables: [Vector; 2], index: Vector, signs: Vector, bit: u8) -> [Vector; 2] {
+        let nibble = self.splat8(15);
+        // Bits that come in from the byte next to it are never looked at.
+        let to = if self.target.permutes_bytes { 4 } else { 7 };
+        let signs = match bit.cmp(&to) {
+            Ordering::Less => self.shift_left16(signs, to - bit),
+            Ordering::Equal => signs,
+            Ordering::Greater => self.shift_right16(signs, bit - to),
+        };
+        if self.target.permutes_bytes {
+            let operands = [self.whole(signs), self.whole(nibble), Operand::Immediate8(FIRST_WHERE_THIRD)];
+            let index = self.change(X86::EVEX_Vpternlogd_zmm_k1z_zmm_zmmm512b32_imm8, MemoryForm::No, index, operands);
+            return tables.map(|table| {
+                let register = self.program.register(Class::Vector);
+                let target = Some((register, self.target.isa.view()));
+                let operands = [self.whole(index), self.whole(table)];
+                self.push(Instruction::new(X86::EVEX_Vpermb_zmm_k1z_zmm_zmmm512, target, operands));
+                Vector(register.0)
+            });
+        }
+        let index = self.and(index, nibble);
+        let ones = self.splat8(0xff);
+        let flipped = match self.target.isa {
+            Isa::Avx2 => {
+                let register = self.program.register(Class::Vector);
+                let target = Some((register, self.target.isa.view()));
+                let operands = [self.whole(signs), self.whole(ones)];
+                self.push(Instruction::new(X86::VEX_Vpcmpgtb_ymm_ymm_ymmm256, target, operands));
+                Vector(register.0)
+            }
+            // A shuffle gives 0 where the top bit of the index is set.
+            Isa::Avx512 => self.lookup(ones, signs),
+        };
+        tables.map(|table| {
+            let entries = self.lookup(table, index);
+            self.binary(Operation::Xor, entries, flipped)
+        })
     }
 
     fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2] {
