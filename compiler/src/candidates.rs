@@ -1,8 +1,5 @@
 //! Which schedules are worth measuring.
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
-
 use crate::{Columns, Cpu, Family, KernelSpec, Layout, MachineKind, Multiply, Schedule};
 
 impl Schedule {
@@ -12,18 +9,6 @@ impl Schedule {
     /// narrow vectors of a wide machine's CPU in great variety, and what Cranelift turns into spills.
     #[must_use]
     pub fn candidates(spec: &KernelSpec, cpu: &Cpu) -> Vec<Self> {
-        // Checking assigns registers, some tens of milliseconds for a hundred schedules, and a tuner asks again and again.
-        static KNOWN: Mutex<BTreeMap<(KernelSpec, Cpu), Vec<Schedule>>> = Mutex::new(BTreeMap::new());
-        let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(candidates) = known().get(&(*spec, *cpu)) {
-            return candidates.clone();
-        }
-        let candidates = Self::find_candidates(spec, cpu);
-        known().insert((*spec, *cpu), candidates.clone());
-        candidates
-    }
-
-    fn find_candidates(spec: &KernelSpec, cpu: &Cpu) -> Vec<Self> {
         let mut candidates = Vec::new();
         for machine in [MachineKind::Avx512, MachineKind::Avx2, MachineKind::Clif128] {
             let probe = mad(machine, Layout::Rows { rows: 4, chunk: 64 }, Multiply::Dot, 1);
@@ -97,7 +82,7 @@ fn decoding(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Sched
         }
     }
     for prefetch in prefetches {
-        for (vectors, unroll) in [(2, 1), (1, 1), (1, 2), (4, 1)] {
+        for (vectors, unroll) in [(2, 1), (3, 1), (1, 1), (1, 2), (4, 1)] {
             candidates.push(Schedule { prefetch: *prefetch, ..tl2(machine, vectors, unroll) });
         }
     }

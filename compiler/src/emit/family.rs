@@ -52,10 +52,10 @@ pub trait Rules: Sync {
     /// The values of `ntile` that may, for many columns.
     fn ntiles(&self, machine: MachineKind) -> Vec<u8>;
 
-    /// Vector registers without which nothing of `schedule` can be emitted: cheap to tell, and never more than there
-    /// really are in use.
-    fn least_registers(&self, _schedule: &Schedule) -> usize {
-        0
+    /// Vector registers that `schedule` has in use at once on a wide machine when rows are long enough for all of its
+    /// loops; `None` if that has to be found out by assigning them, which takes a thousand times as long.
+    fn registers(&self, _schedule: &Schedule) -> Option<usize> {
+        None
     }
 
     /// Emits the body of a kernel whose schedule [`Schedule::check`] has found legal.

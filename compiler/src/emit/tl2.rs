@@ -51,8 +51,8 @@ impl Rules for Tl2 {
     }
 
     fn check(&self, schedule: &Schedule, cpu: &Cpu) -> Result<(), ScheduleError> {
-        let Layout::Threes { rows: rows @ 1..=128 } = schedule.layout else {
-            return Err(schedule.layout_error("threes16 to threes128"));
+        let Layout::Threes { rows: rows @ 1..=192 } = schedule.layout else {
+            return Err(schedule.layout_error("threes16 to threes192"));
         };
         schedule.check_width(rows.into())?;
         Schedule::check_lookup(cpu, "tl2")?;
@@ -69,7 +69,7 @@ impl Rules for Tl2 {
 
     fn layouts(&self, machine: MachineKind) -> Vec<Layout> {
         let width = machine.vector_bytes();
-        (width..=128).step_by(width).map(|rows| Layout::Threes { rows: rows as u8 }).collect()
+        (width..=192).step_by(width).map(|rows| Layout::Threes { rows: rows as u8 }).collect()
     }
 
     fn unrolls(&self) -> Vec<u8> {
@@ -80,9 +80,10 @@ impl Rules for Tl2 {
         vec![1]
     }
 
-    fn least_registers(&self, schedule: &Schedule) -> usize {
-        // The sums of every vector of rows.
-        4 * schedule.layout.tile_rows() / schedule.machine.vector_bytes()
+    fn registers(&self, schedule: &Schedule) -> Option<usize> {
+        // Of every vector of rows the 16-bit sums, the byte sums, signs and indices; two tables, and what is looked up.
+        let vectors = schedule.layout.tile_rows() / schedule.machine.vector_bytes();
+        Some((4 + 2 + 2) * vectors + 5)
     }
 
     fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
@@ -225,7 +226,8 @@ fn flush(m: &mut dyn Machine, sums: &Sums, out: Int, offset: usize) {
     for (half, (low, high)) in low.into_iter().zip(high).enumerate() {
         for (quarter, (low, high)) in m.widen16(low).into_iter().zip(m.widen16(high)).enumerate() {
             let at = (offset + (2 * half + quarter) * width) as i32;
-            let more = m.shift_left32(high, TRIPLE_BASE.count_ones() as u8);
+            const { assert!(TRIPLE_BASE == (1 << 5) - 1) };
+            let more = m.shift_left32(high, 5);
             let high = m.sub32(more, high);
             let sum = m.add32(low, high);
             let old = m.load_result(out, at);

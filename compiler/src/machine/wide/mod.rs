@@ -73,21 +73,34 @@ pub(crate) fn compile(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> Re
     assemble::assemble(target.isa, &program, &assignment).map_err(|error| error.to_string())
 }
 
+/// The vector registers that the function that `emit` describes cannot do without, however many there are.
+#[cfg(test)]
+pub(crate) fn registers(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> usize {
+    let mut program = recorded(target, emit);
+    program.place_constants(MakeConstants::EachTime);
+    allocate(&program).used(&program, Class::Vector)
+}
+
 /// Whether the function that `emit` describes has enough registers.
 pub(crate) fn fits(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> Result<(), OutOfRegisters> {
     record(target, emit).map(drop)
 }
 
 fn record(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> Result<(Program, Assignment), OutOfRegisters> {
+    let program = recorded(target, emit);
+    // Constants stay in registers if there is room for them.
+    assign(target, program.clone(), MakeConstants::BeforeLoops)
+        .or_else(|_| assign(target, program, MakeConstants::EachTime))
+}
+
+fn recorded(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> Program {
     let mut machine = Wide { target, program: Program::default(), open: Vec::new() };
     machine.program.register(Class::Int);
     emit(&mut machine);
     debug_assert!(machine.open.is_empty(), "every loop is closed");
     let mut program = machine.program;
     program.tidy();
-    // Constants stay in registers if there is room for them.
-    assign(target, program.clone(), MakeConstants::BeforeLoops)
-        .or_else(|_| assign(target, program, MakeConstants::EachTime))
+    program
 }
 
 fn assign(
