@@ -7,6 +7,8 @@
 
 pub(crate) mod clif;
 pub(crate) mod disassembly;
+#[cfg(test)]
+mod features;
 pub(crate) mod wide;
 
 /// Machine code of one function, free of relocations, and what it needs to run.
