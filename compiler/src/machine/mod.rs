@@ -66,6 +66,24 @@ pub enum Argument {
     List,
 }
 
+/// A field of the argument record of a [`Step`](crate::Step), in its order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum ActivationArgument {
+    /// Address of the activations: `k` floats, or int8 values padded with zeros to 64.
+    Input,
+    /// Address of `k` weights of the norm, `f32`.
+    Weights,
+    /// Address of the norm's epsilon, `f32`.
+    Epsilon,
+    /// Address of the results.
+    Output,
+    /// Address of the scale q, `f32`, followed by `Σa`, `i32`.
+    Result,
+    /// Address of scratch memory for the last activations of rows that are no multiple of 64.
+    Scratch,
+}
+
 /// The operations that emitters are written in.
 pub trait Machine {
     /// Bytes of a vector.
