@@ -59,7 +59,7 @@ fn steps_are_the_reference_whatever_features_the_cpu_lacks() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(120))]
+    #![proptest_config(ProptestConfig::with_cases(60))]
 
     #[test]
     fn random_steps_are_the_reference(

@@ -184,7 +184,8 @@ impl Clif<'_> {
         let last = self.builder.ins().band(sum_bits, one);
         let even = self.builder.ins().icmp(IntCC::Equal, last, zero);
         let exact = self.builder.ins().bitcast(types::F64X2, cast_flags(), zero);
-        let inexact = self.builder.ins().fcmp(FloatCC::OrderedNotEqual, error, exact);
+        let error = self.builder.ins().fabs(error);
+        let inexact = self.builder.ins().fcmp(FloatCC::GreaterThan, error, exact);
         let step = self.builder.ins().band(step, even);
         let step = self.builder.ins().band(step, inexact);
         let odd = self.builder.ins().iadd(sum_bits, step);
