@@ -1,7 +1,7 @@
 //! From `(spec, schedule)` to checked machine code.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cranelift_jit::{JITBuilder, JITModule};
@@ -9,9 +9,9 @@ use cranelift_module::{Linkage, Module};
 
 use crate::check::{Mismatch, check_each};
 use crate::harness::Fault;
-use crate::kernel::{Kernel, place};
+use crate::kernel::{CodeMemory, Kernel, place};
 use crate::machine::{Code, Machine, clif, disassembly, wide};
-use crate::{Arch, Cpu, KernelSpec, Schedule, ScheduleError, emit};
+use crate::{Arch, Cpu, KernelSpec, MachineKind, Schedule, ScheduleError, StepSpec, emit};
 
 /// Why a kernel was not handed out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -46,6 +46,14 @@ pub enum CompileError {
         /// The first difference.
         mismatch: Mismatch,
     },
+    /// A step on activations cannot be compiled for the CPU, or its results differ from the reference.
+    #[error("{spec}: {reason}")]
+    Step {
+        /// What was to be compiled.
+        spec: StepSpec,
+        /// What is wrong.
+        reason: String,
+    },
 }
 
 /// Compiles the kernel of every job, in parallel, and checks each against `kernels-ref` before handing it out. Equal
@@ -73,8 +81,15 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
             Err(error) => drop(results.insert(job, Err(error))),
         }
     }
-    match load(&placed, cpu) {
-        Ok(kernels) => {
+    let (placed, codes): (Vec<_>, Vec<_>) = placed.into_iter().unzip();
+    match load(&codes, cpu) {
+        Ok((memory, addresses)) => {
+            let places = addresses.into_iter().zip(&codes);
+            let functions = placed.iter().zip(places);
+            let kernels = place(
+                &memory,
+                functions.map(|((spec, schedule), (address, code))| (*spec, *schedule, address, code.bytes.len())),
+            );
             let checked = check_each(&kernels);
             for (kernel, outcome) in kernels.into_iter().zip(checked) {
                 let (spec, schedule) = (kernel.spec(), kernel.schedule());
@@ -87,7 +102,7 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
             }
         }
         Err(reason) => {
-            for ((spec, schedule), _) in placed {
+            for (spec, schedule) in placed {
                 results.insert((spec, schedule), Err(CompileError::Code { spec, schedule, reason: reason.clone() }));
             }
         }
@@ -99,12 +114,16 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
 pub(crate) fn machine_code(&spec: &KernelSpec, &schedule: &Schedule, cpu: &Cpu) -> Result<Code, CompileError> {
     schedule.check(&spec, cpu).map_err(|error| CompileError::Schedule { spec, schedule, error })?;
     let emit = |m: &mut dyn Machine| emit::emit(m, &spec, &schedule);
-    emitted(&schedule, cpu, emit).map_err(|reason| CompileError::Code { spec, schedule, reason })
+    emitted(schedule.machine, cpu, emit).map_err(|reason| CompileError::Code { spec, schedule, reason })
 }
 
-/// The code of what `emit` describes, by the machine of `schedule`.
-fn emitted(schedule: &Schedule, cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<Code, String> {
-    match wide::Target::new(schedule.machine, cpu) {
+/// The code of what `emit` describes, by `machine`.
+pub(crate) fn emitted(
+    machine: MachineKind,
+    cpu: &Cpu,
+    emit: impl FnOnce(&mut dyn Machine),
+) -> Result<Code, String> {
+    match wide::Target::new(machine, cpu) {
         None => clif::compile(cpu, emit).map_err(|error| error.to_string()),
         Some(target) => wide::compile(target, emit),
     }
@@ -124,8 +143,10 @@ pub(crate) fn compile_anything(
     cpu: &Cpu,
     emit: impl FnOnce(&mut dyn Machine),
 ) -> Kernel {
-    let code = emitted(&schedule, cpu, emit).expect("code");
-    load(&[((spec, schedule), code)], cpu).expect("memory for code").remove(0)
+    let code = emitted(schedule.machine, cpu, emit).expect("code");
+    let code_bytes = code.bytes.len();
+    let (memory, addresses) = load(&[code], cpu).expect("memory for code");
+    place(&memory, addresses.into_iter().map(|address| (spec, schedule, address, code_bytes))).remove(0)
 }
 
 /// The Cranelift IR of a kernel as text, for reading.
@@ -159,31 +180,25 @@ pub fn code_bytes(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<V
     machine_code(spec, schedule, cpu).map(|code| code.bytes)
 }
 
-/// Copies code into memory that becomes executable once it is no longer writable.
-fn load(codes: &[((KernelSpec, Schedule), Code)], cpu: &Cpu) -> Result<Vec<Kernel>, String> {
-    if codes.is_empty() {
-        return Ok(Vec::new());
-    }
+/// Copies code into memory that becomes executable once it is no longer writable; returns where each function begins.
+pub(crate) fn load(codes: &[Code], cpu: &Cpu) -> Result<(Arc<CodeMemory>, Vec<*const u8>), String> {
     if Cpu::host().is_none_or(|host| host.arch() != cpu.arch() || cpu.features().any(|feature| !host.has(feature))) {
         return Err(format!("code for {cpu} cannot run on this machine"));
     }
     let isa = clif::isa(cpu).map_err(|error| error.to_string())?;
     let mut module = JITModule::new(JITBuilder::with_isa(isa, cranelift_module::default_libcall_names()));
     let mut functions = Vec::new();
-    for (i, ((spec, schedule), code)) in codes.iter().enumerate() {
+    for (i, code) in codes.iter().enumerate() {
         let signature = module.make_signature();
         let id = module
             .declare_function(&format!("kernel{i}"), Linkage::Local, &signature)
             .map_err(|error| error.to_string())?;
         module.define_function_bytes(id, code.alignment, &code.bytes, &[]).map_err(|error| error.to_string())?;
-        functions.push((*spec, *schedule, id, code.bytes.len()));
+        functions.push(id);
     }
     module.finalize_definitions().map_err(|error| error.to_string())?;
-    let functions = functions
-        .into_iter()
-        .map(|(spec, schedule, id, bytes)| (spec, schedule, module.get_finalized_function(id), bytes))
-        .collect();
-    Ok(place(module, functions))
+    let addresses = functions.into_iter().map(|id| module.get_finalized_function(id)).collect();
+    Ok((CodeMemory::new(module), addresses))
 }
 
 /// `work` of every item, on as many threads as there are processors, results in the order of the items.

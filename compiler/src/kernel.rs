@@ -33,8 +33,15 @@ type Entry = unsafe extern "sysv64" fn(*const KernelArgs);
 type Entry = unsafe extern "C" fn(*const KernelArgs);
 
 /// Executable memory of one batch of kernels, given back when the last of them is dropped.
-struct CodeMemory {
+pub(crate) struct CodeMemory {
     module: ManuallyDrop<JITModule>,
+}
+
+impl CodeMemory {
+    /// The memory of a module whose definitions are final.
+    pub(crate) fn new(module: JITModule) -> Arc<Self> {
+        Arc::new(Self { module: ManuallyDrop::new(module) })
+    }
 }
 
 // SAFETY: after `finalize_definitions` the module is never touched again, except by `drop`, which has it alone.
@@ -254,18 +261,19 @@ impl std::fmt::Debug for Kernel {
     }
 }
 
-/// A batch of kernels whose code has been placed but not yet checked.
-pub(crate) fn place(module: JITModule, functions: Vec<(KernelSpec, Schedule, *const u8, usize)>) -> Vec<Kernel> {
-    let memory = Arc::new(CodeMemory { module: ManuallyDrop::new(module) });
+/// Kernels whose code has been placed at these addresses of `memory` but not yet checked: what, how, where and how long.
+pub(crate) fn place(
+    memory: &Arc<CodeMemory>,
+    functions: impl Iterator<Item = (KernelSpec, Schedule, *const u8, usize)>,
+) -> Vec<Kernel> {
     functions
-        .into_iter()
         .map(|(spec, schedule, address, code_bytes)| Kernel {
             spec,
             schedule,
             // SAFETY: `address` is a finalised function of the module, emitted with the signature of `Entry`.
             entry: unsafe { std::mem::transmute::<*const u8, Entry>(address) },
             code_bytes,
-            _memory: Arc::clone(&memory),
+            _memory: Arc::clone(memory),
         })
         .collect()
 }

@@ -4,6 +4,8 @@
 //! machine code for a [`Cpu`], checked against `kernels-ref` before anyone gets to call it. Weights lie in memory in a
 //! [`Layout`], activations in an [`ActivationFormat`]; both follow from the schedule.
 //!
+//! What is done to the activations of a token before that is a [`Step`]: quantised, after a norm or without, and prepared.
+//!
 //! Emitters ([`emit`]) are written over the few operations of [`machine::Machine`] and know no instruction set.
 
 pub mod activations;
@@ -20,6 +22,8 @@ pub mod object;
 pub mod schedule;
 mod space;
 pub mod spec;
+mod step;
+mod step_kernel;
 pub mod target;
 
 pub use activations::ActivationFormat;
@@ -28,9 +32,13 @@ pub use emit::Family;
 pub use kernel::{Activations, Kernel, OutRows};
 pub use layout::Layout;
 pub use listed::RecordList;
-pub use object::object;
+pub use object::{object, step_object};
 pub use schedule::{MachineKind, Multiply, Schedule, ScheduleError};
 pub use spec::{Columns, KernelSpec};
+pub use step::{ParseStepError, Step, StepSpec};
+pub use step_kernel::{
+    Quantized, StepKernel, compile_steps, compile_steps_on, step_asm_text, step_clif_text, step_code_bytes,
+};
 pub use target::{Arch, Cpu, Feature};
 
 /// Version and source hash of this compiler. It changes whenever the same schedule may compile to other code, so that

@@ -9,8 +9,9 @@ use cranelift_module::{Linkage, Module, default_libcall_names};
 use cranelift_object::{ObjectBuilder, ObjectModule};
 
 use crate::compile::{in_parallel, machine_code};
-use crate::machine::clif;
-use crate::{CompileError, Cpu, KernelSpec, Schedule};
+use crate::machine::{Code, clif};
+use crate::step_kernel::step_code;
+use crate::{CompileError, Cpu, KernelSpec, MachineKind, Schedule, StepSpec};
 
 /// Why there is no object file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -35,12 +36,29 @@ pub enum ObjectError {
 /// # Errors
 /// The first kernel that is not legal on `cpu`, or the first symbol that is given twice.
 pub fn object(kernels: &[(KernelSpec, Schedule, &str)], cpu: &Cpu) -> Result<Vec<u8>, ObjectError> {
+    let codes = in_parallel(kernels, |(spec, schedule, _)| machine_code(spec, schedule, cpu));
+    write(kernels.iter().map(|(_, _, symbol)| *symbol).zip(codes), cpu)
+}
+
+/// As [`object`], of steps on activations by these machines. Their record has the six fields of
+/// [`ActivationArgument`](crate::machine::ActivationArgument).
+///
+/// # Errors
+/// The first step that the machine cannot carry out on `cpu`, or the first symbol that is given twice.
+pub fn step_object(steps: &[(StepSpec, MachineKind, &str)], cpu: &Cpu) -> Result<Vec<u8>, ObjectError> {
+    let codes = in_parallel(steps, |(spec, machine, _)| step_code(spec, *machine, cpu));
+    write(steps.iter().map(|(_, _, symbol)| *symbol).zip(codes), cpu)
+}
+
+fn write<'a>(
+    functions: impl Iterator<Item = (&'a str, Result<Code, CompileError>)>,
+    cpu: &Cpu,
+) -> Result<Vec<u8>, ObjectError> {
     let file = |symbol: &str, reason: String| ObjectError::File { cpu: *cpu, symbol: symbol.to_owned(), reason };
     let isa = clif::isa(cpu).map_err(|error| file("", error.to_string()))?;
     let builder = ObjectBuilder::new(isa, "ternion", default_libcall_names());
     let mut module = ObjectModule::new(builder.map_err(|error| file("", error.to_string()))?);
-    let codes = in_parallel(kernels, |(spec, schedule, _)| machine_code(spec, schedule, cpu));
-    for ((_, _, symbol), code) in kernels.iter().zip(codes) {
+    for (symbol, code) in functions {
         let code = code?;
         let signature = module.make_signature();
         let function = module

@@ -50,6 +50,15 @@ impl MachineKind {
             Self::Avx512 => &[Feature::Avx512f, Feature::Avx512bw, Feature::Avx512dq, Feature::Avx512vl],
         }
     }
+
+    /// Whether it runs on `cpu` at all.
+    pub(crate) fn check(self, cpu: &Cpu) -> Result<(), ScheduleError> {
+        let missing = self.features().iter().find(|feature| !cpu.has(**feature));
+        missing.map_or(Ok(()), |missing| {
+            let (what, needs) = (self.name(), missing.name());
+            Err(ScheduleError::MissingFeature { what, needs, cpu: *cpu })
+        })
+    }
 }
 
 impl fmt::Display for MachineKind {
@@ -233,10 +242,7 @@ impl Schedule {
 
     /// Whether the machine runs on `cpu` and can do what every family asks of it.
     fn check_machine(&self, cpu: &Cpu) -> Result<(), ScheduleError> {
-        if let Some(missing) = self.machine.features().iter().find(|feature| !cpu.has(**feature)) {
-            let (what, needs) = (self.machine.name(), missing.name());
-            return Err(ScheduleError::MissingFeature { what, needs, cpu: *cpu });
-        }
+        self.machine.check(cpu)?;
         let expected = match self.machine {
             MachineKind::Clif128 if self.prefetch != 0 => "0: clif128 cannot prefetch",
             _ if self.family.list().is_some() && usize::from(self.prefetch) > RecordList::LOOK_AHEAD => {

@@ -138,7 +138,7 @@ impl Facts {
                 let quad = std::array::from_fn(|i| m.get(totals[c * self.rows + r + i]));
                 let dots = m.sum_lanes32(quad);
                 let result = m.sub32(dots, sum);
-                m.store_low128(out, 4 * r as i32, result);
+                m.store128(out, 4 * r as i32, result, 0);
             }
         });
     }

@@ -1,8 +1,15 @@
 //! Kernel families, one file each, written once over the [`Machine`](crate::machine::Machine).
 
 mod family;
+mod five_planes;
+mod floats;
 mod mad;
 mod mad_lanes;
+mod norm_quantize;
+mod pair_tables;
+mod plain;
+mod planes;
+mod quantize;
 mod sparse_columns;
 mod sparse_rows;
 mod t5;
@@ -11,13 +18,27 @@ pub(crate) mod tl2;
 pub(crate) mod vlut;
 
 use crate::machine::{Argument, Int, IntVariable, Machine, advance, while_at_least};
-use crate::{Columns, KernelSpec, Schedule};
+use crate::{ActivationFormat, Columns, KernelSpec, Schedule, Step, StepSpec};
 
 pub use family::{Family, Rules};
+pub(crate) use floats::SCRATCH as STEP_SCRATCH;
 
 /// Emits the body of the kernel for a schedule that [`Schedule::check`] has found legal.
 pub(crate) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
     schedule.family.rules().emit(m, spec, schedule);
+}
+
+/// Emits the body of a step that [`StepSpec::check`] has found legal.
+pub(crate) fn emit_step(m: &mut dyn Machine, spec: &StepSpec) {
+    let emit = match spec.step {
+        Step::Quantize => quantize::emit,
+        Step::NormQuantize => norm_quantize::emit,
+        Step::Prepare(ActivationFormat::Plain) => plain::emit,
+        Step::Prepare(ActivationFormat::Planes) => planes::emit,
+        Step::Prepare(ActivationFormat::FivePlanes) => five_planes::emit,
+        Step::Prepare(ActivationFormat::PairTables) => pair_tables::emit,
+    };
+    emit(m, spec.k);
 }
 
 /// One tile of rows and a few columns: where they are while the kernel runs.

@@ -112,7 +112,7 @@ fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
         let dots = m.sum_lanes32(totals);
         let result = m.sub32(dots, sum);
         let target = m.get_int(out);
-        m.store_low128(target, 0, result);
+        m.store128(target, 0, result, 0);
         advance(m, list, 4 * RECORDS as i32);
         advance(m, out, 4 * RECORDS as i32);
         advance(m, left, -(RECORDS as i32));

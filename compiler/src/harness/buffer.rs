@@ -96,8 +96,12 @@ unsafe impl Plain for u8 {}
 unsafe impl Plain for i32 {}
 // SAFETY: any four bytes are an `u32`.
 unsafe impl Plain for u32 {}
+// SAFETY: any four bytes are an `f32`.
+unsafe impl Plain for f32 {}
 // SAFETY: bytes.
 unsafe impl Plain for Line {}
+// SAFETY: raw pointers, which may hold any address.
+unsafe impl Plain for crate::step_kernel::StepArgs {}
 // SAFETY: integers and raw pointers, which may hold any address.
 unsafe impl Plain for crate::kernel::KernelArgs {}
 

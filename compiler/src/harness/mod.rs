@@ -11,6 +11,7 @@
 mod buffer;
 mod listed;
 mod problem;
+mod steps;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,7 @@ use ternion_kernels_ref::QuantizedRow;
 
 pub use buffer::Placement;
 pub use problem::{Data, Problem};
+pub use steps::{FloatData, FloatRow, check_step};
 
 use crate::check::Mismatch;
 use crate::kernel::KernelArgs;
@@ -44,6 +46,18 @@ pub enum Fault {
     StrayScratch {
         /// Bytes from the first byte of scratch.
         offset: isize,
+    },
+    /// What a step on activations wrote differs from the reference.
+    #[error("{what} {at}: the reference gives {expected}, the kernel {found}")]
+    Differs {
+        /// What is different.
+        what: &'static str,
+        /// Which of them.
+        at: usize,
+        /// What the reference says.
+        expected: i64,
+        /// What the kernel says.
+        found: i64,
     },
     /// Not the kernel: the system gave no memory to run it in.
     #[error("no memory to run the kernel in: {0}")]

@@ -5,7 +5,7 @@
 //! by pattern; the patterns are noted where they matter.
 
 use cranelift_codegen::control::ControlPlane;
-use cranelift_codegen::ir::condcodes::IntCC;
+use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::immediates::V128Imm;
 use cranelift_codegen::ir::{
     AbiParam, Block, ConstantData, Endianness, Function, InstBuilder, MemFlagsData, Signature, Type, UserFuncName,
@@ -16,7 +16,7 @@ use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{CodegenError, Context};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext, Variable};
 
-use super::{Argument, Code, Int, IntVariable, Loop, Machine, Vector, VectorVariable};
+use super::{Code, Int, IntVariable, Loop, Machine, Vector, VectorVariable, splat_float};
 use crate::{Arch, Cpu, Feature};
 
 /// The target that Cranelift compiles for: `cpu` with exactly its features.
@@ -156,6 +156,43 @@ impl Clif<'_> {
         })
     }
 
+    /// `a · b + c` of the lower two lanes, as `f32` in the lower two lanes.
+    ///
+    /// Products of two `f32` are exact in `f64`. So is the sum's error, found by Knuth's two-sum. If there is one, the sum
+    /// is made odd in its last bit (rounded to odd): then rounding it once more, to `f32`, is as good as rounding once
+    /// (Boldo and Melquiond, 2008).
+    fn multiply_add_wide(&mut self, abc: [Value; 3]) -> Vector {
+        let [a, b, c] = abc.map(|v| self.builder.ins().fvpromote_low(v));
+        let product = self.builder.ins().fmul(a, b);
+        let sum = self.builder.ins().fadd(product, c);
+        let of_product = self.builder.ins().fsub(sum, c);
+        let of_c = self.builder.ins().fsub(sum, of_product);
+        let (lost_product, lost_c) = (self.builder.ins().fsub(product, of_product), self.builder.ins().fsub(c, of_c));
+        let error = self.builder.ins().fadd(lost_product, lost_c);
+
+        // One step of the last bit towards the error, if there is an error (no NaN, as of an infinite sum) and the bit is 0.
+        let [sum_bits, error_bits] =
+            [sum, error].map(|v| self.builder.ins().bitcast(types::I64X2, cast_flags(), v));
+        let signs = self.builder.ins().bxor(sum_bits, error_bits);
+        let differ = self.builder.ins().ushr_imm_u(signs, 63);
+        let twice = self.builder.ins().iadd(differ, differ);
+        let [zero, one] = [0, 1].map(|value| {
+            let value = self.builder.ins().iconst(types::I64, value);
+            self.builder.ins().splat(types::I64X2, value)
+        });
+        let step = self.builder.ins().isub(one, twice);
+        let last = self.builder.ins().band(sum_bits, one);
+        let even = self.builder.ins().icmp(IntCC::Equal, last, zero);
+        let exact = self.builder.ins().bitcast(types::F64X2, cast_flags(), zero);
+        let error = self.builder.ins().fabs(error);
+        let inexact = self.builder.ins().fcmp(FloatCC::GreaterThan, error, exact);
+        let step = self.builder.ins().band(step, even);
+        let step = self.builder.ins().band(step, inexact);
+        let odd = self.builder.ins().iadd(sum_bits, step);
+        let odd = self.builder.ins().bitcast(types::F64X2, cast_flags(), odd);
+        vector(self.builder.ins().fvdemote(odd))
+    }
+
     fn open(&mut self, head: Block, exit: Block, counter: Option<Variable>) -> Loop {
         self.loops.push(OpenLoop { head, exit, counter });
         Loop(self.loops.len())
@@ -175,8 +212,8 @@ impl Machine for Clif<'_> {
         16
     }
 
-    fn argument(&mut self, argument: Argument) -> Int {
-        let offset = 8 * argument as i32;
+    fn field(&mut self, number: usize) -> Int {
+        let offset = 8 * number as i32;
         int(self.builder.ins().load(types::I64, input_flags(), self.record, offset))
     }
 
@@ -282,6 +319,10 @@ impl Machine for Clif<'_> {
         self.builder.switch_to_block(exit);
     }
 
+    fn constant_bytes(&mut self, bytes: &[u8]) -> Vector {
+        self.vector_constant(std::array::from_fn(|i| bytes[i]))
+    }
+
     fn zero(&mut self) -> Vector {
         self.vector_constant([0; 16])
     }
@@ -331,8 +372,14 @@ impl Machine for Clif<'_> {
         self.builder.ins().store(memory_flags(), value, Value::from_u32(address.0), offset);
     }
 
-    fn store_low128(&mut self, address: Int, offset: i32, value: Vector) {
+    fn store128(&mut self, address: Int, offset: i32, value: Vector, _part: usize) {
         self.store(address, offset, value);
+    }
+
+    fn store32(&mut self, address: Int, offset: i32, value: Vector) {
+        let value = self.typed(value, types::I32X4);
+        let value = self.builder.ins().extractlane(value, 0);
+        self.builder.ins().store(memory_flags(), value, Value::from_u32(address.0), offset);
     }
 
     fn prefetch(&mut self, _address: Int, _offset: i32) {
@@ -509,6 +556,23 @@ impl Machine for Clif<'_> {
         self.shuffle(a, b, |first, i| first + i / 4 * 2 + i % 2 + i / 2 % 2 * 16)
     }
 
+    fn deinterleave8(&mut self, a: Vector, b: Vector) -> [Vector; 2] {
+        if self.cpu.arch() == Arch::Aarch64 {
+            // `uzp1` and `uzp2`.
+            return self.shuffle(a, b, |first, i| 2 * i + first / 8);
+        }
+        let bytes = self.splat16(0xff);
+        let (even_a, even_b) = (self.and(a, bytes), self.and(b, bytes));
+        let (odd_a, odd_b) = (self.shift_right16(a, 8), self.shift_right16(b, 8));
+        [(even_a, even_b), (odd_a, odd_b)]
+            .map(|(a, b)| self.binary(types::I16X8, a, b, |builder, a, b| builder.ins().unarrow(a, b)))
+    }
+
+    fn exchange32(&mut self, a: Vector, distance: usize) -> Vector {
+        let [exchanged, _] = self.shuffle(a, a, |_, i| i ^ (4 * distance));
+        exchanged
+    }
+
     fn widen16(&mut self, a: Vector) -> [Vector; 2] {
         let a = self.typed(a, types::I16X8);
         [self.builder.ins().uwiden_low(a), self.builder.ins().uwiden_high(a)].map(vector)
@@ -517,5 +581,55 @@ impl Machine for Clif<'_> {
     fn widen_signed16(&mut self, a: Vector) -> [Vector; 2] {
         let a = self.typed(a, types::I16X8);
         [self.builder.ins().swiden_low(a), self.builder.ins().swiden_high(a)].map(vector)
+    }
+
+    fn add_float(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(types::F32X4, a, b, |builder, a, b| builder.ins().fadd(a, b))
+    }
+
+    fn multiply_float(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(types::F32X4, a, b, |builder, a, b| builder.ins().fmul(a, b))
+    }
+
+    fn divide_float(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(types::F32X4, a, b, |builder, a, b| builder.ins().fdiv(a, b))
+    }
+
+    fn square_root_float(&mut self, a: Vector) -> Vector {
+        let a = self.typed(a, types::F32X4);
+        vector(self.builder.ins().sqrt(a))
+    }
+
+    fn multiply_add_float(&mut self, a: Vector, b: Vector, c: Vector) -> Vector {
+        let [a, b, c] = [a, b, c].map(|v| self.typed(v, types::F32X4));
+        if self.cpu.arch() == Arch::Aarch64 || self.cpu.has(Feature::Fma) {
+            return vector(self.builder.ins().fma(a, b, c));
+        }
+        // Without the instruction Cranelift would call a function.
+        let upper = [a, b, c].map(|v| {
+            let [upper, _] = self.shuffle(vector(v), vector(v), |_, i| (i + 8) % 16);
+            self.typed(upper, types::F32X4)
+        });
+        let (low, high) = (self.multiply_add_wide([a, b, c]), self.multiply_add_wide(upper));
+        let [halves, _] = self.shuffle(low, high, |_, i| i % 8 + i / 8 * 16);
+        halves
+    }
+
+    fn larger_float(&mut self, a: Vector, b: Vector) -> Vector {
+        // Matched as one `maxps`, whose rule for NaN this is.
+        self.binary(types::F32X4, a, b, |builder, a, b| {
+            let less = builder.ins().fcmp(FloatCC::LessThan, b, a);
+            let less = builder.ins().bitcast(types::F32X4, cast_flags(), less);
+            builder.ins().bitselect(less, a, b)
+        })
+    }
+
+    fn round_float(&mut self, a: Vector) -> Vector {
+        // Numbers from 2²³ to 2²⁴ have no fraction: adding 1.5·2²³ rounds, and leaves the number in the low bits.
+        let a = self.typed(a, types::F32X4);
+        let is_number = self.builder.ins().fcmp(FloatCC::Ordered, a, a);
+        let a = self.and(vector(a), vector(is_number));
+        let whole = splat_float(self, 12_582_912.0);
+        self.add_float(a, whole)
     }
 }

@@ -44,7 +44,7 @@ pub struct Loop(pub(crate) usize);
 
 /// A field of [`KernelArgs`](crate::kernel::KernelArgs), in its order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(i32)]
+#[repr(usize)]
 pub enum Argument {
     /// Address of the first tile of weights.
     Weights,
@@ -68,13 +68,35 @@ pub enum Argument {
     List,
 }
 
+/// A field of the argument record of a [`Step`](crate::Step), in its order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum ActivationArgument {
+    /// Address of the activations: `k` floats, or int8 values padded with zeros to 64.
+    Input,
+    /// Address of `k` weights of the norm, `f32`.
+    Weights,
+    /// Address of the norm's epsilon, `f32`.
+    Epsilon,
+    /// Address of the results.
+    Output,
+    /// Address of the scale q, `f32`, followed by `Σa`, `i32`.
+    Result,
+    /// Address of scratch memory for the last activations of rows that are no multiple of 64.
+    Scratch,
+}
+
 /// The operations that emitters are written in.
 pub trait Machine {
     /// Bytes of a vector.
     fn vector_bytes(&self) -> usize;
 
-    /// Reads a field of the argument record.
-    fn argument(&mut self, argument: Argument) -> Int;
+    /// Reads the argument record's field of eight bytes with this number.
+    fn field(&mut self, number: usize) -> Int;
+    /// Reads a field of the argument record of a kernel on weights.
+    fn argument(&mut self, argument: Argument) -> Int {
+        self.field(argument as usize)
+    }
     /// `a + b`.
     fn add(&mut self, a: Int, b: Int) -> Int;
     /// A number.
@@ -112,6 +134,8 @@ pub trait Machine {
     /// Closes the loop that was opened last.
     fn end_loop(&mut self, open: Loop);
 
+    /// Bytes that are known now, as many as a vector has.
+    fn constant_bytes(&mut self, bytes: &[u8]) -> Vector;
     /// All bits zero.
     fn zero(&mut self) -> Vector;
     /// Every byte `value`.
@@ -134,8 +158,10 @@ pub trait Machine {
     fn store(&mut self, address: Int, offset: i32, value: Vector);
     /// Stores 8 bytes of a vector, the ones from `8 · part`.
     fn store64(&mut self, address: Int, offset: i32, value: Vector, part: usize);
-    /// Stores the lowest 16 bytes of a vector.
-    fn store_low128(&mut self, address: Int, offset: i32, value: Vector);
+    /// Stores 16 bytes of a vector, the ones from `16 · part`.
+    fn store128(&mut self, address: Int, offset: i32, value: Vector, part: usize);
+    /// Stores the lowest 32 bits of a vector.
+    fn store32(&mut self, address: Int, offset: i32, value: Vector);
 
     /// Asks for the 64 bytes around `address + offset`, which need not exist, to be in the cache soon.
     fn prefetch(&mut self, address: Int, offset: i32);
@@ -182,7 +208,7 @@ pub trait Machine {
     /// The sums of all 32-bit lanes of each of four vectors, in the lowest four 32-bit lanes.
     fn sum_lanes32(&mut self, vectors: [Vector; 4]) -> Vector;
 
-    /// Byte i: `table[index[i]]`, `index[i] ≤ 15`, from the table in the same 128 bits.
+    /// Byte i: `table[index[i]]`, `index[i] ≤ 15`, from the table in the same 128 bits; 0 for an index of 128 or more.
     fn lookup(&mut self, table: Vector, index: Vector) -> Vector;
     /// Byte i: `table[index[i]]`, `index[i] ≤ 127`.
     fn lookup128(&mut self, table: &[u8; 128], index: Vector) -> Vector;
@@ -197,10 +223,30 @@ pub trait Machine {
     fn interleave8(&mut self, a: Vector, b: Vector) -> [Vector; 2];
     /// The 16-bit lanes of `a` and `b` in turn, within every 128 bits: from their lower halves, then from their upper halves.
     fn interleave16_within(&mut self, a: Vector, b: Vector) -> [Vector; 2];
+    /// The bytes at even places of `a` and then of `b`; and those at odd places.
+    fn deinterleave8(&mut self, a: Vector, b: Vector) -> [Vector; 2];
+    /// 32-bit lane i: lane `i xor distance`, `distance` a power of two below the number of lanes.
+    fn exchange32(&mut self, a: Vector, distance: usize) -> Vector;
     /// Widens unsigned 16-bit lanes to 32 bits: the first half, then the second.
     fn widen16(&mut self, a: Vector) -> [Vector; 2];
     /// Widens signed 16-bit lanes to 32 bits: the first half, then the second.
     fn widen_signed16(&mut self, a: Vector) -> [Vector; 2];
+
+    /// `a + b` of `f32` lanes, rounded as IEEE 754 says, like all that follow.
+    fn add_float(&mut self, a: Vector, b: Vector) -> Vector;
+    /// `a · b` of `f32` lanes.
+    fn multiply_float(&mut self, a: Vector, b: Vector) -> Vector;
+    /// `a / b` of `f32` lanes.
+    fn divide_float(&mut self, a: Vector, b: Vector) -> Vector;
+    /// `√a` of `f32` lanes.
+    fn square_root_float(&mut self, a: Vector) -> Vector;
+    /// `a · b + c` of `f32` lanes, rounded once.
+    fn multiply_add_float(&mut self, a: Vector, b: Vector, c: Vector) -> Vector;
+    /// `f32` lanes: `a` where it is greater than `b`, else `b`. So a NaN in `a` takes no part.
+    fn larger_float(&mut self, a: Vector, b: Vector) -> Vector;
+    /// The whole numbers next to `f32` lanes of at most 2²¹ in magnitude, ties to even, in the lower 16 bits of the 32-bit
+    /// lanes, whose upper bits may be anything. NaN gives 0.
+    fn round_float(&mut self, a: Vector) -> Vector;
 }
 
 /// Emits `body` once, in a loop that runs `count` times; no loop for a count of 1, nothing for 0.
@@ -221,6 +267,26 @@ pub fn while_at_least(m: &mut dyn Machine, variable: IntVariable, bound: i32, bo
     let open = m.begin_while_at_least(variable, bound);
     body(m);
     m.end_loop(open);
+}
+
+/// Every `f32` lane `value`.
+pub fn splat_float(m: &mut dyn Machine, value: f32) -> Vector {
+    m.splat32(value.to_bits().cast_signed())
+}
+
+/// Every 32-bit lane what `operation` makes of all of them: of neighbours first, then of what these gave.
+pub fn fold_lanes(
+    m: &mut dyn Machine,
+    value: Vector,
+    operation: fn(&mut dyn Machine, Vector, Vector) -> Vector,
+) -> Vector {
+    let (mut value, mut distance) = (value, 1);
+    while distance < m.vector_bytes() / 4 {
+        let other = m.exchange32(value, distance);
+        value = operation(m, value, other);
+        distance *= 2;
+    }
+    value
 }
 
 /// `variable += constant`.

@@ -107,6 +107,20 @@ operations! {
     UnpackHigh64: VEX_Vpunpckhqdq_ymm_ymm_ymmm256, EVEX_Vpunpckhqdq_zmm_k1z_zmm_zmmm512b64, false, Vector;
     /// 128-bit parts of two vectors in another order, as the immediate says.
     Permute128: VEX_Vperm2i128_ymm_ymm_ymmm256_imm8, EVEX_Vshufi64x2_zmm_k1z_zmm_zmmm512b64_imm8, false, No;
+    /// 32-bit lanes in another order within every 128 bits, as the immediate says.
+    Permute32Within: VEX_Vpshufd_ymm_ymmm256_imm8, EVEX_Vpshufd_zmm_k1z_zmmm512b32_imm8, false, No;
+    /// 64-bit lanes in another order: as the immediate says for AVX2, as the first operand says for AVX-512.
+    Permute64: VEX_Vpermq_ymm_ymmm256_imm8, EVEX_Vpermq_zmm_k1z_zmm_zmmm512b64, false, No;
+    /// 16-bit lanes to bytes, in turns of 64 bits of either operand.
+    PackUnsigned16: VEX_Vpackuswb_ymm_ymm_ymmm256, EVEX_Vpackuswb_zmm_k1z_zmm_zmmm512, false, No;
+    AddFloat: VEX_Vaddps_ymm_ymm_ymmm256, EVEX_Vaddps_zmm_k1z_zmm_zmmm512b32_er, true, VectorOrSplat32;
+    MultiplyFloat: VEX_Vmulps_ymm_ymm_ymmm256, EVEX_Vmulps_zmm_k1z_zmm_zmmm512b32_er, true, VectorOrSplat32;
+    DivideFloat: VEX_Vdivps_ymm_ymm_ymmm256, EVEX_Vdivps_zmm_k1z_zmm_zmmm512b32_er, false, VectorOrSplat32;
+    SquareRootFloat: VEX_Vsqrtps_ymm_ymmm256, EVEX_Vsqrtps_zmm_k1z_zmmm512b32_er, false, No;
+    /// The first operand if it is greater, else the second.
+    LargerFloat: VEX_Vmaxps_ymm_ymm_ymmm256, EVEX_Vmaxps_zmm_k1z_zmm_zmmm512b32_sae, false, VectorOrSplat32;
+    /// To 32-bit integers, ties to even.
+    RoundFloat: VEX_Vcvtps2dq_ymm_ymmm256, EVEX_Vcvtps2dq_zmm_k1z_zmmm512b32_er, false, No;
     /// 16-bit lanes of the lower half to 32 bits, zeros coming in.
     Widen16: VEX_Vpmovzxwd_ymm_xmmm128, EVEX_Vpmovzxwd_zmm_k1z_ymmm256, false, No;
     /// The same, copies of the sign coming in.
@@ -125,8 +139,10 @@ operations! {
     LoadSplat32: VEX_Vpbroadcastd_ymm_xmmm32, EVEX_Vpbroadcastd_zmm_k1z_xmmm32, false, No;
     /// A whole vector to memory.
     Store: VEX_Vmovdqu_ymmm256_ymm, EVEX_Vmovdqu32_zmmm512_k1z_zmm, false, No;
-    /// The lowest 16 bytes to memory.
-    StoreLow128: VEX_Vextracti128_xmmm128_ymm_imm8, EVEX_Vextracti32x4_xmmm128_k1z_zmm_imm8, false, No;
+    /// 128 bits of a vector to memory, as the immediate says.
+    Store128: VEX_Vextracti128_xmmm128_ymm_imm8, EVEX_Vextracti32x4_xmmm128_k1z_zmm_imm8, false, No;
+    /// The lowest 4 bytes to memory.
+    StoreLow32: VEX_Vmovd_rm32_xmm, EVEX_Vmovd_rm32_xmm, false, No;
     /// The lowest 8 bytes to memory.
     StoreLow64: VEX_Vmovlps_m64_xmm, EVEX_Vmovlps_m64_xmm, false, No;
     /// The 8 bytes after them.

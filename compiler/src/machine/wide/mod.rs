@@ -18,7 +18,7 @@ use self::program::{
     Address, Class, Constant, Counting, Instruction, Load, MakeConstants, MemoryForm, Op, Operand, Program, Register,
     View,
 };
-use super::{Argument, Code, Int, IntVariable, Loop, Machine, Vector, VectorVariable};
+use super::{Code, Int, IntVariable, Loop, Machine, Vector, VectorVariable};
 use crate::{Cpu, Feature, MachineKind};
 
 /// Registers of one kind ran out.
@@ -238,8 +238,8 @@ impl Machine for Wide {
         self.target.isa.vector_bytes()
     }
 
-    fn argument(&mut self, argument: Argument) -> Int {
-        let offset = 8 * argument as i32;
+    fn field(&mut self, number: usize) -> Int {
+        let offset = 8 * number as i32;
         self.compute_int(X86::Mov_r64_rm64, Address { base: Program::RECORD, index: None, offset })
     }
 
@@ -335,6 +335,10 @@ impl Machine for Wide {
         self.program.ops.push(Op::End(open.0));
     }
 
+    fn constant_bytes(&mut self, bytes: &[u8]) -> Vector {
+        self.vector_constant(Constant::Bytes(std::array::from_fn(|i| bytes.get(i).copied().unwrap_or(0))))
+    }
+
     fn zero(&mut self) -> Vector {
         self.splat32(0)
     }
@@ -395,9 +399,15 @@ impl Machine for Wide {
         self.push(instruction);
     }
 
-    fn store_low128(&mut self, address: Int, offset: i32, value: Vector) {
-        let operands = [memory(address, offset), self.whole(value), Operand::Immediate8(0)];
-        let instruction = self.instruction(Operation::StoreLow128, operands);
+    fn store128(&mut self, address: Int, offset: i32, value: Vector, part: usize) {
+        let operands = [memory(address, offset), self.whole(value), Operand::Immediate8(part as u8)];
+        let instruction = self.instruction(Operation::Store128, operands);
+        self.push(instruction);
+    }
+
+    fn store32(&mut self, address: Int, offset: i32, value: Vector) {
+        let operands = [memory(address, offset), Operand::Register(Register(value.0), View::Xmm)];
+        let instruction = self.instruction(Operation::StoreLow32, operands);
         self.push(instruction);
     }
 
@@ -492,12 +502,12 @@ impl Machine for Wide {
         let (low, high) = (self.binary(Operation::UnpackLow64, ab, cd), self.binary(Operation::UnpackHigh64, ab, cd));
         let mut sums = self.add32(low, high);
         // Then the 128-bit parts on top of each other.
-        let folds: &[u8] = match self.target.isa {
-            Isa::Avx2 => &[0b01],
-            Isa::Avx512 => &[0b01_00_11_10, 0b10_11_00_01],
+        let folds: &[usize] = match self.target.isa {
+            Isa::Avx2 => &[4],
+            Isa::Avx512 => &[8, 4],
         };
-        for order in folds {
-            let other = self.permute128(sums, sums, *order);
+        for distance in folds {
+            let other = self.exchange32(sums, *distance);
             sums = self.add32(sums, other);
         }
         sums
@@ -600,11 +610,73 @@ impl Machine for Wide {
         [self.binary(Operation::UnpackLow16, a, b), self.binary(Operation::UnpackHigh16, a, b)]
     }
 
+    fn deinterleave8(&mut self, a: Vector, b: Vector) -> [Vector; 2] {
+        let bytes = self.splat16(0xff);
+        let (even_a, even_b) = (self.and(a, bytes), self.and(b, bytes));
+        let (odd_a, odd_b) = (self.shift_right16(a, 8), self.shift_right16(b, 8));
+        [(even_a, even_b), (odd_a, odd_b)].map(|(a, b)| {
+            // 64 bits of `a` and of `b` by turns.
+            let packed = self.binary(Operation::PackUnsigned16, a, b);
+            match self.target.isa {
+                Isa::Avx2 => self.shift(Operation::Permute64, packed, 0b11_01_10_00),
+                Isa::Avx512 => {
+                    let order = std::array::from_fn(|i| if i % 8 == 0 { [0, 2, 4, 6, 1, 3, 5, 7][i / 8] } else { 0 });
+                    let order = self.vector_constant(Constant::Bytes(order));
+                    self.binary(Operation::Permute64, order, packed)
+                }
+            }
+        })
+    }
+
+    fn exchange32(&mut self, a: Vector, distance: usize) -> Vector {
+        match (distance, self.target.isa) {
+            (1, _) => self.shift(Operation::Permute32Within, a, 0b10_11_00_01),
+            (2, _) => self.shift(Operation::Permute32Within, a, 0b01_00_11_10),
+            (_, Isa::Avx2) => self.permute128(a, a, 0b01),
+            (4, Isa::Avx512) => self.permute128(a, a, 0b10_11_00_01),
+            (_, Isa::Avx512) => self.permute128(a, a, 0b01_00_11_10),
+        }
+    }
+
     fn widen16(&mut self, a: Vector) -> [Vector; 2] {
         self.widen(Operation::Widen16, a)
     }
 
     fn widen_signed16(&mut self, a: Vector) -> [Vector; 2] {
         self.widen(Operation::WidenSigned16, a)
+    }
+
+    fn add_float(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(Operation::AddFloat, a, b)
+    }
+
+    fn multiply_float(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(Operation::MultiplyFloat, a, b)
+    }
+
+    fn divide_float(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(Operation::DivideFloat, a, b)
+    }
+
+    fn square_root_float(&mut self, a: Vector) -> Vector {
+        self.compute(Operation::SquareRootFloat, [self.whole(a)])
+    }
+
+    fn multiply_add_float(&mut self, a: Vector, b: Vector, c: Vector) -> Vector {
+        let (code, memory) = match self.target.isa {
+            Isa::Avx2 => (X86::VEX_Vfmadd231ps_ymm_ymm_ymmm256, MemoryForm::Vector),
+            Isa::Avx512 => (X86::EVEX_Vfmadd231ps_zmm_k1z_zmm_zmmm512b32_er, MemoryForm::VectorOrSplat32),
+        };
+        let operands = [self.whole(a), self.whole(b)];
+        self.change(code, memory, c, operands)
+    }
+
+    fn larger_float(&mut self, a: Vector, b: Vector) -> Vector {
+        self.binary(Operation::LargerFloat, a, b)
+    }
+
+    fn round_float(&mut self, a: Vector) -> Vector {
+        // NaN gives 0x8000_0000.
+        self.compute(Operation::RoundFloat, [self.whole(a)])
     }
 }
