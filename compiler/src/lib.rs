@@ -14,6 +14,7 @@ pub mod emit;
 pub mod harness;
 pub mod kernel;
 pub mod layout;
+pub mod limit;
 pub mod listed;
 pub mod machine;
 pub mod object;
@@ -27,6 +28,7 @@ pub use compile::{CompileError, asm_text, clif_text, code_bytes, compile, compil
 pub use emit::Family;
 pub use kernel::{Activations, Kernel, OutRows};
 pub use layout::Layout;
+pub use limit::{Heart, Limit};
 pub use listed::RecordList;
 pub use object::object;
 pub use schedule::{MachineKind, Multiply, Schedule, ScheduleError};

@@ -14,7 +14,7 @@
 use super::Rules;
 use crate::activations::PAIR_BIAS;
 use crate::machine::{Argument, Int, Machine, Vector, VectorVariable, advance, repeat, while_at_least};
-use crate::{ActivationFormat, Cpu, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
+use crate::{ActivationFormat, Cpu, Heart, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
 
 /// Steps after which the byte sums of high parts must be widened: two lookups of at most 7 each.
 const MAX_UNROLL: usize = 255 / (2 * 7);
@@ -28,6 +28,10 @@ pub(super) struct Tl1;
 impl Rules for Tl1 {
     fn name(&self) -> &'static str {
         "tl1"
+    }
+
+    fn heart(&self, _: &Schedule) -> Option<Heart> {
+        Some(Heart::Lookup)
     }
 
     fn activation_format(&self) -> ActivationFormat {

@@ -22,7 +22,7 @@
 use super::Rules;
 use crate::activations::plane_bytes;
 use crate::machine::{Argument, Int, IntVariable, Machine, Vector, advance, repeat, while_at_least};
-use crate::{ActivationFormat, Cpu, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
+use crate::{ActivationFormat, Cpu, Heart, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
 
 /// Groups that 16-bit sums can take: a sum of four products is at most 4·127.
 pub(crate) const MAX_GROUPS: usize = i16::MAX as usize / (4 * 127);
@@ -45,6 +45,10 @@ pub(super) struct Vlut;
 impl Rules for Vlut {
     fn name(&self) -> &'static str {
         "vlut"
+    }
+
+    fn heart(&self, _: &Schedule) -> Option<Heart> {
+        Some(Heart::TableRow)
     }
 
     fn activation_format(&self) -> ActivationFormat {
