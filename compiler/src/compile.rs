@@ -10,8 +10,8 @@ use cranelift_module::{Linkage, Module};
 use crate::check::{Mismatch, check_each};
 use crate::harness::Fault;
 use crate::kernel::{Kernel, place};
-use crate::machine::{Code, Machine, clif, disassembly, wide};
-use crate::{Arch, Cpu, KernelSpec, Schedule, ScheduleError, emit};
+use crate::machine::{Code, LoopNote, Machine, clif, disassembly, wide};
+use crate::{Arch, Cpu, KernelSpec, Schedule, ScheduleError, emit, perf};
 
 /// Why a kernel was not handed out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -151,6 +151,15 @@ pub fn asm_text(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Opt
     Ok((cpu.arch() == Arch::X86_64).then(|| disassembly::text(&code)))
 }
 
+/// The loops of a kernel's code, in the order in which they begin: what they go over, and where they are in the text of
+/// [`asm_text`] (by address) or [`clif_text`] (by block).
+///
+/// # Errors
+/// If the schedule is not legal or the code generator refuses.
+pub fn loops(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Vec<LoopNote>, CompileError> {
+    machine_code(spec, schedule, cpu).map(|code| code.loops)
+}
+
 /// The machine code of a kernel with its constants, not placed anywhere and not checked by running it.
 ///
 /// # Errors
@@ -182,7 +191,8 @@ fn load(codes: &[((KernelSpec, Schedule), Code)], cpu: &Cpu) -> Result<Vec<Kerne
     let functions = functions
         .into_iter()
         .map(|(spec, schedule, id, bytes)| (spec, schedule, module.get_finalized_function(id), bytes))
-        .collect();
+        .collect::<Vec<_>>();
+    perf::name(&functions)?;
     Ok(place(module, functions))
 }
 

@@ -18,13 +18,14 @@ pub mod limit;
 pub mod listed;
 pub mod machine;
 pub mod object;
+mod perf;
 pub mod schedule;
 mod space;
 pub mod spec;
 pub mod target;
 
 pub use activations::ActivationFormat;
-pub use compile::{CompileError, asm_text, clif_text, code_bytes, compile, compile_each};
+pub use compile::{CompileError, asm_text, clif_text, code_bytes, compile, compile_each, loops};
 pub use emit::Family;
 pub use kernel::{Activations, Kernel, OutRows};
 pub use layout::Layout;

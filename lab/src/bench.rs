@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ternion_compiler::harness::{self, Data, Fault, Placement, Problem};
-use ternion_compiler::{Columns, CompileError, Cpu, Heart, Limit, MachineKind, compile_each};
+use ternion_compiler::{Columns, CompileError, Cpu, Heart, Kernel, Limit, MachineKind, compile_each};
 use ternion_tuner::{Buffer, Stopwatch, Streams, Workers, probe, read};
 
 use crate::{Case, Entrant, Weights};
@@ -24,6 +24,10 @@ const READ_BYTES: usize = 32 << 20;
 
 /// Bytes that one reading of the cache reads at least, by passes over fewer bytes.
 const HOT_READ_BYTES: usize = 16 << 20;
+
+/// The columns of one kernel and their results take no more than this part of the weights: many kernels are measured
+/// together.
+const COLUMNS_PART: usize = 8;
 
 /// Multiply-adds of the reference in checking one kernel.
 const CHECK_MACS: usize = 1 << 23;
@@ -53,6 +57,14 @@ pub enum BenchError {
         /// What there is.
         bytes: usize,
     },
+    /// The columns and their results do not.
+    #[error("{n} columns of {shape} and their results are more than {bytes} bytes: take fewer columns", n = case.n, shape = case.shape)]
+    TooManyColumns {
+        /// What was to be measured.
+        case: Box<Case>,
+        /// What there is for one kernel.
+        bytes: usize,
+    },
     /// The system gives no memory.
     #[error("no memory for {0} bytes of weights to measure on")]
     Memory(usize),
@@ -68,7 +80,7 @@ pub struct Bench<'a> {
     stopwatch: &'a dyn Stopwatch,
     /// Any bytes are weights of any layout, and their values do not change the time: one buffer serves all.
     weights: Buffer,
-    /// Where in the weights the next reader starts: in what was read longest ago.
+    /// Where in the cold weights the next reader starts: in what was read longest ago.
     cursor: usize,
 }
 
@@ -128,6 +140,17 @@ impl<'a> Bench<'a> {
         self.stopwatch
     }
 
+    /// The weights that are cold, and a quarter of all that is kept hot: what is read again and again must not be met by
+    /// who looks for cold weights.
+    fn weights(&self, weights: Weights) -> &[u8] {
+        let bytes = self.weights.bytes();
+        let (cold, hot) = bytes.split_at(bytes.len() / 256 * 192);
+        match weights {
+            Weights::Cold => cold,
+            Weights::Hot => hot,
+        }
+    }
+
     /// Compiles the kernels of `cases`, which checks them, and checks them again on their very shape (or as many of its
     /// rows as the reference computes in a moment).
     pub fn prepare(&self, cases: &[Case]) -> Vec<Result<Entrant, BenchError>> {
@@ -136,11 +159,17 @@ impl<'a> Bench<'a> {
         // As many columns as the largest pass takes and one left over: all kernels share the problems.
         let n = cases.iter().map(|case| case.n.min(usize::from(case.schedule.ntile) + 1)).max().unwrap_or(1);
         let kernels = compile_each(&jobs, &self.cpu);
-        let prepare = |(case, kernel): (&Case, Result<_, CompileError>)| {
+        let prepare = |(case, kernel): (&Case, Result<Kernel, CompileError>)| {
             let kernel = kernel?;
-            let too_large = || BenchError::TooLarge { case: Box::new(*case), bytes: self.weights.bytes().len() };
-            let bytes = case.matrix_bytes().filter(|bytes| *bytes <= self.weights.bytes().len());
+            let room = self.weights(case.weights).len();
+            let too_large = || BenchError::TooLarge { case: Box::new(*case), bytes: room };
+            let bytes = case.matrix_bytes().filter(|bytes| *bytes <= room);
             let bytes = bytes.ok_or_else(too_large)?;
+            let room = self.weights.bytes().len() / COLUMNS_PART;
+            let column = kernel.activation_format().bytes(kernel.spec().k).saturating_add(4 * case.shape.m);
+            if case.n.saturating_mul(column) > room {
+                return Err(BenchError::TooManyColumns { case: Box::new(*case), bytes: room });
+            }
             let [m, k] = check_shape(case, n);
             let problem = problems.entry([m, k, n]).or_insert_with(|| Problem::new(Data::Random, m, k, n, CHECK_SEED));
             harness::check(&kernel, problem, Placement::Heap)
@@ -193,24 +222,25 @@ impl<'a> Bench<'a> {
 
     /// Bytes per second of reading what was read longest ago.
     fn read_cold(&mut self, streams: Streams) -> Option<f64> {
-        let length = READ_BYTES.min(self.weights.bytes().len());
-        if self.cursor + length > self.weights.bytes().len() {
+        let all = self.weights(Weights::Cold).len();
+        let length = READ_BYTES.min(all);
+        if self.cursor + length > all {
             self.cursor = 0;
         }
         let from = self.cursor;
         self.cursor += length;
-        let time = self.time(|bench| read(&bench.weights.bytes()[from..][..length], streams, bench.workers));
+        let time = self.time(|bench| read(&bench.weights(Weights::Cold)[from..][..length], streams, bench.workers));
         (length > 0).then(|| length as f64 / time)
     }
 
     /// Bytes per second of reading the same `bytes` bytes again and again.
     fn read_hot(&mut self, bytes: usize, streams: Streams) -> Option<f64> {
-        let bytes = bytes / 64 * 64;
+        let bytes = bytes.min(self.weights(Weights::Hot).len()) / 64 * 64;
         if bytes == 0 {
             return None;
         }
         let passes = HOT_READ_BYTES.div_ceil(bytes);
-        let pass = |bench: &Self| read(&bench.weights.bytes()[..bytes], streams, bench.workers);
+        let pass = |bench: &Self| read(&bench.weights(Weights::Hot)[..bytes], streams, bench.workers);
         pass(self);
         let time = self.time(|bench| (0..passes).for_each(|_| pass(bench)));
         Some((passes * bytes) as f64 / time)
@@ -221,7 +251,7 @@ impl<'a> Bench<'a> {
         entrant.choose();
         let (bytes, macs) = (entrant.matrix_bytes(), entrant.case().macs().max(1.0));
         let stride = bytes.next_multiple_of(64);
-        let places = (self.weights.bytes().len() / stride.max(1)).max(1);
+        let places = (self.weights(Weights::Cold).len() / stride.max(1)).max(1);
         match entrant.case().weights {
             Weights::Cold => {
                 let repeats = if entrant.case().schedule.family.list().is_some() { 1.0 } else { SAMPLE_MACS / macs };
@@ -229,7 +259,7 @@ impl<'a> Bench<'a> {
                 let first = self.cursor.div_ceil(stride.max(1));
                 let place = move |repeat: usize| (first + repeat) % places * stride;
                 let time = self.time(|bench| {
-                    let weights = bench.weights.bytes();
+                    let weights = bench.weights(Weights::Cold);
                     entrant.compute(bench.workers, repeats, &|repeat| &weights[place(repeat)..][..bytes]);
                 });
                 self.cursor = place(repeats - 1) + bytes;
@@ -238,9 +268,10 @@ impl<'a> Bench<'a> {
             Weights::Hot => {
                 let repeats = (HOT_SAMPLE_MACS / macs).ceil() as usize;
                 let workers = self.workers;
-                entrant.compute(workers, 1, &|_| &self.weights.bytes()[..bytes]);
+                let weights = self.weights(Weights::Hot);
+                entrant.compute(workers, 1, &|_| &weights[..bytes]);
                 let time = self.time(|bench| {
-                    let weights = bench.weights.bytes();
+                    let weights = bench.weights(Weights::Hot);
                     entrant.compute(workers, repeats, &|_| &weights[..bytes]);
                 });
                 time / repeats as f64

@@ -98,11 +98,13 @@ fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
     let out = m.argument(Argument::Out);
     let tiles = m.argument(Argument::Tiles);
     let (weights, out, tiles) = (m.int_variable(weights), m.int_variable(out), m.int_variable(tiles));
+    m.name_loop(Some("tiles of rows"));
     while_at_least(m, tiles, 1, |m| {
         let column = m.argument(Argument::Activations);
         let left = m.argument(Argument::Columns);
         let first = m.get_int(out);
         let [column, left, column_out] = [column, left, first].map(|start| m.int_variable(start));
+        m.name_loop(Some("columns"));
         while_at_least(m, left, 1, |m| {
             let (tile, tables, results) = (m.get_int(weights), m.get_int(column), m.get_int(column_out));
             tl1.tile(m, tile, tables, results);
@@ -155,12 +157,14 @@ impl Facts {
                 advance(m, weights, (count * self.rows) as i32);
                 advance(m, tables, (count * STEP_TABLE_BYTES) as i32);
             };
+            m.name_loop(Some("bytes of a row, unroll at a time"));
             repeat(m, steps / self.unroll, |m| turn(m, self.unroll));
             repeat(m, (steps % self.unroll).min(1), |m| turn(m, steps % self.unroll));
             for (i, sums) in sums.iter().enumerate() {
                 flush(m, sums, out, 4 * i * width);
             }
         };
+        m.name_loop(Some("blocks of k that 16-bit sums can take"));
         repeat(m, self.steps / block, |m| block_of(m, block));
         repeat(m, (self.steps % block).min(1), |m| block_of(m, self.steps % block));
     }
