@@ -1,9 +1,18 @@
-//! The laboratory through the real binary: what there is, and what it looks like.
+//! The laboratory through the real binary: what there is, what it looks like, how fast it is. Nothing here judges a time.
 
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ternion"));
+    command.arg("lab").args(arguments);
+    command
+}
 
 fn lab(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_ternion")).arg("lab").args(arguments).output().expect("the binary runs")
+    command(arguments).output().expect("the binary runs")
 }
 
 #[track_caller]
@@ -66,4 +75,173 @@ fn what_cannot_be_emitted_is_refused_in_one_line() {
     refused(&emit(&["--family", "sparse-rows", "-n", "many", "--cpu", "x86-64 +ssse3"]), 2, "takes one column");
     refused(&emit(&["--family", "tl9"]), 2, "tl9");
     refused(&["emit", "--shape", "64", "--family", "mad"], 2, "2560x6912");
+}
+
+/// A schedule that every CPU runs.
+const PORTABLE: &str = "mad/clif128 layout=rows4x16 multiply=pairs unroll=1 ntile=1";
+
+#[test]
+fn a_run_says_how_fast_kernels_are_and_what_limits_them() {
+    let run = ["run", "--shape", "64x256", "--rounds", "3", "--threads", "2"];
+    let json = text(&[&run[..], &["--family", "mad", "--machine", "clif128", "--json"]].concat());
+    let rows: Vec<Value> = serde_json::from_str(&json).expect("JSON");
+    assert!(rows.len() > 1, "{json}");
+    for row in &rows {
+        assert_eq!((&row["m"], &row["k"], &row["n"], &row["threads"]), (&64.into(), &256.into(), &1.into(), &2.into()));
+        assert_eq!((&row["family"], &row["weights"], &row["samples"]), (&"mad".into(), &"cold".into(), &3.into()));
+        let number = |name: &str| row[name].as_f64().unwrap_or_else(|| panic!("{name}: {row}"));
+        assert!(number("fastest_us") <= number("median_us"));
+        let speed = number("bytes") / number("median_us") * 1e-3;
+        assert!((number("gb_per_s") / speed - 1.0).abs() < 1e-6, "{row}");
+        assert!((number("of_read") * number("read_gb_per_s") / speed - 1.0).abs() < 1e-6, "{row}");
+        assert!((number("of_limit") * number("limit_gmac_per_s") / number("gmac_per_s") - 1.0).abs() < 1e-6, "{row}");
+        let cycles = number("ghz") * 1e3 * number("median_us") * 2.0 / number("bytes");
+        assert!((number("cycles_per_byte") / cycles - 1.0).abs() < 1e-6, "{row}");
+    }
+    let table = text(&[&run[..], &["--schedule", PORTABLE, "-n", "3", "--schedule"], &[PORTABLE]].concat());
+    assert_eq!(table.lines().filter(|line| line.contains("rows4x16")).count(), 2, "{table}");
+    assert!(table.contains("weights hot") && table.contains("memory reads"), "{table}");
+    let guess = text(&[&run[..], &["--choose", "guess", "--json"]].concat());
+    assert_eq!(serde_json::from_str::<Vec<Value>>(&guess).expect("JSON").len(), 1, "{guess}");
+}
+
+#[test]
+fn a_list_with_zeros_reads_fewer_weights() {
+    for family in ["sparse-rows", "sparse-columns"] {
+        let json = text(&[
+            "run",
+            "--shape",
+            "256x512",
+            "--rounds",
+            "2",
+            "--family",
+            family,
+            "--machine",
+            "clif128",
+            "--zeros",
+            "0",
+            "--zeros",
+            "75",
+            "--json",
+        ]);
+        let rows: Vec<Value> = serde_json::from_str(&json).expect("JSON");
+        let bytes = |zeros: u64| {
+            let row = rows.iter().find(|row| row["zeros"] == zeros).unwrap_or_else(|| panic!("{json}"));
+            row["bytes"].as_f64().expect("a number")
+        };
+        assert_eq!(bytes(75), bytes(0) / 4.0);
+    }
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused_in_one_line() {
+    let run = |rest: &[&'static str]| [&["run", "--shape", "64x256", "--rounds", "1"], rest].concat();
+    refused(
+        &run(&["--schedule", "mad/clif128 layout=lanes16 unroll=1 ntile=1 multiply=pairs"]),
+        1,
+        "cannot read layout",
+    );
+    refused(&run(&["--family", "mad", "--zeros", "50"]), 2, "--zeros");
+    refused(&run(&["--where", "colour=red"]), 2, "colour");
+    refused(&run(&["--family", "mad", "--where", "unroll=99"]), 1, "no schedule");
+    refused(&run(&["-n", "0"]), 2, "'0'");
+    refused(&["run"], 2, "--shape");
+    refused(&["run", "--shape", "100000000x1000000", "--schedule", PORTABLE], 1, "take a smaller matrix");
+    refused(&run(&["-n", "100000000", "--schedule", &PORTABLE.replace("ntile=1", "ntile=2")]), 1, "take fewer columns");
+    refused(&["sweep", "--shape", "64x256", "-o", "sweep.txt", "--family", "mad"], 1, ".csv or .jsonl");
+    refused(&["plot", "/nowhere/sweep.csv", "-o", "page.html"], 1, "/nowhere/sweep.csv");
+}
+
+fn sweep(path: &Path, more: &[&str]) -> String {
+    let path = path.to_str().expect("UTF-8");
+    let family = ["sweep", "--shape", "64x256", "--family", "mad", "--machine", "clif128", "--rounds", "2", "-o", path];
+    let output = lab(&[&family[..], more].concat());
+    let error = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(output.status.success() && output.stdout.is_empty(), "{error}");
+    error
+}
+
+#[test]
+fn a_sweep_goes_on_where_it_was_interrupted_and_is_drawn() {
+    let directory = tempfile::tempdir().unwrap();
+    for name in ["sweep.csv", "sweep.jsonl"] {
+        let path = directory.path().join(name);
+        let lines = || std::fs::read_to_string(&path).unwrap().lines().count() - usize::from(name.ends_with("csv"));
+        assert!(sweep(&path, &["--where", "unroll=1", "--seed", "1"]).contains(" 0 known before, 0 left"));
+        let first = lines();
+        // Interrupted in the middle of a line.
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, &text[..text.len() - 40]).unwrap();
+        let known = format!("1 measured (0 of them refused), {} known before, 0 left", first - 1);
+        let said = sweep(&path, &["--where", "unroll=1", "--seed", "1"]);
+        assert!(said.contains(&known), "{said}");
+        assert_eq!(lines(), first);
+        // More of the space: what is there already is not measured again.
+        let said = sweep(&path, &["--where", "unroll=1,2", "--seed", "2"]);
+        assert!(said.contains(&format!(" {first} known before")) && lines() > first, "{said}");
+        assert!(sweep(&path, &["--budget", "0s"]).contains("goes on"));
+
+        let page = directory.path().join("page.html");
+        let (from, to) = (path.to_str().unwrap(), page.to_str().unwrap());
+        text(["plot", from, "-o", to, "--x", "unroll", "--y", "layout"].as_slice());
+        let page = std::fs::read_to_string(page).unwrap();
+        for part in ["aria-label=\"roofline\"", "unroll and layout", "aria-label=\"ranked bars\"", "64 × 256 · n = 1"]
+        {
+            assert!(page.contains(part), "{part}");
+        }
+        assert!(!page.contains("src=") && !page.contains("<script"));
+    }
+    refused(
+        &["plot", directory.path().join("sweep.csv").to_str().unwrap(), "-o", "p.html", "--x", "colour"],
+        2,
+        "colour",
+    );
+}
+
+/// perf's map: `START SIZE NAME`, numbers in hexadecimal.
+#[test]
+#[cfg(target_os = "linux")]
+fn profilers_are_told_the_names_of_kernels_on_request() {
+    let run = ["run", "--shape", "64x256", "--rounds", "1", "--schedule", PORTABLE];
+    let child = |value: &str| {
+        let mut command = command(&run);
+        command.env("TERNION_PERF_MAP", value).stdout(Stdio::null()).stderr(Stdio::piped());
+        let child = command.spawn().expect("the binary runs");
+        let map = format!("/tmp/perf-{}.map", child.id());
+        let output = child.wait_with_output().expect("it ends");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = std::fs::read_to_string(&map).ok();
+        let _ = std::fs::remove_file(map);
+        text
+    };
+    let map = child("1").expect("a map");
+    let mut functions: Vec<_> = map
+        .lines()
+        .map(|line| {
+            let mut words = line.split(' ');
+            let mut number = || u64::from_str_radix(words.next().expect("a word"), 16).expect("a number");
+            let (start, bytes) = (number(), number());
+            let name = words.next().expect("a name");
+            assert!(words.next().is_none() && bytes > 0 && start > 0, "{line}");
+            (start, bytes, name)
+        })
+        .collect();
+    let name = "ternion::mad_k256_n1_clif128_rows4x16_pairs_unroll1_ntile1";
+    assert_eq!(functions.iter().filter(|(_, _, other)| *other == name).count(), 1, "{map}");
+    functions.sort_unstable();
+    assert!(child("0").is_none(), "nobody asked for it");
+}
+
+#[test]
+fn listings_say_which_loop_is_which() {
+    let emit = |form, schedule| {
+        text(&["emit", "--shape", "64x1024", "--schedule", schedule, "--cpu", "x86-64 +ssse3 +avx2", "--as", form])
+    };
+    let asm = emit("asm", "mad/avx2 layout=lanes16x4 multiply=pairs unroll=1 ntile=1");
+    assert!(
+        asm.contains("; loop 1: tiles of rows") && asm.contains("carries ymm") && asm.contains("; end of loop 1"),
+        "{asm}"
+    );
+    let clif = emit("clif", PORTABLE);
+    assert!(clif.contains("; loop 2: chunks of k, unroll at a time, 16 turns\nblock"), "{clif}");
 }

@@ -10,8 +10,8 @@ use cranelift_module::{Linkage, Module};
 use crate::check::{Mismatch, check_each};
 use crate::harness::Fault;
 use crate::kernel::{CodeMemory, Kernel, place};
-use crate::machine::{Code, Machine, clif, disassembly, wide};
-use crate::{Arch, Cpu, KernelSpec, MachineKind, Schedule, ScheduleError, StepSpec, emit};
+use crate::machine::{Code, LoopNote, Machine, clif, disassembly, wide};
+use crate::{Arch, Cpu, KernelSpec, MachineKind, Schedule, ScheduleError, StepSpec, emit, perf};
 
 /// Why a kernel was not handed out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -82,7 +82,7 @@ pub fn compile_each(jobs: &[(KernelSpec, Schedule)], cpu: &Cpu) -> Vec<Result<Ke
         }
     }
     let (placed, codes): (Vec<_>, Vec<_>) = placed.into_iter().unzip();
-    match load(&codes, cpu) {
+    match load(&codes, cpu, |i| perf::symbol(&placed[i].0, &placed[i].1)) {
         Ok((memory, addresses)) => {
             let places = addresses.into_iter().zip(&codes);
             let functions = placed.iter().zip(places);
@@ -145,7 +145,7 @@ pub(crate) fn compile_anything(
 ) -> Kernel {
     let code = emitted(schedule.machine, cpu, emit).expect("code");
     let code_bytes = code.bytes.len();
-    let (memory, addresses) = load(&[code], cpu).expect("memory for code");
+    let (memory, addresses) = load(&[code], cpu, |_| perf::symbol(&spec, &schedule)).expect("memory for code");
     place(&memory, addresses.into_iter().map(|address| (spec, schedule, address, code_bytes))).remove(0)
 }
 
@@ -172,6 +172,15 @@ pub fn asm_text(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Opt
     Ok((cpu.arch() == Arch::X86_64).then(|| disassembly::text(&code)))
 }
 
+/// The loops of a kernel's code, in the order in which they begin: what they go over, and where they are in the text of
+/// [`asm_text`] (by address) or [`clif_text`] (by block).
+///
+/// # Errors
+/// If the schedule is not legal or the code generator refuses.
+pub fn loops(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Vec<LoopNote>, CompileError> {
+    machine_code(spec, schedule, cpu).map(|code| code.loops)
+}
+
 /// The machine code of a kernel with its constants, not placed anywhere and not checked by running it.
 ///
 /// # Errors
@@ -181,7 +190,12 @@ pub fn code_bytes(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<V
 }
 
 /// Copies code into memory that becomes executable once it is no longer writable; returns where each function begins.
-pub(crate) fn load(codes: &[Code], cpu: &Cpu) -> Result<(Arc<CodeMemory>, Vec<*const u8>), String> {
+/// `symbol` names them for profilers.
+pub(crate) fn load(
+    codes: &[Code],
+    cpu: &Cpu,
+    symbol: impl Fn(usize) -> String,
+) -> Result<(Arc<CodeMemory>, Vec<*const u8>), String> {
     if Cpu::host().is_none_or(|host| host.arch() != cpu.arch() || cpu.features().any(|feature| !host.has(feature))) {
         return Err(format!("code for {cpu} cannot run on this machine"));
     }
@@ -197,7 +211,9 @@ pub(crate) fn load(codes: &[Code], cpu: &Cpu) -> Result<(Arc<CodeMemory>, Vec<*c
         functions.push(id);
     }
     module.finalize_definitions().map_err(|error| error.to_string())?;
-    let addresses = functions.into_iter().map(|id| module.get_finalized_function(id)).collect();
+    let addresses: Vec<_> = functions.into_iter().map(|id| module.get_finalized_function(id)).collect();
+    let places = addresses.iter().zip(codes).enumerate();
+    perf::name(places.map(|(i, (address, code))| (symbol(i), *address, code.bytes.len())))?;
     Ok((CodeMemory::new(module), addresses))
 }
 

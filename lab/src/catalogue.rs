@@ -1,7 +1,9 @@
 //! Families times machines, and what a CPU allows of them.
 
 use serde::Serialize;
-use ternion_compiler::{Columns, Cpu, Family, Feature, KernelSpec, MachineKind, Schedule};
+use ternion_compiler::{Cpu, Family, Feature, KernelSpec, MachineKind, Schedule};
+
+use crate::{Shape, spec};
 
 /// A family on a machine, for one kind of kernel.
 #[derive(Clone, Debug, Serialize)]
@@ -18,21 +20,13 @@ pub struct Entry {
     pub refusal: Option<String>,
 }
 
-/// The kernel of `family` with rows of `k` weights: for one column or many, unless the family reads a list, which
-/// leaves it no choice.
+/// All families on all machines for a matrix.
 #[must_use]
-pub fn spec(family: Family, k: usize, many: bool) -> KernelSpec {
-    let dense = if many { Columns::Many } else { Columns::One };
-    KernelSpec { k, columns: family.list().unwrap_or(dense) }
-}
-
-/// All families on all machines with rows of `k` weights.
-#[must_use]
-pub fn catalogue(k: usize, cpu: &Cpu) -> Vec<Entry> {
+pub fn catalogue(shape: Shape, cpu: &Cpu) -> Vec<Entry> {
     let able = Feature::ALL.iter().fold(*cpu, |cpu, feature| cpu.with(*feature));
     let mut entries = Vec::new();
     for family in Family::ALL {
-        let mut specs = vec![spec(family, k, false), spec(family, k, true)];
+        let mut specs = vec![spec(family, shape, false), spec(family, shape, true)];
         specs.dedup();
         for spec in specs {
             let here = Schedule::candidates(&spec, cpu);
@@ -65,7 +59,7 @@ mod tests {
     #[test]
     fn every_family_and_machine_is_offered_or_refused_with_a_reason() {
         for cpu in ["x86-64", "x86-64 +sse3 +ssse3 +sse4.1 +avx +avx2", "aarch64"] {
-            let entries = catalogue(2560, &cpu.parse().unwrap());
+            let entries = catalogue(Shape { m: 2560, k: 2560 }, &cpu.parse().unwrap());
             for family in Family::ALL {
                 let machines = entries.iter().filter(|entry| entry.family == family.to_string());
                 assert!(machines.count() >= MachineKind::ALL.len(), "{family}");
@@ -76,7 +70,7 @@ mod tests {
 
     #[test]
     fn a_missing_feature_is_the_reason() {
-        let entries = catalogue(2560, &"x86-64 +sse3 +ssse3 +sse4.1".parse().unwrap());
+        let entries = catalogue(Shape { m: 2560, k: 2560 }, &"x86-64 +sse3 +ssse3 +sse4.1".parse().unwrap());
         let wide = entries.iter().find(|entry| entry.family == "mad" && entry.machine == "avx2").unwrap();
         assert!(wide.refusal.as_ref().unwrap().contains("avx2 needs"), "{wide:?}");
     }

@@ -1,8 +1,9 @@
 //! A kernel in the forms in which it can be read or linked.
 
+use ternion_compiler::machine::LoopNote;
 use ternion_compiler::object::ObjectError;
 use ternion_compiler::{
-    CompileError, Cpu, Family, KernelSpec, MachineKind, Schedule, asm_text, clif_text, code_bytes, object,
+    CompileError, Cpu, Family, KernelSpec, MachineKind, Schedule, asm_text, clif_text, code_bytes, loops, object,
 };
 
 /// What a kernel is written as.
@@ -58,7 +59,8 @@ pub fn choose(family: Family, spec: &KernelSpec, cpu: &Cpu) -> Result<Schedule, 
     first.ok_or(EmitError::NoSchedule { family, spec: *spec, cpu: *cpu })
 }
 
-/// The kernel as `form`. Text begins with three comment lines that name kernel, schedule and CPU. Code is emitted for
+/// The kernel as `form`. Text begins with three comment lines that name kernel, schedule and CPU, and says where loops
+/// begin and end. Code is emitted for
 /// `cpu`, whichever this one is, and is not run.
 ///
 /// # Errors
@@ -69,9 +71,110 @@ pub fn emit(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu, form: Form) -> Re
     }
     let titled = |text: String| format!("; {spec}\n; {schedule}\n; {cpu}\n{text}").into_bytes();
     Ok(match form {
-        Form::Clif => titled(clif_text(spec, schedule, cpu)?),
-        Form::Asm => titled(asm_text(spec, schedule, cpu)?.ok_or(EmitError::NoDisassembler(*cpu))?),
+        Form::Clif => titled(annotated_clif(&clif_text(spec, schedule, cpu)?, &loops(spec, schedule, cpu)?)),
+        Form::Asm => {
+            let text = asm_text(spec, schedule, cpu)?.ok_or(EmitError::NoDisassembler(*cpu))?;
+            titled(annotated_asm(&text, &loops(spec, schedule, cpu)?))
+        }
         Form::Bytes => code_bytes(spec, schedule, cpu)?,
         Form::Object => object(&[(*spec, *schedule, SYMBOL)], cpu)?,
     })
+}
+
+/// Cranelift IR with a comment before the first block of every loop.
+fn annotated_clif(text: &str, loops: &[LoopNote]) -> String {
+    let mut annotated = String::new();
+    for line in text.lines() {
+        let block: Option<u32> = line.strip_prefix("block").and_then(|rest| {
+            let digits = rest.find(|c: char| !c.is_ascii_digit())?;
+            rest[..digits].parse().ok()
+        });
+        for (number, note) in loops.iter().enumerate().filter(|(_, note)| block.is_some() && note.block == block) {
+            annotated += &format!("; loop {}: {note}\n", number + 1);
+        }
+        annotated += line;
+        annotated.push('\n');
+    }
+    annotated
+}
+
+/// Assembly, whose lines begin with a mark and an address, with a comment where every loop begins and ends.
+fn annotated_asm(text: &str, loops: &[LoopNote]) -> String {
+    let mut annotated = String::new();
+    let mut open = Vec::new();
+    for line in text.lines() {
+        let address = line.get(1..).and_then(|line| usize::from_str_radix(line.split(' ').next()?, 16).ok());
+        let code = |note: &LoopNote| note.code.clone().zip(address);
+        while open.last().is_some_and(|(_, end)| address.is_some_and(|address| address >= *end)) {
+            if let Some((number, _)) = open.pop() {
+                annotated += &format!("; end of loop {number}\n");
+            }
+        }
+        let mut begun: Vec<_> = loops
+            .iter()
+            .enumerate()
+            .filter_map(|(number, note)| {
+                let (code, address) = code(note)?;
+                (code.start == address).then(|| (number + 1, code.end, note))
+            })
+            .collect();
+        // Of two loops that begin at one address the longer one is the outer one.
+        begun.sort_by_key(|(_, end, _)| std::cmp::Reverse(*end));
+        for (number, end, note) in begun {
+            annotated += &format!("; loop {number}: {note}\n");
+            open.push((number, end));
+        }
+        annotated += line;
+        annotated.push('\n');
+    }
+    annotated
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listing(schedule: &str, cpu: &str, form: Form) -> String {
+        let spec = "ternary-gemm k=1024 n=many".parse().unwrap();
+        let bytes = emit(&spec, &schedule.parse().unwrap(), &cpu.parse().unwrap(), form).unwrap();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn a_listing_of_wide_code_says_where_every_loop_is_and_what_it_carries() {
+        let wide = "x86-64 +avx2 +avx512f +avx512bw +avx512dq +avx512vl +avx512vnni";
+        let asm = listing("mad/avx512 layout=lanes16x4 multiply=dot unroll=2 ntile=8", wide, Form::Asm);
+        let begins: Vec<_> = asm.lines().filter_map(|line| line.strip_prefix("; loop ")).collect();
+        assert_eq!(begins.len(), 5, "{asm}");
+        assert_eq!(begins[0], "1: tiles of rows, until none is left");
+        assert_eq!(begins[1], "2: columns, ntile at a time, until none is left");
+        // 256 groups of four bytes, two per turn; a sum for every column.
+        assert!(begins[2].starts_with("3: groups of k, unroll at a time, 128 turns, carries zmm"), "{asm}");
+        for number in 1..=5 {
+            assert_eq!(asm.matches(&format!("; end of loop {number}\n")).count(), 1, "{asm}");
+        }
+        let depth = asm.lines().fold(0_i32, |depth, line| {
+            assert!(depth >= 0);
+            depth + i32::from(line.starts_with("; loop ")) - i32::from(line.starts_with("; end of loop "))
+        });
+        assert_eq!(depth, 0);
+        let first: usize = asm[..asm.find("vpdpbusd").unwrap()].matches("; loop ").count();
+        assert_eq!(first, 3, "the first product is in the innermost loop");
+    }
+
+    #[test]
+    fn cranelift_code_is_annotated_in_both_forms() {
+        let (schedule, cpu) = ("mad/clif128 layout=rows4x16 multiply=pairs unroll=1 ntile=2", "x86-64 +ssse3");
+        for form in [Form::Asm, Form::Clif] {
+            let text = listing(schedule, cpu, form);
+            for words in
+                ["tiles of rows, until none", "columns, ntile at a time", "chunks of k, unroll at a time, 16 turns"]
+            {
+                assert!(text.contains(words), "{words}: {text}");
+            }
+            let before: Vec<_> =
+                text.lines().zip(text.lines().skip(1)).filter(|(line, _)| line.starts_with("; loop ")).collect();
+            assert!(before.iter().all(|(_, next)| next.starts_with(['>', ';']) || next.starts_with("block")), "{text}");
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use ternion_compiler::KernelSpec;
 
 /// `M`x`K`: rows times the length of a row, the order of `W[m, k]` everywhere in ternion. Prints and parses back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Shape {
     /// Rows: results per column.
     pub m: usize,

@@ -38,33 +38,51 @@ impl CpuProfile {
 
 /// The speed of the fastest pass, in bytes per second.
 fn best_pass(bytes: &[u8], workers: &dyn Workers, stopwatch: &dyn Stopwatch) -> Option<f64> {
-    let threads = workers.threads().max(1);
-    let (lines, _) = bytes.as_chunks::<64>();
     let begin = stopwatch.elapsed();
     let mut best: Option<Duration> = None;
-    let checksum = AtomicU64::new(0);
     for pass in 0..MAX_PASSES {
         let start = stopwatch.elapsed();
         // The first two passes must be made whatever they take: the first may meet sleeping cores.
         if pass >= 2 && start.saturating_sub(begin) > READING_TIME {
             break;
         }
-        workers.run(&|thread| {
-            let lines = &lines[share(lines.len(), threads, thread)];
-            // Some memory systems like one stream per thread best, others two: the best pass counts.
-            let sum = if pass % 2 == 0 { read::<1>(lines) } else { read::<2>(lines) };
-            checksum.fetch_xor(sum, Ordering::Relaxed);
-        });
+        read(bytes, if pass % 2 == 0 { Streams::One } else { Streams::Two }, workers);
         let time = stopwatch.elapsed().saturating_sub(start);
         best = Some(best.map_or(time, |best| best.min(time)));
     }
-    black_box(checksum);
     let seconds = best?.as_secs_f64();
-    (seconds > 0.0).then(|| lines.len() as f64 * 64.0 / seconds)
+    (seconds > 0.0).then(|| (bytes.len() / 64 * 64) as f64 / seconds)
+}
+
+/// In how many places each thread reads at once. Some memory systems like one stream per thread best, others two: of two
+/// passes the better one counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Streams {
+    /// Its part from start to end.
+    One,
+    /// Both halves of its part side by side.
+    Two,
+}
+
+/// Reads all whole cache lines of `bytes` once, all `workers` sharing them evenly: what measuring how fast memory can be
+/// read takes the time of.
+pub fn read(bytes: &[u8], streams: Streams, workers: &dyn Workers) {
+    let threads = workers.threads().max(1);
+    let (lines, _) = bytes.as_chunks::<64>();
+    let checksum = AtomicU64::new(0);
+    workers.run(&|thread| {
+        let lines = &lines[share(lines.len(), threads, thread)];
+        let sum = match streams {
+            Streams::One => sum::<1>(lines),
+            Streams::Two => sum::<2>(lines),
+        };
+        checksum.fetch_xor(sum, Ordering::Relaxed);
+    });
+    black_box(checksum);
 }
 
 /// The sum of all words, read in `STREAMS` streams side by side.
-fn read<const STREAMS: usize>(lines: &[[u8; 64]]) -> u64 {
+fn sum<const STREAMS: usize>(lines: &[[u8; 64]]) -> u64 {
     let length = lines.len() / STREAMS;
     let streams: [&[[u8; 64]]; STREAMS] = std::array::from_fn(|stream| &lines[stream * length..][..length]);
     let mut sums = [[0u64; 8]; STREAMS];
@@ -113,7 +131,7 @@ mod tests {
     fn reading_touches_every_line_once() {
         let lines: Vec<[u8; 64]> = (0..23u8).map(|i| [i; 64]).collect();
         let sum = (0..23u64).map(|i| i.wrapping_mul(0x0101_0101_0101_0101).wrapping_mul(8)).fold(0, u64::wrapping_add);
-        assert_eq!((read::<1>(&lines), read::<2>(&lines)), (sum, sum));
+        assert_eq!((super::sum::<1>(&lines), super::sum::<2>(&lines)), (sum, sum));
     }
 
     #[test]

@@ -2,16 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hint::black_box;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use ternion_compiler::{
-    ActivationFormat, Activations, CompileError, Cpu, Kernel, KernelSpec, OutRows, Schedule, compile_each,
-};
+use ternion_compiler::{ActivationFormat, Activations, CompileError, Cpu, Kernel, KernelSpec, Schedule, compile_each};
 
 use crate::buffer::Buffer;
-use crate::workers::share;
-use crate::{Class, Problem, Stopwatch, Workers};
+use crate::{Class, Problem, Product, Stopwatch, Workers};
 
 /// What a race needs to know of the outside: kernels that compile and take time.
 pub(crate) trait Bench {
@@ -173,22 +169,11 @@ impl Bench for KernelBench<'_> {
 
         let rows = tiles * layout.tile_rows();
         self.out.resize(self.out.len().max(rows * columns), 0);
-        let out = OutRows::new(&mut self.out, rows);
         let activations = Activations { columns: &input.bytes[input.start..], stride: input.stride, sums: &input.sums };
-        let taken: Vec<AtomicBool> = (0..threads).map(|_| AtomicBool::new(false)).collect();
+        let product = Product { kernel, tiles, activations };
+        let weights = |repeat: usize| &bytes[(first + repeat) % places * stride..][..matrix_bytes];
         let start = self.stopwatch.elapsed();
-        self.workers.run(&|thread| {
-            if taken.get(thread).is_none_or(|taken| taken.swap(true, Ordering::Relaxed)) {
-                return;
-            }
-            let tiles = share(tiles, threads, thread);
-            for repeat in 0..repeats {
-                let weights = &bytes[(first + repeat) % places * stride..][..matrix_bytes];
-                // SAFETY: `taken` admits every thread number once, and shares of different numbers are disjoint; nobody
-                // else has `out`.
-                unsafe { kernel.run(weights, tiles.clone(), &activations, &out) };
-            }
-        });
+        product.compute(self.workers, repeats, &weights, &mut self.out);
         let time = self.stopwatch.elapsed().saturating_sub(start);
         black_box(&self.out);
         self.cursor = (first + repeats) % places * stride;

@@ -10,7 +10,7 @@ const HUGE_PAGE: usize = 2 << 20;
 const STEP: usize = 2 * HUGE_PAGE;
 
 /// Memory that has been written page by page, so that reading it reads memory and not the system's page of zeros.
-pub(crate) struct Buffer {
+pub struct Buffer {
     storage: Vec<u8>,
     start: usize,
     length: usize,
@@ -20,7 +20,7 @@ impl Buffer {
     /// Up to `bytes` bytes of pseudo-random ternary codes (every two bits are 0, 1 or 2), as a packed matrix has them.
     /// Once it has `at_least` so many, it ends early where `enough` says so, which is asked every few megabytes; `None`
     /// if the system does not give the memory.
-    pub(crate) fn of_codes(
+    pub fn of_codes(
         bytes: usize,
         at_least: usize,
         workers: &dyn Workers,
@@ -47,7 +47,8 @@ impl Buffer {
     }
 
     /// What has been filled; starts at a multiple of 64 bytes.
-    pub(crate) fn bytes(&self) -> &[u8] {
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
         &self.storage[self.start..][..self.length]
     }
 }

@@ -19,7 +19,9 @@ mod energy;
 mod isolate;
 mod journal;
 mod linux;
+pub mod page;
 mod probe;
+mod product;
 mod profile;
 mod report;
 mod request;
@@ -31,16 +33,19 @@ mod space;
 mod stopwatch;
 mod workers;
 
+pub use bandwidth::{Streams, read};
+pub use buffer::Buffer;
 pub use choose::choose;
 pub use class::{Choice, Class, Workload};
 pub use compare::{Comparison, Which, compare, guess, known};
 pub use contest::Figures;
 pub use isolate::{IsolationError, Order, choose_isolated, serve};
 pub use probe::{Cache, Cores, CpuProfile, HugePages, Memory, probe};
+pub use product::Product;
 pub use profile::{CacheDir, MachineProfile, ProfileKey, Refusal, ShapeEntry, Warning};
 pub use report::{Report, Roofline, Row, explain};
 pub use request::{
     Budget, Choices, ClassResult, Effort, Found, NoSchedule, Phase, Phases, Problem, Progress, Request, Source, Trial,
 };
 pub use stopwatch::{Stopwatch, SystemStopwatch};
-pub use workers::{Workers, share};
+pub use workers::{Workers, fill_shared, share};

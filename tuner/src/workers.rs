@@ -20,8 +20,9 @@ pub fn share(total: usize, threads: usize, thread: usize) -> Range<usize> {
     at(thread)..at(thread + 1)
 }
 
-/// Hands each thread its part of `data` (the parts of [`share`] over whole units of `unit` elements) to fill.
-pub(crate) fn fill_shared<T: Send>(
+/// Hands each thread its part of `data` (the parts of [`share`] over whole units of `unit` elements) to fill; `fill` gets
+/// the place of the part's first element and the part.
+pub fn fill_shared<T: Send>(
     workers: &dyn Workers,
     data: &mut [T],
     unit: usize,

@@ -6,7 +6,9 @@ use std::str::FromStr;
 use super::{mad, sparse_columns, sparse_rows, t5, tl1, tl2, vlut};
 use crate::machine::Machine;
 use crate::schedule::ParseScheduleError;
-use crate::{ActivationFormat, Columns, Cpu, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
+use crate::{
+    ActivationFormat, Columns, Cpu, Heart, KernelSpec, Layout, MachineKind, Multiply, Schedule, ScheduleError,
+};
 
 /// The rules of a kernel family: everything that the rest of the compiler knows about it.
 pub trait Rules: Sync {
@@ -21,6 +23,15 @@ pub trait Rules: Sync {
     /// Whether it may ask for weights before it needs them.
     fn prefetches(&self) -> bool {
         self.multiplies()
+    }
+
+    /// The operation that does the arithmetic of `schedule`, whose speed is a limit of the kernel's; `None` if no single
+    /// one does.
+    fn heart(&self, schedule: &Schedule) -> Option<Heart> {
+        self.multiplies().then_some(match schedule.multiply {
+            Multiply::Pairs => Heart::Pairs,
+            Multiply::Dot => Heart::Dot,
+        })
     }
 
     /// What it is called with: `None` for one column and for many.

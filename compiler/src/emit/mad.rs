@@ -129,6 +129,7 @@ impl Facts {
             advance(m, weights, (count * self.rows * self.chunk) as i32);
             advance(m, activations, (count * self.chunk) as i32);
         };
+        m.name_loop(Some("chunks of k, unroll at a time"));
         repeat(m, self.chunks / self.unroll, |m| chunks(m, self.unroll));
         repeat(m, (self.chunks % self.unroll).min(1), |m| chunks(m, self.chunks % self.unroll));
 

@@ -219,6 +219,7 @@ impl MadLanes {
             advance(m, weights, (groups * self.group_bytes) as i32);
             advance(m, activations, 4 * groups as i32);
         };
+        m.name_loop(Some("blocks of k that 16-bit sums can take"));
         repeat(m, self.groups / block, |m| block_of(m, block));
         repeat(m, (self.groups % block).min(1), |m| block_of(m, self.groups % block));
     }
@@ -234,6 +235,7 @@ impl MadLanes {
     ) {
         let (weights, activations) = (m.int_variable(tile.weights), m.int_variable(tile.activations));
         let mut turns = |m: &mut dyn Machine, times: usize, count: usize| {
+            m.name_loop(Some("groups of k, unroll at a time"));
             repeat(m, times, |m| {
                 let (start, column) = (m.get_int(weights), m.get_int(activations));
                 turn(m, count, start, column);

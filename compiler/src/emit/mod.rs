@@ -82,6 +82,7 @@ pub fn for_each_tile(
     let out = m.argument(Argument::Out);
     let tiles = m.argument(Argument::Tiles);
     let [weights, out, tiles] = [weights, out, tiles].map(|start| m.int_variable(start));
+    m.name_loop(Some("tiles of rows"));
     while_at_least(m, tiles, 1, |m| {
         let activations = m.argument(Argument::Activations);
         let sums = m.argument(Argument::Sums);
@@ -92,7 +93,8 @@ pub fn for_each_tile(
             let left = m.argument(Argument::Columns);
             let [column, sums, column_out, left] =
                 [activations, sums, first_out, left].map(|start| m.int_variable(start));
-            let mut columns_by = |columns: usize| {
+            let mut columns_by = |columns: usize, name: &'static str| {
+                m.name_loop(Some(name));
                 while_at_least(m, left, columns as i32, |m| {
                     let [activations, sums_now, out] = [column, sums, column_out].map(|now| m.get_int(now));
                     body(m, &Tile { weights: tile, activations, sums: sums_now, out, columns });
@@ -102,9 +104,9 @@ pub fn for_each_tile(
                     advance(m, left, -(columns as i32));
                 });
             };
-            columns_by(ntile);
+            columns_by(ntile, "columns, ntile at a time");
             if ntile > 1 {
-                columns_by(1);
+                columns_by(1, "columns that are left, one at a time");
             }
         }
         advance(m, weights, layout.tile_bytes(spec.k) as i32);

@@ -93,6 +93,7 @@ fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
     let (list, activations, left) =
         (m.argument(Argument::List), m.argument(Argument::Activations), m.argument(Argument::Tiles));
     let [list, activations, left] = [list, activations, left].map(|start| m.int_variable(start));
+    m.name_loop(Some("records of the list"));
     while_at_least(m, left, records as i32, |m| {
         let here = m.get_int(list);
         let column = m.get_int(activations);
@@ -104,6 +105,7 @@ fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
             .collect();
         let (out, zero) = (m.argument(Argument::Out), m.constant(0));
         let [out, position] = [out, zero].map(|start| m.int_variable(start));
+        m.name_loop(Some("vectors of a record"));
         repeat(m, record / width, |m| {
             let (weights, at) = (m.argument(Argument::Weights), m.get_int(position));
             let weights = m.add(weights, at);
@@ -173,6 +175,7 @@ fn fill(m: &mut dyn Machine, record: usize) {
     let (sum, zero) = (m.load_splat32(sums, 0), m.zero());
     let negative = m.sub32(zero, sum);
     let (negative, out) = (m.vector_variable(negative), m.int_variable(out));
+    m.name_loop(Some("results to begin with"));
     repeat(m, record / width, |m| {
         let (target, negative) = (m.get_int(out), m.get(negative));
         for vector in 0..16 {

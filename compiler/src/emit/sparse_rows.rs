@@ -75,6 +75,7 @@ fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
     let (vectors, unroll) = (record / width, usize::from(schedule.unroll));
     let (list, out, left) = (m.argument(Argument::List), m.argument(Argument::Out), m.argument(Argument::Tiles));
     let [list, out, left] = [list, out, left].map(|start| m.int_variable(start));
+    m.name_loop(Some("records of the list"));
     while_at_least(m, left, RECORDS as i32, |m| {
         let totals: [_; RECORDS] = std::array::from_fn(|r| {
             let (here, weights, zero) = (m.get_int(list), m.argument(Argument::Weights), m.zero());
@@ -102,6 +103,7 @@ fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
                 advance(m, bytes, (count * width) as i32);
                 advance(m, activations, (count * width) as i32);
             };
+            m.name_loop(Some("vectors of a row, unroll at a time"));
             repeat(m, vectors / unroll, |m| turn(m, unroll));
             repeat(m, (vectors % unroll).min(1), |m| turn(m, vectors % unroll));
             total

@@ -14,7 +14,7 @@
 use super::Rules;
 use crate::activations::PAIR_BIAS;
 use crate::machine::{Argument, Int, Machine, Vector, VectorVariable, advance, repeat, while_at_least};
-use crate::{ActivationFormat, Cpu, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
+use crate::{ActivationFormat, Cpu, Heart, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
 
 /// Steps after which the byte sums of high parts must be widened: two lookups of at most 7 each.
 const MAX_UNROLL: usize = 255 / (2 * 7);
@@ -28,6 +28,10 @@ pub(super) struct Tl1;
 impl Rules for Tl1 {
     fn name(&self) -> &'static str {
         "tl1"
+    }
+
+    fn heart(&self, _: &Schedule) -> Option<Heart> {
+        Some(Heart::Lookup)
     }
 
     fn activation_format(&self) -> ActivationFormat {
@@ -100,11 +104,13 @@ fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
     let out = m.argument(Argument::Out);
     let tiles = m.argument(Argument::Tiles);
     let (weights, out, tiles) = (m.int_variable(weights), m.int_variable(out), m.int_variable(tiles));
+    m.name_loop(Some("tiles of rows"));
     while_at_least(m, tiles, 1, |m| {
         let column = m.argument(Argument::Activations);
         let left = m.argument(Argument::Columns);
         let first = m.get_int(out);
         let [column, left, column_out] = [column, left, first].map(|start| m.int_variable(start));
+        m.name_loop(Some("columns"));
         while_at_least(m, left, 1, |m| {
             let (tile, tables, results) = (m.get_int(weights), m.get_int(column), m.get_int(column_out));
             tl1.tile(m, tile, tables, results);
@@ -157,12 +163,14 @@ impl Facts {
                 advance(m, weights, (count * self.rows) as i32);
                 advance(m, tables, (count * STEP_TABLE_BYTES) as i32);
             };
+            m.name_loop(Some("bytes of a row, unroll at a time"));
             repeat(m, steps / self.unroll, |m| turn(m, self.unroll));
             repeat(m, (steps % self.unroll).min(1), |m| turn(m, steps % self.unroll));
             for (i, sums) in sums.iter().enumerate() {
                 flush(m, sums, out, 4 * i * width);
             }
         };
+        m.name_loop(Some("blocks of k that 16-bit sums can take"));
         repeat(m, self.steps / block, |m| block_of(m, block));
         repeat(m, (self.steps % block).min(1), |m| block_of(m, self.steps % block));
     }

@@ -22,7 +22,7 @@
 use super::Rules;
 use crate::activations::plane_bytes;
 use crate::machine::{Argument, Int, IntVariable, Machine, Vector, advance, repeat, while_at_least};
-use crate::{ActivationFormat, Cpu, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
+use crate::{ActivationFormat, Cpu, Heart, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
 
 /// Groups that 16-bit sums can take: a sum of four products is at most 4·127.
 pub(crate) const MAX_GROUPS: usize = i16::MAX as usize / (4 * 127);
@@ -45,6 +45,10 @@ pub(super) struct Vlut;
 impl Rules for Vlut {
     fn name(&self) -> &'static str {
         "vlut"
+    }
+
+    fn heart(&self, _: &Schedule) -> Option<Heart> {
+        Some(Heart::TableRow)
     }
 
     fn activation_format(&self) -> ActivationFormat {
@@ -147,6 +151,7 @@ pub(crate) fn emit_with(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Sched
     let out = m.argument(Argument::Out);
     let left = m.argument(Argument::Columns);
     let [column, out, left] = [activations, out, left].map(|start| m.int_variable(start));
+    m.name_loop(Some("vectors of columns"));
     while_at_least(m, left, 1, |m| {
         vlut.clear_sums(m);
         vlut.products(m, column);
@@ -187,6 +192,7 @@ impl Facts {
         let sums = m.add_constant(scratch, sums_offset(self.width, self.unroll) as i32);
         let tiles = m.argument(Argument::Tiles);
         let [weights, sums, tiles] = [weights, sums, tiles].map(|start| m.int_variable(start));
+        m.name_loop(Some("tiles of rows"));
         while_at_least(m, tiles, 1, |m| {
             let moved = body(m, Place { weights, sums });
             advance(m, weights, (self.tile_bytes - moved.weights) as i32);
@@ -218,6 +224,7 @@ impl Facts {
                 let scratch = m.argument(Argument::Scratch);
                 let activations = m.int_variable(scratch);
                 let pass = |m: &mut dyn Machine, times: usize, groups: usize| {
+                    m.name_loop(Some("groups of k whose tables fit, unroll at a time"));
                     repeat(m, times, |m| {
                         self.build_tables(m, activations, groups);
                         let now = m.get_int(weights);
@@ -231,6 +238,7 @@ impl Facts {
             }
             self.for_each_tile(m, None, |m, tile| self.flush(m, &tile));
         };
+        m.name_loop(Some("blocks of k that 16-bit sums can take"));
         repeat(m, self.groups / self.flush, |m| flushed(m, self.flush));
         repeat(m, (self.groups % self.flush).min(1), |m| flushed(m, self.groups % self.flush));
     }
@@ -241,6 +249,7 @@ impl Facts {
         let scratch = m.argument(Argument::Scratch);
         let first = m.get_int(column);
         let [octet, target] = [first, scratch].map(|start| m.int_variable(start));
+        m.name_loop(Some("octets of columns to transpose"));
         repeat(m, self.lanes / OCTET, |m| {
             let (first, target_now, last) = (m.get_int(octet), m.get_int(target), m.get_int(last));
             let mut next = first;
@@ -275,6 +284,7 @@ impl Facts {
         let scratch = m.argument(Argument::Scratch);
         let tables = m.add_constant(scratch, tables_offset(self.width) as i32);
         let table = m.int_variable(tables);
+        m.name_loop(Some("tables to build"));
         repeat(m, groups, |m| {
             let (from, table_now) = (m.get_int(activations), m.get_int(table));
             let places: Vec<_> = (0..4).map(|j| m.load_widened8(from, (j * self.lanes) as i32)).collect();
@@ -304,6 +314,7 @@ impl Facts {
     /// Adds the rows of `groups` tables that the weights of one tile name to its 16-bit sums.
     fn look_up(&self, m: &mut dyn Machine, groups: usize, tile: &Place<IntVariable>) -> Place<usize> {
         let scratch = m.argument(Argument::Scratch);
+        m.name_loop(Some("rows of a tile, four at a time"));
         repeat(m, self.rows / ROWS_PER_TURN, |m| {
             let [weights, sums] = [tile.weights, tile.sums].map(|now| m.get_int(now));
             for row in 0..ROWS_PER_TURN {
@@ -351,6 +362,7 @@ impl Facts {
         self.for_each_tile(m, None, |m, tile| {
             let (sums, first) = (m.get_int(tile.sums), m.get_int(tile_out));
             let [from, to, left] = [sums, first, columns].map(|start| m.int_variable(start));
+            m.name_loop(Some("columns to store"));
             while_at_least(m, left, 1, |m| {
                 let (from_now, to_now) = (m.get_int(from), m.get_int(to));
                 for row in 0..self.rows {
@@ -366,6 +378,7 @@ impl Facts {
             Place { weights: 0, sums: 0 }
         });
         let left = m.int_variable(columns);
+        m.name_loop(Some("columns to move past"));
         while_at_least(m, left, 1, |m| {
             let (now, stride) = (m.get_int(out), m.argument(Argument::OutStride));
             let next = m.add(now, stride);

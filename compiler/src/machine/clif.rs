@@ -4,19 +4,23 @@
 //! casts between vectors cost nothing. Where an architecture has one instruction for an operation, Cranelift finds it
 //! by pattern; the patterns are noted where they matter.
 
+use std::ops::Range;
+
 use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::immediates::V128Imm;
 use cranelift_codegen::ir::{
-    AbiParam, Block, ConstantData, Endianness, Function, InstBuilder, MemFlagsData, Signature, Type, UserFuncName,
-    Value, types,
+    AbiParam, Block, ConstantData, Endianness, Function, InstBuilder, MemFlagsData, Signature, SourceLoc, Type,
+    UserFuncName, Value, types,
 };
 use cranelift_codegen::isa::{self, CallConv, OwnedTargetIsa};
 use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{CodegenError, Context};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext, Variable};
 
-use super::{Code, Int, IntVariable, Loop, Machine, Vector, VectorVariable, splat_float};
+use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
+
+use super::{Code, Int, IntVariable, Loop, LoopNote, Machine, Vector, VectorVariable, splat_float};
 use crate::{Arch, Cpu, Feature};
 
 /// The target that Cranelift compiles for: `cpu` with exactly its features.
@@ -46,22 +50,44 @@ pub(crate) fn isa(cpu: &Cpu) -> Result<OwnedTargetIsa, CodegenError> {
 /// Compiles the function that `emit` describes.
 pub(crate) fn compile(cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<Code, CodegenError> {
     let isa = isa(cpu)?;
-    let mut context = Context::for_function(function(&isa, cpu, emit));
+    let (function, loops) = function(&isa, cpu, emit);
+    let mut context = Context::for_function(function);
     let compiled = context.compile(&*isa, &mut ControlPlane::default()).map_err(|error| error.inner)?;
     if !compiled.buffer.relocs().is_empty() {
         return Err(CodegenError::Unsupported("a kernel that calls other code".to_owned()));
     }
     let bytes = compiled.code_buffer().to_vec();
-    Ok(Code { instructions: bytes.len(), bytes, alignment: compiled.buffer.alignment.into() })
+    let mut loops = loops;
+    if cpu.arch() == Arch::X86_64 {
+        for range in compiled.buffer.get_srclocs_sorted() {
+            let note = loops.get_mut(range.loc.bits() as usize);
+            let closing = closing_branch(&bytes, range.start as usize..range.end as usize);
+            if let (Some(note), Some(code)) = (note, closing) {
+                note.code = Some(code);
+            }
+        }
+    }
+    Ok(Code { instructions: bytes.len(), bytes, alignment: compiled.buffer.alignment.into(), loops })
+}
+
+/// From where a branch back among these instructions goes to its end.
+fn closing_branch(bytes: &[u8], range: Range<usize>) -> Option<Range<usize>> {
+    let code = bytes.get(range.clone())?;
+    let mut instructions = Decoder::with_ip(64, code, range.start as u64, DecoderOptions::NONE).into_iter();
+    let back = |i: &Instruction| i.op0_kind() == OpKind::NearBranch64 && i.near_branch_target() <= i.ip();
+    instructions.find(back).map(|i| i.near_branch_target() as usize..i.next_ip() as usize)
 }
 
 /// The function's IR as text.
 pub(crate) fn text(cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<String, CodegenError> {
-    Ok(function(&isa(cpu)?, cpu, emit).display().to_string())
+    let (mut function, _) = function(&isa(cpu)?, cpu, emit);
+    // Locations only serve to find loops in machine code.
+    function.srclocs.clear();
+    Ok(function.display().to_string())
 }
 
-/// Builds the IR of the function that `emit` describes.
-fn function(isa: &OwnedTargetIsa, cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Function {
+/// Builds the IR of the function that `emit` describes. The branch that closes loop i of the list has location i.
+fn function(isa: &OwnedTargetIsa, cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> (Function, Vec<LoopNote>) {
     let convention = match cpu.arch() {
         Arch::X86_64 => CallConv::SystemV,
         Arch::Aarch64 => isa.default_call_conv(),
@@ -75,14 +101,14 @@ fn function(isa: &OwnedTargetIsa, cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)
     builder.append_block_params_for_function_params(entry);
     builder.switch_to_block(entry);
     let record = builder.block_params(entry)[0];
-    let mut machine = Clif { builder, cpu: *cpu, record, loops: Vec::new() };
+    let mut machine = Clif { builder, cpu: *cpu, record, loops: Vec::new(), notes: Vec::new(), next_name: None };
     emit(&mut machine);
-    let Clif { mut builder, loops, .. } = machine;
+    let Clif { mut builder, loops, notes, .. } = machine;
     debug_assert!(loops.is_empty(), "every loop is closed");
     builder.ins().return_(&[]);
     builder.seal_all_blocks();
     builder.finalize(isa.frontend_config());
-    function
+    (function, notes)
 }
 
 /// An open loop: where it turns, where it goes on, and its counter.
@@ -90,6 +116,8 @@ struct OpenLoop {
     head: Block,
     exit: Block,
     counter: Option<Variable>,
+    /// Its place in the list of all loops.
+    number: usize,
 }
 
 struct Clif<'a> {
@@ -97,6 +125,9 @@ struct Clif<'a> {
     cpu: Cpu,
     record: Value,
     loops: Vec<OpenLoop>,
+    /// All loops so far.
+    notes: Vec<LoopNote>,
+    next_name: Option<&'static str>,
 }
 
 /// Vectors are only ever reinterpreted, in memory order.
@@ -193,8 +224,15 @@ impl Clif<'_> {
         vector(self.builder.ins().fvdemote(odd))
     }
 
-    fn open(&mut self, head: Block, exit: Block, counter: Option<Variable>) -> Loop {
-        self.loops.push(OpenLoop { head, exit, counter });
+    fn open(&mut self, head: Block, exit: Block, counter: Option<Variable>, turns: Option<i32>) -> Loop {
+        self.loops.push(OpenLoop { head, exit, counter, number: self.notes.len() });
+        let turns = turns.and_then(|turns| u32::try_from(turns).ok());
+        self.notes.push(LoopNote {
+            name: self.next_name.take(),
+            turns,
+            block: Some(head.as_u32()),
+            ..LoopNote::default()
+        });
         Loop(self.loops.len())
     }
 }
@@ -280,14 +318,18 @@ impl Machine for Clif<'_> {
         self.builder.def_var(Variable::from_u32(variable.0), value);
     }
 
-    fn begin_repeat(&mut self, count: i32) -> Loop {
+    fn name_loop(&mut self, name: Option<&'static str>) {
+        self.next_name = name;
+    }
+
+    fn begin_repeat(&mut self, turns: i32) -> Loop {
         let counter = self.builder.declare_var(types::I64);
-        let count = self.builder.ins().iconst(types::I64, i64::from(count));
+        let count = self.builder.ins().iconst(types::I64, i64::from(turns));
         self.builder.def_var(counter, count);
         let (head, exit) = (self.builder.create_block(), self.builder.create_block());
         self.builder.ins().jump(head, &[]);
         self.builder.switch_to_block(head);
-        self.open(head, exit, Some(counter))
+        self.open(head, exit, Some(counter), Some(turns))
     }
 
     fn begin_while_at_least(&mut self, variable: IntVariable, bound: i32) -> Loop {
@@ -299,23 +341,27 @@ impl Machine for Clif<'_> {
         let more = self.builder.ins().icmp_imm_s(IntCC::SignedGreaterThanOrEqual, value, i64::from(bound));
         self.builder.ins().brif(more, body, &[], exit, &[]);
         self.builder.switch_to_block(body);
-        self.open(head, exit, None)
+        self.open(head, exit, None, None)
     }
 
     fn end_loop(&mut self, open: Loop) {
         debug_assert_eq!(open.0, self.loops.len(), "the loop that was opened last is closed first");
-        let Some(OpenLoop { head, exit, counter }) = self.loops.pop() else { return };
+        let Some(OpenLoop { head, exit, counter, number }) = self.loops.pop() else { return };
+        let location = SourceLoc::new(number as u32);
         match counter {
             None => {
+                self.builder.set_srcloc(location);
                 self.builder.ins().jump(head, &[]);
             }
             Some(counter) => {
                 let value = self.builder.use_var(counter);
                 let value = self.builder.ins().iadd_imm_s(value, -1);
                 self.builder.def_var(counter, value);
+                self.builder.set_srcloc(location);
                 self.builder.ins().brif(value, head, &[], exit, &[]);
             }
         }
+        self.builder.set_srcloc(SourceLoc::default());
         self.builder.switch_to_block(exit);
     }
 

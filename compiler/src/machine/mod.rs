@@ -5,6 +5,9 @@
 //! lowest address. Values are immutable; what changes from one loop iteration to the next is a variable. A machine that
 //! lacks an operation is kept away from it by [`Schedule::check`](crate::Schedule::check).
 
+use std::fmt;
+use std::ops::Range;
+
 pub(crate) mod clif;
 pub(crate) mod disassembly;
 #[cfg(test)]
@@ -19,6 +22,34 @@ pub(crate) struct Code {
     pub(crate) instructions: usize,
     /// Required alignment of the first byte.
     pub(crate) alignment: u64,
+    /// The loops, in the order in which they begin.
+    pub(crate) loops: Vec<LoopNote>,
+}
+
+/// What is known of a loop of a kernel's code, for those who read it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoopNote {
+    /// What it goes over, as its emitter says.
+    pub name: Option<&'static str>,
+    /// How often it turns; `None` if only a call tells.
+    pub turns: Option<u32>,
+    /// The vector registers that it changes and reads again, its sums among them; empty if the machine does not say.
+    pub carried: Vec<String>,
+    /// Bytes from its first instruction to the end of the branch that closes it, if they are known.
+    pub code: Option<Range<usize>>,
+    /// Number of its first block in Cranelift's IR, if it is made from that.
+    pub block: Option<u32>,
+}
+
+impl fmt::Display for LoopNote {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name.unwrap_or("steps"))?;
+        match self.turns {
+            Some(turns) => write!(f, ", {turns} turns")?,
+            None => f.write_str(", until none is left")?,
+        }
+        if self.carried.is_empty() { Ok(()) } else { write!(f, ", carries {}", self.carried.join(", ")) }
+    }
 }
 
 /// An immutable vector value.
@@ -127,6 +158,8 @@ pub trait Machine {
     /// Changes it.
     fn set(&mut self, variable: VectorVariable, value: Vector);
 
+    /// Says what the loop that is opened next goes over, for those who read the code; `None` for nothing in particular.
+    fn name_loop(&mut self, name: Option<&'static str>);
     /// Opens a loop that runs `count ≥ 1` times.
     fn begin_repeat(&mut self, count: i32) -> Loop;
     /// Opens a loop that runs while `variable ≥ bound`, tested before each turn.
@@ -252,8 +285,11 @@ pub trait Machine {
 /// Emits `body` once, in a loop that runs `count` times; no loop for a count of 1, nothing for 0.
 pub fn repeat(m: &mut dyn Machine, count: usize, body: impl FnOnce(&mut dyn Machine)) {
     match count {
-        0 => {}
-        1 => body(m),
+        0 => m.name_loop(None),
+        1 => {
+            m.name_loop(None);
+            body(m);
+        }
         _ => {
             let open = m.begin_repeat(count as i32);
             body(m);

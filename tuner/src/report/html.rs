@@ -3,33 +3,14 @@
 use std::fmt::Write as _;
 
 use super::{Report, Row, explain, macs};
+use crate::page::{self, Axis, Dot, document, escape};
 use crate::{Class, Problem};
-
-const STYLE: &str = "
-:root{--ink:#1c2330;--soft:#667085;--line:#e3e7ee;--page:#f6f7f9;--card:#fff;--one:#c2410c;--many:#1d4ed8;--roof:#94a3b8}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ef;--soft:#9aa4b5;--line:#313a4a;--page:#12161d;--card:#1a202a;--one:#fb923c;--many:#7aa2ff;--roof:#64748b}}
-*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,sans-serif}
-main{max-width:1040px;margin:0 auto;padding:32px 20px 64px}h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:0 0 6px}
-h3{font-size:15px;margin:18px 0 4px}p{margin:4px 0 12px;max-width:78ch}.soft{color:var(--soft)}
-section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:20px 22px;margin:18px 0}
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:5px 9px;border-bottom:1px solid var(--line);white-space:nowrap}th{color:var(--soft);font-weight:600}
-th:first-child,td:first-child,td.l,th.l{text-align:left}code,pre{font:12.5px/1.5 ui-monospace,monospace}
-pre{background:var(--page);border:1px solid var(--line);border-radius:8px;padding:12px 14px;overflow-x:auto;margin:6px 0 0}
-svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font:12px system-ui,sans-serif}
-.one{fill:var(--one)}.many{fill:var(--many)}details{margin:8px 0}summary{cursor:pointer}
-.bar{display:flex;height:26px;border-radius:6px;overflow:hidden;margin:8px 0}.bar span{display:block}
-.key{display:inline-block;width:11px;height:11px;border-radius:3px;margin:0 6px 0 14px;vertical-align:-1px}.key:first-child{margin-left:0}";
 
 /// Colours of the four phases.
 const PHASES: [&str; 4] = ["#94a3b8", "#0d9488", "#1d4ed8", "#c2410c"];
 
 pub(super) fn page(report: &Report) -> String {
-    let mut page = String::from("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">");
-    page += "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"><title>ternion: kernels of this machine</title>";
-    let _ = write!(page, "<style>{STYLE}</style></head><body><main>");
-    let _ = write!(
-        page,
+    let mut page = format!(
         "<h1>The fastest kernels of this machine</h1><p class=\"soft\">{} · {} threads · ternion {}</p>",
         escape(&report.machine.signature()),
         report.threads,
@@ -41,12 +22,7 @@ pub(super) fn page(report: &Report) -> String {
     page += &shapes(report);
     page += &phases(report);
     page += &warnings(report);
-    page += "</main></body></html>\n";
-    page
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    document("ternion: kernels of this machine", &page)
 }
 
 fn introduction(report: &Report) -> String {
@@ -65,29 +41,14 @@ fn introduction(report: &Report) -> String {
     )
 }
 
-/// Chart coordinates of a logarithmic axis.
-struct Axis {
-    low: f64,
-    high: f64,
-    from: f64,
-    to: f64,
-}
-
-impl Axis {
-    fn at(&self, value: f64) -> f64 {
-        let part = (value.max(self.low).ln() - self.low.ln()) / (self.high.ln() - self.low.ln());
-        self.from + part.clamp(0.0, 1.0) * (self.to - self.from)
+fn dot(row: &Row) -> Dot {
+    let Problem { m, k, .. } = row.problem;
+    Dot {
+        class: if row.class == Class::One { "one" } else { "many" },
+        intensity: row.gmac_per_s / row.gb_per_s,
+        speed: row.gmac_per_s,
+        title: format!("{m}x{k}, n = {}: {:.1} GMAC/s, {:.1} GB/s", row.class.name(), row.gmac_per_s, row.gb_per_s),
     }
-
-    /// 1, 10, 100 … within the axis.
-    fn decades(&self) -> impl Iterator<Item = f64> + use<> {
-        let (low, high) = (self.low.log10().ceil() as i32, self.high.log10().floor() as i32);
-        (low..=high).map(|power| 10f64.powi(power))
-    }
-}
-
-fn intensity(row: &Row) -> f64 {
-    row.gmac_per_s / row.gb_per_s
 }
 
 fn roofline(report: &Report) -> String {
@@ -95,51 +56,8 @@ fn roofline(report: &Report) -> String {
         return String::new();
     };
     let (bandwidth, peak) = (bandwidth / 1e9, peak / 1e9);
-    let x = Axis { low: 2.0, high: 2000.0, from: 64.0, to: 940.0 };
-    let slowest = report.rows.iter().map(|row| row.gmac_per_s).fold(peak / 20.0, f64::min);
-    let y = Axis { low: slowest / 1.5, high: peak * 1.8, from: 340.0, to: 16.0 };
-    let mut svg = String::from("<svg viewBox=\"0 0 960 390\" role=\"img\" aria-label=\"roofline\">");
-    for value in x.decades() {
-        let at = x.at(value);
-        let _ = write!(
-            svg,
-            "<line x1=\"{at:.1}\" y1=\"16\" x2=\"{at:.1}\" y2=\"340\" stroke=\"var(--line)\"/><text x=\"{at:.1}\" y=\"358\" text-anchor=\"middle\">{value}</text>"
-        );
-    }
-    for value in y.decades() {
-        let at = y.at(value);
-        let _ = write!(
-            svg,
-            "<line x1=\"64\" y1=\"{at:.1}\" x2=\"940\" y2=\"{at:.1}\" stroke=\"var(--line)\"/><text x=\"56\" y=\"{:.1}\" text-anchor=\"end\">{value}</text>",
-            at + 4.0
-        );
-    }
-    let knee = peak / bandwidth;
-    let _ = write!(
-        svg,
-        "<polyline fill=\"none\" stroke=\"var(--roof)\" stroke-width=\"3\" points=\"{:.1},{:.1} {:.1},{:.1} {:.1},{:.1}\"/>",
-        x.at(x.low.max(y.low / bandwidth)),
-        y.at((x.low * bandwidth).max(y.low)),
-        x.at(knee),
-        y.at(peak),
-        x.at(x.high),
-        y.at(peak)
-    );
-    for row in &report.rows {
-        let class = if row.class == Class::One { "one" } else { "many" };
-        let _ = write!(
-            svg,
-            "<circle class=\"{class}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"5\" fill-opacity=\".8\"><title>{}x{}, n = {}: {:.1} GMAC/s, {:.1} GB/s</title></circle>",
-            x.at(intensity(row)),
-            y.at(row.gmac_per_s),
-            row.problem.m,
-            row.problem.k,
-            escape(row.class.name()),
-            row.gmac_per_s,
-            row.gb_per_s
-        );
-    }
-    svg += "<text x=\"502\" y=\"382\" text-anchor=\"middle\">multiply-adds per byte of weights that is read</text><text x=\"64\" y=\"12\">billion multiply-adds per second</text></svg>";
+    let dots: Vec<Dot> = report.rows.iter().map(dot).collect();
+    let svg = page::roofline(bandwidth, peak, &dots);
     format!(
         "<section><h2>The limits of this machine</h2><p>The grey line is the roofline: on the slope, memory sets the pace \
          ({bandwidth:.1} GB/s for {} threads); on the flat part, arithmetic does ({peak:.0} billion multiply-adds per second, the \

@@ -3,7 +3,7 @@
 //! Instructions first, then the constants that they read relative to the instruction pointer. All jumps are of the long
 //! form, so that addresses do not depend on each other: one pass finds them, a second one writes them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use iced_x86::{Code as X86, Encoder, IcedError, Instruction as X86Instruction, OpKind, Register as X86Register};
 
@@ -232,6 +232,7 @@ impl Assembler<'_> {
     /// Finds all addresses and writes the bytes.
     fn layout(self) -> Result<Code, IcedError> {
         let mut labels = BTreeMap::new();
+        let mut loops = self.program.notes.clone();
         let mut instructions = 0_usize;
         let mut bytes = Vec::new();
         for _ in 0..2 {
@@ -243,7 +244,14 @@ impl Assembler<'_> {
                     Item::Instruction(instruction) => *instruction,
                     Item::Jump(code, label) => {
                         let target = labels.get(label).copied().unwrap_or(0);
-                        X86Instruction::with_branch(*code, target as u64)?
+                        let jump = X86Instruction::with_branch(*code, target as u64)?;
+                        address += encoder.encode(&jump, address as u64)?;
+                        if let Label::Start(number) = label
+                            && let Some(note) = loops.get_mut(*number)
+                        {
+                            note.code = Some(target..address);
+                        }
+                        continue;
                     }
                     Item::Constant(instruction, at) => {
                         let mut instruction = *instruction;
@@ -273,8 +281,30 @@ impl Assembler<'_> {
             bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
             bytes.extend(&self.pool);
         }
-        Ok(Code { bytes, instructions, alignment: ALIGNMENT as u64 })
+        for (number, note) in loops.iter_mut().enumerate() {
+            let carried = self.program.carried(number);
+            let numbers: BTreeSet<_> = carried.into_iter().map(|register| self.assignment.number(register)).collect();
+            note.carried = ranges(&numbers, self.isa.view());
+        }
+        Ok(Code { bytes, instructions, alignment: ALIGNMENT as u64, loops })
     }
+}
+
+/// Names of registers, those with numbers in a row as `first-last`.
+fn ranges(numbers: &BTreeSet<usize>, view: View) -> Vec<String> {
+    let letter = if view == View::Zmm { 'z' } else { 'y' };
+    let mut ranges: Vec<(usize, usize)> = Vec::new();
+    for number in numbers {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == *number => *last = *number,
+            _ => ranges.push((*number, *number)),
+        }
+    }
+    let name = |(first, last)| match last - first {
+        0 => format!("{letter}mm{first}"),
+        _ => format!("{letter}mm{first}-{letter}mm{last}"),
+    };
+    ranges.into_iter().map(name).collect()
 }
 
 /// The recommended instructions of 1 to 9 bytes that do nothing.

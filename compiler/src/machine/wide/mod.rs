@@ -18,7 +18,7 @@ use self::program::{
     Address, Class, Constant, Counting, Instruction, Load, MakeConstants, MemoryForm, Op, Operand, Program, Register,
     View,
 };
-use super::{Code, Int, IntVariable, Loop, Machine, Vector, VectorVariable};
+use super::{Code, Int, IntVariable, Loop, LoopNote, Machine, Vector, VectorVariable};
 use crate::{Cpu, Feature, MachineKind};
 
 /// Registers of one kind ran out.
@@ -94,7 +94,7 @@ fn record(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> Result<(Progra
 }
 
 fn recorded(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> Program {
-    let mut machine = Wide { target, program: Program::default(), open: Vec::new() };
+    let mut machine = Wide { target, program: Program::default(), open: Vec::new(), next_name: None };
     machine.program.register(Class::Int);
     emit(&mut machine);
     debug_assert!(machine.open.is_empty(), "every loop is closed");
@@ -128,6 +128,7 @@ struct Wide {
     program: Program,
     /// Numbers of the loops that are open.
     open: Vec<usize>,
+    next_name: Option<&'static str>,
 }
 
 impl Wide {
@@ -217,9 +218,11 @@ impl Wide {
         to
     }
 
-    fn begin(&mut self, counting: Counting) -> Loop {
+    fn begin(&mut self, counting: Counting, turns: Option<i32>) -> Loop {
         let number = self.program.loops.len();
         self.program.loops.push(counting);
+        let turns = turns.and_then(|turns| u32::try_from(turns).ok());
+        self.program.notes.push(LoopNote { name: self.next_name.take(), turns, ..LoopNote::default() });
         self.program.ops.push(Op::Begin(number));
         self.open.push(number);
         Loop(number)
@@ -320,13 +323,17 @@ impl Machine for Wide {
         self.program.ops.push(Op::Copy { to: Register(variable.0), from: Register(value.0) });
     }
 
+    fn name_loop(&mut self, name: Option<&'static str>) {
+        self.next_name = name;
+    }
+
     fn begin_repeat(&mut self, count: i32) -> Loop {
         let counter = Register(self.constant(count).0);
-        self.begin(Counting::Repeat { counter })
+        self.begin(Counting::Repeat { counter }, Some(count))
     }
 
     fn begin_while_at_least(&mut self, variable: IntVariable, bound: i32) -> Loop {
-        self.begin(Counting::While { variable: Register(variable.0), bound })
+        self.begin(Counting::While { variable: Register(variable.0), bound }, None)
     }
 
     fn end_loop(&mut self, open: Loop) {

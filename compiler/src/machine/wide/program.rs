@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use iced_x86::Code;
 
+use crate::machine::LoopNote;
+
 /// A virtual register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Register(pub(super) u32);
@@ -193,6 +195,8 @@ impl Op {
 pub(super) struct Program {
     pub(super) ops: Vec<Op>,
     pub(super) loops: Vec<Counting>,
+    /// What is known of each loop.
+    pub(super) notes: Vec<LoopNote>,
     /// The class of every register. Register 0 is the address of the argument record.
     pub(super) classes: Vec<Class>,
     /// For every register the constant that it stands for, if it has no instruction of its own yet.
@@ -221,6 +225,19 @@ impl Program {
         self.drop_unread();
         self.fold_addresses();
         self.fold_loads();
+    }
+
+    /// The vector registers that a loop changes and that had a value before it: those that it carries from turn to turn.
+    pub(super) fn carried(&self, number: usize) -> BTreeSet<Register> {
+        let mut ops = self.ops.iter();
+        let before: BTreeSet<_> = ops
+            .by_ref()
+            .take_while(|op| !matches!(op, Op::Begin(at) if *at == number))
+            .filter_map(Op::writes)
+            .collect();
+        let within = ops.take_while(|op| !matches!(op, Op::End(at) if *at == number));
+        let copies = within.filter_map(|op| if let Op::Copy { to, .. } = op { Some(*to) } else { None });
+        copies.filter(|to| self.classes[to.index()] == Class::Vector && before.contains(to)).collect()
     }
 
     /// How often each register is read.

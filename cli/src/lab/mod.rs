@@ -1,4 +1,10 @@
-//! `ternion lab`: which kernels there are, and what they look like as code.
+//! `ternion lab`: which kernels there are, what they look like as code, how fast they are, and what limits them.
+
+mod measure;
+mod plot;
+mod report;
+mod run;
+mod sweep;
 
 use std::fmt::Write as _;
 use std::io::IsTerminal;
@@ -24,6 +30,14 @@ enum Experiment {
     List(List),
     /// Write a kernel as Cranelift IR, assembly, bytes or an object file; it is not run
     Emit(Emit),
+    /// Check kernels against the reference and measure them in interleaved rounds, with the limits of the machine beside them
+    Run(run::Run),
+    /// Measure all legal schedules of a matrix, or those that a filter leaves, into a file; goes on where it was interrupted
+    Sweep(sweep::Sweep),
+    /// Draw a sweep as one self-contained page: roofline, heat map over two parameters, ranked bars
+    Plot(plot::Plot),
+    /// Measure what this machine's kernels are worth, as one table: decoding, prompts, packings, sparse kernels, compiling
+    Report(report::ReportOptions),
 }
 
 #[derive(Debug, Args)]
@@ -41,7 +55,8 @@ struct List {
 
 #[derive(Debug, Args)]
 struct Emit {
-    /// Rows x row length of the matrix, as in W[m, k]; only the row length is compiled in
+    /// Rows x row length of the matrix, as in W[m, k]; only the row length is compiled in, or the number of rows for families
+    /// that read columns
     #[arg(long, value_name = "MxK")]
     shape: Shape,
     /// Columns per call; families that read a list always take one
@@ -87,6 +102,10 @@ pub(crate) fn lab(options: &Lab) -> Result<()> {
     match &options.command {
         Experiment::List(options) => list(options),
         Experiment::Emit(options) => emit_kernel(options),
+        Experiment::Run(options) => run::run(options),
+        Experiment::Sweep(options) => sweep::sweep(options),
+        Experiment::Plot(options) => plot::plot(options),
+        Experiment::Report(options) => report::report(options),
     }
 }
 
@@ -96,7 +115,7 @@ fn cpu(asked: Option<Cpu>) -> Result<Cpu> {
 }
 
 fn list(options: &List) -> Result<()> {
-    let entries = catalogue(options.shape.k, &cpu(options.cpu)?);
+    let entries = catalogue(options.shape, &cpu(options.cpu)?);
     if options.json {
         return output::json(&entries);
     }
@@ -116,7 +135,7 @@ fn emit_kernel(options: &Emit) -> Result<()> {
     if many && family.list().is_some() {
         return Err(UsageError(format!("-n many: {family} reads a list and takes one column")).into());
     }
-    let spec = spec(family, options.shape.k, many);
+    let spec = spec(family, options.shape, many);
     let schedule = options.schedule.map_or_else(|| choose(family, &spec, &cpu), Ok)?;
     let form = match options.form {
         FormName::Clif => Form::Clif,
