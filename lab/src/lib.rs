@@ -10,5 +10,5 @@ mod emit;
 mod shape;
 
 pub use catalogue::{Entry, catalogue, spec};
-pub use emit::{EmitError, Form, choose, emit};
+pub use emit::{EmitError, Form, choose, emit, emit_step};
 pub use shape::{ParseShapeError, Shape};
