@@ -15,6 +15,12 @@ pub enum ActivationFormat {
     /// `b = (c₀−1)·x + (c₁−1)·y + 254` in 0..=508, as 16 bytes `b mod 64` and then 16 bytes `b / 64`. Indices with a
     /// code 3 give 0. Two pairs (four activations, one weight byte) take 64 bytes.
     PairTables,
+    /// For each three activations `(x, y, z)` a table over the index of [`Layout::Threes`](crate::Layout::Threes): entry i
+    /// is `v = t₀·x + t₁·y + t₂·z`, of the trits with `t₀ + 3t₁ + 9t₂ = i`, as `v = l + 31·h + 16` with l and h signed bytes
+    /// in −16..=15: 16 bytes l, then 16 bytes h. With all bits of both flipped, which makes them `−1 − l` and `−1 − h`, they
+    /// are −v. Indices 14 and 15 hold what 0 holds. Activations are padded with zeros to whole blocks of 24 (eight tables,
+    /// five weight bytes).
+    TripleTables,
     /// As they are, padded with zeros to 64 bytes.
     Plain,
 }
@@ -30,6 +36,7 @@ impl ActivationFormat {
             Self::Planes => planes_bytes(k, 4),
             Self::FivePlanes => planes_bytes(k, 5),
             Self::PairTables => k.div_ceil(4) * 64,
+            Self::TripleTables => k.div_ceil(24) * 8 * 32,
             Self::Plain => k.next_multiple_of(64),
         }
     }
@@ -44,6 +51,7 @@ impl ActivationFormat {
             Self::Planes => planes::<4>(values, target),
             Self::FivePlanes => planes::<5>(values, target),
             Self::PairTables => pair_tables(values, target),
+            Self::TripleTables => triple_tables(values, target),
             Self::Plain => {
                 let (bytes, padding) = target.split_at_mut(values.len());
                 bytes.iter_mut().zip(values).for_each(|(byte, value)| *byte = value.cast_unsigned());
@@ -94,6 +102,39 @@ fn pair_tables(values: &[i8], target: &mut [u8]) {
     }
 }
 
+/// What the high part of [`ActivationFormat::TripleTables`] counts.
+pub const TRIPLE_BASE: i32 = 31;
+
+/// Trit j of every index of [`ActivationFormat::TripleTables`].
+const TRIPLES: [[i16; 16]; 3] = {
+    let mut trits = [[0; 16]; 3];
+    let mut index = 0;
+    while index <= 13 {
+        // In base 3 the digits of `index + 1 + 3 + 9` are the trits plus 1.
+        let number = index as i16 + 13;
+        (trits[0][index], trits[1][index], trits[2][index]) = (number % 3 - 1, number / 3 % 3 - 1, number / 9 - 1);
+        index += 1;
+    }
+    trits
+};
+
+fn triple_tables(values: &[i8], target: &mut [u8]) {
+    // Sums are made positive by a multiple of the base that is larger than any, so that a division is a multiplication.
+    const BASE: u16 = TRIPLE_BASE as u16;
+    const LIFT: u16 = 13;
+    const RECIPROCAL: u32 = (1 << 16) / BASE as u32 + 1;
+    for (i, table) in target.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let [x, y, z] = std::array::from_fn(|j| values.get(3 * i + j).map_or(0, |value| i16::from(*value)));
+        for index in 0..16 {
+            let sum = TRIPLES[0][index] * x + TRIPLES[1][index] * y + TRIPLES[2][index] * z;
+            let lifted = sum.wrapping_add_unsigned(LIFT * BASE).cast_unsigned();
+            let high = ((u32::from(lifted) * RECIPROCAL) >> 16) as u16;
+            table[index] = (lifted.wrapping_sub(high.wrapping_mul(BASE)) as u8).wrapping_sub(16);
+            table[16 + index] = (high as u8).wrapping_sub(LIFT as u8);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,6 +158,30 @@ mod tests {
         assert_eq!(target.len(), 5 * 64, "already an odd number of cache lines");
         let first: Vec<_> = (0..5).map(|j| &target[64 * j..][..4]).collect();
         assert_eq!(first, [[1, 6, 11, 0], [2, 7, 12, 0], [3, 8, 13, 0], [4, 9, 0, 0], [5, 10, 0, 0]]);
+    }
+
+    #[test]
+    fn tables_hold_every_sum_of_three_trits_and_its_opposite() {
+        for values in [[127, 127, 127], [-127, -127, -127], [127, -127, 66], [124, 124, 124], [-1, 1, 0], [5, -90, 0]] {
+            let mut target = vec![0x55; ActivationFormat::TripleTables.bytes(27)];
+            let repeated: Vec<i8> = values.into_iter().cycle().take(26).collect();
+            ActivationFormat::TripleTables.prepare(&repeated, &mut target);
+            assert_eq!(target.len(), 16 * 32);
+            for (i, table) in target.as_chunks::<32>().0.iter().enumerate() {
+                let at = |j: usize| repeated.get(3 * i + j).map_or(0, |value| i32::from(*value));
+                for index in 0..14 {
+                    let trit = |j: u32| (index + 13) / 3_i32.pow(j) % 3 - 1;
+                    let sum = trit(0) * at(0) + trit(1) * at(1) + trit(2) * at(2);
+                    let parts = [table[index as usize], table[16 + index as usize]];
+                    for (flip, expected) in [(0, sum), (0xff, -sum)] {
+                        let [low, high] = parts.map(|part| i32::from((part ^ flip).cast_signed()));
+                        assert!((-16..16).contains(&low) && (-16..16).contains(&high), "{low} {high}");
+                        assert_eq!(low + TRIPLE_BASE * high + 16, expected, "{values:?} {index}");
+                    }
+                }
+                assert_eq!((table[14], table[15], table[30]), (table[0], table[0], table[16]));
+            }
+        }
     }
 
     #[test]

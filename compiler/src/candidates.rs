@@ -1,8 +1,5 @@
 //! Which schedules are worth measuring.
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
-
 use crate::{Columns, Cpu, Family, KernelSpec, Layout, MachineKind, Multiply, Schedule};
 
 impl Schedule {
@@ -12,18 +9,6 @@ impl Schedule {
     /// narrow vectors of a wide machine's CPU in great variety, and what Cranelift turns into spills.
     #[must_use]
     pub fn candidates(spec: &KernelSpec, cpu: &Cpu) -> Vec<Self> {
-        // Checking assigns registers, some tens of milliseconds for a hundred schedules, and a tuner asks again and again.
-        static KNOWN: Mutex<BTreeMap<(KernelSpec, Cpu), Vec<Schedule>>> = Mutex::new(BTreeMap::new());
-        let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(candidates) = known().get(&(*spec, *cpu)) {
-            return candidates.clone();
-        }
-        let candidates = Self::find_candidates(spec, cpu);
-        known().insert((*spec, *cpu), candidates.clone());
-        candidates
-    }
-
-    fn find_candidates(spec: &KernelSpec, cpu: &Cpu) -> Vec<Self> {
         let mut candidates = Vec::new();
         for machine in [MachineKind::Avx512, MachineKind::Avx2, MachineKind::Clif128] {
             let probe = mad(machine, Layout::Rows { rows: 4, chunk: 64 }, Multiply::Dot, 1);
@@ -54,6 +39,13 @@ fn tl1(machine: MachineKind, rows: u8, unroll: u8) -> Schedule {
 fn t5(machine: MachineKind, vectors: usize, multiply: Multiply, unroll: u8) -> Schedule {
     let layout = Layout::Fives { rows: (vectors * machine.vector_bytes() / 4) as u8 };
     Schedule { family: Family::T5, ..mad(machine, layout, multiply, unroll) }
+}
+
+/// With `vectors` vectors of rows.
+fn tl2(machine: MachineKind, vectors: usize, unroll: u8) -> Schedule {
+    // More rows than a tile can have are refused with all else that is not legal.
+    let rows = (vectors * machine.vector_bytes()).try_into().unwrap_or(u8::MAX);
+    Schedule { family: Family::Tl2, ..mad(machine, Layout::Threes { rows }, Multiply::Pairs, unroll) }
 }
 
 /// `lanes<R>x4` with 1, 2, 4 … vectors of rows.
@@ -88,6 +80,11 @@ fn decoding(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Sched
             for (vectors, unroll) in [(2, 1), (1, 1), (1, 2), (2, 2), (1, 4)] {
                 candidates.push(Schedule { prefetch, ..t5(machine, vectors, multiply, unroll) });
             }
+        }
+    }
+    for prefetch in prefetches {
+        for (vectors, unroll) in [(2, 1), (3, 1), (1, 1), (1, 2), (4, 1)] {
+            candidates.push(Schedule { prefetch: *prefetch, ..tl2(machine, vectors, unroll) });
         }
     }
     if machine == MachineKind::Clif128 && multiply == Multiply::Pairs {
@@ -139,6 +136,7 @@ fn prompts(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Schedu
         }
     }
     candidates.extend([64, 128, 32, 16].map(|rows| tl1(machine, rows, 4)));
+    candidates.extend([2, 3, 1, 4].map(|vectors| tl2(machine, vectors, 1)));
     if machine != MachineKind::Avx512 {
         candidates.push(Schedule { ntile: 4, ..t5(machine, 1, multiply, 1) });
     } else {

@@ -1,8 +1,11 @@
 //! How a packed matrix lies in memory, as a value.
 //!
-//! All layouts hold the bytes of the canonical packing (four k-neighbours in a byte), only their order differs. Rows
-//! come in tiles; a tile is one sequential stream, which is what memory and its prefetchers like best. Rows past `m`
-//! and columns past `k` are padding of trit 0.
+//! Most layouts hold the bytes of the canonical packing (four k-neighbours in a byte), only their order differs; two take
+//! less than two bits a weight ([`dense`]). Rows come in tiles; a tile is one sequential stream, which is what memory and
+//! its prefetchers like best. Rows past `m` and columns past `k` are padding of trit 0.
+
+mod dense;
+mod repack;
 
 use std::fmt;
 use std::ops::Range;
@@ -11,6 +14,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use ternion_kernels_ref::matrix::ZERO_BYTE;
 use ternion_kernels_ref::{InvalidCode, PackedMatrix, TernaryMatrix};
+
+use self::dense::Dense;
 
 /// The order of the bytes of a packed `[m, k]` matrix. Prints to one word and parses back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -38,6 +43,13 @@ pub enum Layout {
         /// Rows of a tile, a multiple of 4.
         rows: u8,
     },
+    /// `threes64`: as `lanes64`, but 24 weights of a row take five bytes: a sign for each three, then the indices of two
+    /// threes to a byte. The index is `|Σ trit(3i + j) · 3ʲ|`, at most 13; bit i of the signs says that the sum is not
+    /// negative.
+    Threes {
+        /// Rows of a tile, a multiple of 16.
+        rows: u8,
+    },
     /// `columns64`: row after row, each padded to 64 bytes; within every `chunk` bytes, which hold `4 · chunk` weights, in
     /// the order in which `sparse-columns` meets them. Of a transposed matrix, since a row here is a column there: field j
     /// of byte `16l + 4x + i` is weight `(4x + j) · chunk / 4 + 4l + i`, with i, j and x below 4.
@@ -53,7 +65,9 @@ impl Layout {
     pub const fn tile_rows(self) -> usize {
         match self {
             Self::Canonical | Self::Columns { .. } => 1,
-            Self::Rows { rows, .. } | Self::Lanes { rows, .. } | Self::Fives { rows } => rows as usize,
+            Self::Rows { rows, .. } | Self::Lanes { rows, .. } | Self::Fives { rows } | Self::Threes { rows } => {
+                rows as usize
+            }
         }
     }
 
@@ -70,7 +84,8 @@ impl Layout {
         match self {
             Self::Canonical => bytes,
             Self::Rows { chunk: part, .. } | Self::Lanes { group: part, .. } => bytes.next_multiple_of(part as usize),
-            Self::Fives { .. } => k.div_ceil(5).next_multiple_of(FIVES_GROUP),
+            Self::Fives { .. } => Dense::Fives.row_bytes(k),
+            Self::Threes { .. } => Dense::Threes.row_bytes(k),
             Self::Columns { .. } => bytes.next_multiple_of(64),
         }
     }
@@ -112,15 +127,8 @@ impl Layout {
                         }
                     }
                 }
-                Self::Fives { .. } => {
-                    target.fill(five_trits(&[]));
-                    for (r, row) in rows.enumerate() {
-                        let codes: Vec<_> = row_codes(source.row(row)).take(source.k()).collect();
-                        for (i, codes) in codes.chunks(5).enumerate() {
-                            target[fives_place(tile_rows, r, i)] = five_trits(codes);
-                        }
-                    }
-                }
+                Self::Fives { .. } => pack_dense(Dense::Fives, source, rows, tile_rows, target),
+                Self::Threes { .. } => pack_dense(Dense::Threes, source, rows, tile_rows, target),
                 Self::Lanes { .. } => {
                     if rows.len() < tile_rows {
                         target.fill(ZERO_BYTE);
@@ -170,14 +178,8 @@ impl Layout {
                         target.copy_from_slice(&tile[(c * tile_rows + r) * usize::from(part)..][..target.len()]);
                     }
                 }
-                Self::Fives { .. } => {
-                    target.fill(ZERO_BYTE);
-                    for column in 0..k {
-                        let code = five_codes(tile[fives_place(tile_rows, r, column / 5)])[column % 5];
-                        let (byte, shift) = (&mut target[column / 4], 2 * (column % 4));
-                        *byte = *byte & !(3 << shift) | code << shift;
-                    }
-                }
+                Self::Fives { .. } => unpack_dense(Dense::Fives, tile, r, tile_rows, k, target),
+                Self::Threes { .. } => unpack_dense(Dense::Threes, tile, r, tile_rows, k, target),
                 Self::Lanes { .. } => {
                     for (target, byte) in target.iter_mut().zip(tile[r..].iter().step_by(tile_rows)) {
                         *target = *byte;
@@ -248,30 +250,22 @@ pub fn transpose_columns(source: PackedMatrix<'_>, columns: Range<usize>, target
     }
 }
 
-/// Bytes of a row that lie together in [`Layout::Fives`].
-const FIVES_GROUP: usize = 4;
-
-/// Where byte `i` of row `r` is in a tile of [`Layout::Fives`].
-const fn fives_place(tile_rows: usize, r: usize, i: usize) -> usize {
-    (i / FIVES_GROUP * tile_rows + r) * FIVES_GROUP + i % FIVES_GROUP
-}
-
-/// The two-bit codes in the bytes of a canonical row.
-fn row_codes(bytes: &[u8]) -> impl Iterator<Item = u8> {
-    bytes.iter().flat_map(|byte| [0, 2, 4, 6].map(|shift| byte >> shift & 3))
-}
-
-/// One byte of up to five codes; missing ones are trit 0, and a code that is no weight makes a byte that is none.
-fn five_trits(codes: &[u8]) -> u8 {
-    if codes.contains(&3) {
-        return u8::MAX;
+/// Packs rows of less than two bits a weight into one tile.
+fn pack_dense(dense: Dense, source: PackedMatrix<'_>, rows: Range<usize>, tile_rows: usize, target: &mut [u8]) {
+    let mut packed = vec![0; dense.row_bytes(source.k())];
+    for r in 0..tile_rows {
+        let row: &[u8] = if r < rows.len() { source.row(rows.start + r) } else { &[] };
+        dense.pack(row, source.k(), &mut packed);
+        for (i, byte) in packed.iter().enumerate() {
+            target[dense.place(tile_rows, r, i)] = *byte;
+        }
     }
-    (0..5).rev().fold(0, |byte, j| 3 * byte + codes.get(j).copied().unwrap_or(1))
 }
 
-/// The five codes of a byte, all 3 if it is no byte of five weights.
-fn five_codes(byte: u8) -> [u8; 5] {
-    if byte > 242 { [3; 5] } else { [1, 3, 9, 27, 81].map(|power| byte / power % 3) }
+/// Reads one row of a tile of such rows back into the canonical order.
+fn unpack_dense(dense: Dense, tile: &[u8], r: usize, tile_rows: usize, k: usize, target: &mut [u8]) {
+    let packed: Vec<_> = (0..dense.row_bytes(k)).map(|i| tile[dense.place(tile_rows, r, i)]).collect();
+    dense.unpack(&packed, k, target);
 }
 
 impl fmt::Display for Layout {
@@ -282,6 +276,7 @@ impl fmt::Display for Layout {
             Self::Lanes { rows, group: 1 } => write!(f, "lanes{rows}"),
             Self::Lanes { rows, group } => write!(f, "lanes{rows}x{group}"),
             Self::Fives { rows } => write!(f, "fives{rows}"),
+            Self::Threes { rows } => write!(f, "threes{rows}"),
             Self::Columns { chunk } => write!(f, "columns{chunk}"),
         }
     }
@@ -290,7 +285,7 @@ impl fmt::Display for Layout {
 /// A word that names no layout.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{0}` is no layout: expected canonical, rows<R>x<16|32|64>, lanes<R>, lanes<R>x4, fives<R> or columns<16|32|64>"
+    "`{0}` is no layout: expected canonical, rows<R>x<16|32|64>, lanes<R>, lanes<R>x4, fives<R>, threes<R> or columns<16|32|64>"
 )]
 pub struct ParseLayoutError(String);
 
@@ -309,6 +304,8 @@ impl FromStr for Layout {
             chunk.parse().ok().filter(|chunk| matches!(chunk, 16 | 32 | 64)).map(|chunk| Self::Columns { chunk })
         } else if let Some(rows) = text.strip_prefix("fives") {
             rows.parse().ok().filter(|rows| rows % 4 == 0 && *rows > 0).map(|rows| Self::Fives { rows })
+        } else if let Some(rows) = text.strip_prefix("threes") {
+            rows.parse().ok().filter(|rows| rows % 16 == 0 && *rows > 0).map(|rows| Self::Threes { rows })
         } else {
             let sizes = text.strip_prefix("lanes").map(|sizes| sizes.split_once('x').unwrap_or((sizes, "1")));
             match sizes.map(|(rows, group)| (rows.parse(), group.parse())) {
@@ -345,13 +342,14 @@ mod tests {
     use proptest::prelude::*;
     use ternion_kernels_ref::Trit;
 
-    fn layouts() -> impl Strategy<Value = Layout> {
+    pub(super) fn layouts() -> impl Strategy<Value = Layout> {
         prop_oneof![
             Just(Layout::Canonical),
             (1u8..=16, prop::sample::select(vec![16, 32, 64])).prop_map(|(rows, chunk)| Layout::Rows { rows, chunk }),
             (1u8..=4).prop_map(|groups| Layout::Lanes { rows: 16 * groups, group: 1 }),
             (1u8..=8).prop_map(|groups| Layout::Lanes { rows: 4 * groups, group: 4 }),
             (1u8..=8).prop_map(|groups| Layout::Fives { rows: 4 * groups }),
+            (1u8..=4).prop_map(|groups| Layout::Threes { rows: 16 * groups }),
             prop::sample::select(vec![16, 32, 64]).prop_map(|chunk| Layout::Columns { chunk }),
         ]
     }
@@ -417,25 +415,14 @@ mod tests {
             "lanes6x4",
             "fives0",
             "fives6",
+            "threes0",
+            "threes24",
             "columns8",
             "columns064",
             "tiles",
         ] {
             assert!(text.parse::<Layout>().is_err(), "{text}");
         }
-    }
-
-    #[test]
-    fn five_weights_make_a_byte_and_code_3_makes_one_that_is_none() {
-        let source = [0b00_01_10_01, 0b01_11_10_10];
-        let row = PackedMatrix::new(1, 6, &source).unwrap();
-        let packed = Layout::Fives { rows: 4 }.pack(row);
-        // Codes 1 2 1 0 2, and 2 with padding.
-        assert_eq!((packed[0], packed[1]), (1 + 2 * 3 + 9 + 2 * 81, 2 + 3 + 9 + 27 + 81));
-        let row = PackedMatrix::new(1, 8, &source).unwrap();
-        let packed = Layout::Fives { rows: 4 }.pack(row);
-        assert_eq!(packed[1], 255);
-        assert_eq!(Layout::Fives { rows: 4 }.unpack(1, 8, &packed), Err(InvalidCode { row: 0, column: 5 }));
     }
 
     #[test]

@@ -208,12 +208,6 @@ impl Schedule {
     /// # Errors
     /// The first reason why not.
     pub fn check(&self, spec: &KernelSpec, cpu: &Cpu) -> Result<(), ScheduleError> {
-        self.check_rules(spec, cpu)?;
-        self.check_registers(spec, cpu)
-    }
-
-    /// All of [`check`](Self::check) but the registers, which take far longer to assign than all the rest.
-    pub(crate) fn check_rules(&self, spec: &KernelSpec, cpu: &Cpu) -> Result<(), ScheduleError> {
         if spec.k == 0 || spec.k > KernelSpec::MAX_K {
             return Err(ScheduleError::RowLength(spec.k));
         }
@@ -235,14 +229,15 @@ impl Schedule {
             }
             (Columns::Many, ntile) => return parameter("ntile", ntile, "1 to 32"),
         }
-        if self.prefetch != 0 && !self.family.multiplies() {
-            let expected = "0: only families that multiply prefetch";
+        if self.prefetch != 0 && !self.family.rules().prefetches() {
+            let expected = "0: this family does not prefetch";
             return Err(ScheduleError::Parameter { name: "prefetch", value: self.prefetch.into(), expected });
         }
         if self.multiply != Multiply::Pairs && !self.family.multiplies() {
-            return parameter("multiply", self.multiply as u8, "none: tl1 and vlut do not multiply");
+            return parameter("multiply", self.multiply as u8, "none: this family does not multiply");
         }
-        self.family.rules().check(self, cpu)
+        self.family.rules().check(self, cpu)?;
+        self.check_registers(spec, cpu)
     }
 
     /// Whether the machine runs on `cpu` and can do what every family asks of it.
@@ -307,11 +302,22 @@ impl Schedule {
         if has { Ok(()) } else { Err(ScheduleError::MissingFeature { what: "multiply=dot", needs, cpu: *cpu }) }
     }
 
-    /// Whether the wide machines have enough registers, by assigning them. Cranelift spills instead.
-    pub(crate) fn check_registers(&self, spec: &KernelSpec, cpu: &Cpu) -> Result<(), ScheduleError> {
+    /// Whether the wide machines have enough registers, as the family says, or else by assigning them. Cranelift spills
+    /// instead.
+    fn check_registers(&self, spec: &KernelSpec, cpu: &Cpu) -> Result<(), ScheduleError> {
         let Some(target) = wide::Target::new(self.machine, cpu) else { return Ok(()) };
-        wide::fits(target, |m| emit::emit(m, spec, self)).map_err(|wide::OutOfRegisters { kind, needed, available }| {
-            ScheduleError::Registers { machine: self.machine, kind, needed, available }
+        let outcome = match self.family.rules().registers(self) {
+            None => wide::fits(target, |m| emit::emit(m, spec, self)),
+            Some(needed) if needed > target.vector_registers() => {
+                Err(wide::OutOfRegisters { kind: "vector", needed, available: target.vector_registers() })
+            }
+            Some(_) => Ok(()),
+        };
+        outcome.map_err(|wide::OutOfRegisters { kind, needed, available }| ScheduleError::Registers {
+            machine: self.machine,
+            kind,
+            needed,
+            available,
         })
     }
 

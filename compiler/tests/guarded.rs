@@ -123,6 +123,7 @@ fn job(random: &mut Random, cpu: &Cpu) -> (KernelSpec, Schedule) {
             Layout::Rows { rows: 4.., .. } => Layout::Rows { rows, chunk: random.of(&[16, 32, 64]) },
             Layout::Lanes { group: 1, .. } => Layout::Lanes { rows: 16 * (1 + random.below(4)) as u8, group: 1 },
             Layout::Lanes { group, .. } => Layout::Lanes { rows: 4 * (1 + random.below(8)) as u8, group },
+            Layout::Threes { .. } => Layout::Threes { rows: 16 * (1 + random.below(8)) as u8 },
             Layout::Fives { .. } => Layout::Fives { rows: 4 * (1 + random.below(8)) as u8 },
             other => other,
         },

@@ -1,8 +1,12 @@
 //! Every kernel returns the reference's integers, whatever the schedule and the features of the CPU. Random shapes, data and
 //! guard pages are in `guarded.rs`, other machines in `aarch64.rs`.
 
+use std::collections::BTreeSet;
+use std::time::Instant;
+
 use ternion_compiler::{
-    Columns, CompileError, Cpu, Family, Feature, KernelSpec, Layout, Schedule, ScheduleError, compile, compile_each,
+    Columns, CompileError, Cpu, Family, Feature, KernelSpec, Layout, Schedule, ScheduleError, code_bytes, compile,
+    compile_each,
 };
 
 fn host() -> Cpu {
@@ -48,11 +52,41 @@ fn kernels_agree_whatever_features_the_cpu_lacks() {
 }
 
 #[test]
+fn compiling_takes_little_time() {
+    let specs = [(2560, Columns::One), (2560, Columns::Many), (6912, Columns::One), (6912, Columns::Many)];
+    let jobs = specs.map(|(k, columns)| KernelSpec { k, columns }).map(|spec| {
+        let schedules = Schedule::candidates(&spec, &host());
+        (spec, schedules)
+    });
+    // What a model needs: the first candidate for each of its row lengths, for one column and for many.
+    let model: Vec<_> = jobs.iter().map(|(spec, schedules)| (*spec, schedules[0])).collect();
+    let start = Instant::now();
+    let kernels = compile(&model, &host()).unwrap_or_else(|error| panic!("{error}"));
+    let whole = start.elapsed();
+    println!("{} kernels of 2B4T, compiled and checked: {whole:?}", kernels.len());
+    // Every family on every machine by itself, without the check before first use; the best of a few times.
+    let mut seen = BTreeSet::new();
+    for (spec, schedule) in jobs.iter().flat_map(|(spec, all)| all.iter().map(move |schedule| (spec, schedule))) {
+        if seen.insert((schedule.family, schedule.machine, spec.columns)) {
+            let times = (0..3).map(|_| {
+                let start = Instant::now();
+                let bytes = code_bytes(spec, schedule, &host()).unwrap_or_else(|error| panic!("{error}"));
+                assert!(!bytes.is_empty());
+                start.elapsed()
+            });
+            println!("{:?} for {spec}, {schedule}", times.min().unwrap_or_default());
+        }
+    }
+    assert!(seen.len() > 4);
+}
+
+#[test]
 fn a_feature_that_is_missing_is_refused_by_name() {
     let spec = KernelSpec { k: 256, columns: Columns::One };
     for (cpu, text, what) in [
         ("x86-64", "mad/clif128 layout=rows4x64 multiply=dot unroll=1 ntile=1", "multiply=dot"),
         ("x86-64", "tl1/clif128 layout=lanes32 unroll=8 ntile=1", "tl1"),
+        ("x86-64", "tl2/clif128 layout=threes32 unroll=1 ntile=1", "tl2"),
         ("x86-64", "t5/clif128 layout=fives16 multiply=pairs unroll=1 ntile=1", "t5"),
         (
             "x86-64 +ssse3 +avx2 +avx512f +avx512bw +avx512dq +avx512vl +avx512vnni",
@@ -175,6 +209,7 @@ fn the_ir_of_the_smallest_kernels_is_what_was_reviewed() {
     for (name, text) in [
         ("mad", "mad/clif128 layout=rows4x16 multiply=pairs unroll=1 ntile=1"),
         ("tl1", "tl1/clif128 layout=lanes16 unroll=2 ntile=1"),
+        ("tl2", "tl2/clif128 layout=threes16 unroll=1 ntile=1"),
     ] {
         insta::assert_snapshot!(name, ternion_compiler::clif_text(&spec, &text.parse().unwrap(), &cpu).unwrap());
     }
@@ -184,7 +219,9 @@ fn the_ir_of_the_smallest_kernels_is_what_was_reviewed() {
 fn the_machine_code_of_the_smallest_wide_kernels_is_what_was_reviewed() {
     let avx2: Cpu = "x86-64 +ssse3 +avx2".parse().unwrap();
     let avx512: Cpu = "x86-64 +avx512f +avx512bw +avx512dq +avx512vl +avx512vnni".parse().unwrap();
-    let vbmi = avx512.with(Feature::Avx512vbmi);
+    let vbmi = avx512.with(Feature::Avx512vbmi).with(Feature::Ssse3);
+    let avx512 = avx512.with(Feature::Ssse3);
+    let vnni = avx2.with(Feature::AvxVnni);
     let spec = KernelSpec { k: 1024, columns: Columns::One };
     for (name, cpu, text) in [
         ("mad_avx2", avx2, "mad/avx2 layout=rows4x32 multiply=pairs unroll=1 ntile=1"),
@@ -193,6 +230,12 @@ fn the_machine_code_of_the_smallest_wide_kernels_is_what_was_reviewed() {
         ("mad_lanes_avx512", avx512, "mad/avx512 layout=lanes16x4 multiply=dot unroll=1 ntile=1"),
         ("t5_avx512", vbmi, "t5/avx512 layout=fives16 multiply=dot unroll=1 ntile=1"),
         ("tl1_avx2", avx2, "tl1/avx2 layout=lanes32 unroll=2 ntile=1"),
+        ("tl2_avx2", avx2, "tl2/avx2 layout=threes32 unroll=1 ntile=1"),
+        ("tl2_avx512", avx512, "tl2/avx512 layout=threes64 unroll=1 ntile=1"),
+        ("tl2_avx512_vbmi", vbmi, "tl2/avx512 layout=threes64 unroll=1 ntile=1 prefetch=1024"),
+        // Assembled only: few machines that test this have it.
+        ("mad_avxvnni", vnni, "mad/avx2 layout=rows4x32 multiply=dot unroll=1 ntile=1"),
+        ("mad_lanes_avxvnni", vnni, "mad/avx2 layout=lanes8x4 multiply=dot unroll=1 ntile=1"),
     ] {
         let text = ternion_compiler::asm_text(&spec, &text.parse().unwrap(), &cpu).unwrap();
         insta::assert_snapshot!(name, text.expect("the CPU is an x86-64"));

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::{mad, sparse_columns, sparse_rows, t5, tl1, vlut};
+use super::{mad, sparse_columns, sparse_rows, t5, tl1, tl2, vlut};
 use crate::machine::Machine;
 use crate::schedule::ParseScheduleError;
 use crate::{ActivationFormat, Columns, Cpu, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
@@ -13,9 +13,14 @@ pub trait Rules: Sync {
     /// Its name in a schedule. Families of one name are one family.
     fn name(&self) -> &'static str;
 
-    /// Whether it multiplies, so that [`Multiply`](crate::Multiply) says how, and it may prefetch.
+    /// Whether it multiplies, so that [`Multiply`](crate::Multiply) says how.
     fn multiplies(&self) -> bool {
         false
+    }
+
+    /// Whether it may ask for weights before it needs them.
+    fn prefetches(&self) -> bool {
+        self.multiplies()
     }
 
     /// What it is called with: `None` for one column and for many.
@@ -47,10 +52,10 @@ pub trait Rules: Sync {
     /// The values of `ntile` that may, for many columns.
     fn ntiles(&self, machine: MachineKind) -> Vec<u8>;
 
-    /// Vector registers without which nothing of `schedule` can be emitted: cheap to tell, and never more than there
-    /// really are in use.
-    fn least_registers(&self, _schedule: &Schedule) -> usize {
-        0
+    /// Vector registers that `schedule` has in use at once on a wide machine when rows are long enough for all of its
+    /// loops; `None` if that has to be found out by assigning them, which takes a thousand times as long.
+    fn registers(&self, _schedule: &Schedule) -> Option<usize> {
+        None
     }
 
     /// Emits the body of a kernel whose schedule [`Schedule::check`] has found legal.
@@ -68,6 +73,8 @@ impl Family {
     pub const Mad: Self = Self(&mad::Mad);
     /// Two trits are an index into a table of their sums, looked up by byte shuffles.
     pub const Tl1: Self = Self(&tl1::Tl1);
+    /// Three trits are a sign and an index into a table of their sums.
+    pub const Tl2: Self = Self(&tl2::Tl2);
     /// As [`Mad`](Self::Mad), with five trits in a byte.
     pub const T5: Self = Self(&t5::T5);
     /// For many columns at once: the weight byte is the row of a table of the sums of four activations.
@@ -78,7 +85,8 @@ impl Family {
     pub const SparseColumns: Self = Self(&sparse_columns::SparseColumns);
 
     /// All families of this compiler.
-    pub const ALL: [Self; 6] = [Self::Mad, Self::Tl1, Self::T5, Self::Vlut, Self::SparseRows, Self::SparseColumns];
+    pub const ALL: [Self; 7] =
+        [Self::Mad, Self::Tl1, Self::Tl2, Self::T5, Self::Vlut, Self::SparseRows, Self::SparseColumns];
 }
 
 impl Family {

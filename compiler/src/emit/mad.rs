@@ -62,12 +62,16 @@ impl Rules for Mad {
         (1..=32).collect()
     }
 
-    fn least_registers(&self, schedule: &Schedule) -> usize {
-        match schedule.layout {
-            Layout::Lanes { .. } => mad_lanes::least_registers(schedule),
-            // A sum for every row in every column, whose lanes are added up at the end.
-            _ => schedule.layout.tile_rows() * usize::from(schedule.ntile),
-        }
+    fn registers(&self, schedule: &Schedule) -> Option<usize> {
+        Some(match schedule.layout {
+            Layout::Lanes { .. } => mad_lanes::registers(schedule),
+            // A sum for every row in every column, whose lanes are added up at the end, and with pairs one of 16 bits too;
+            // bytes, codes and their mask.
+            _ => {
+                let results = schedule.layout.tile_rows() * usize::from(schedule.ntile);
+                results * if schedule.multiply == Multiply::Pairs { 2 } else { 1 } + 3
+            }
+        })
     }
 
     fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {

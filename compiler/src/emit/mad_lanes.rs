@@ -33,9 +33,42 @@ pub(super) fn heights(machine: MachineKind) -> impl Iterator<Item = u8> {
     (lanes..=64).step_by(lanes).map(|rows| rows as u8)
 }
 
-/// Sums of every row in every column stay in registers.
-pub(super) fn least_registers(schedule: &Schedule) -> usize {
-    4 * schedule.layout.tile_rows() / schedule.machine.vector_bytes() * usize::from(schedule.ntile)
+/// See [`Rules::registers`](super::Rules::registers).
+pub(super) fn registers(schedule: &Schedule) -> usize {
+    let vectors = 4 * schedule.layout.tile_rows() / schedule.machine.vector_bytes();
+    let wide = schedule.machine == MachineKind::Avx512;
+    // Those of a pass over `ntile` columns, and over the columns that are left.
+    let of_pass = |columns: usize| {
+        let results = vectors * columns;
+        let scaled = schedule.multiply == Multiply::Dot && may_scale(results);
+        let planes = if let Layout::Fives { .. } = schedule.layout { 5 } else { 4 };
+        let sums = match schedule.multiply {
+            Multiply::Pairs => results,
+            Multiply::Dot => results * spread(results, planes, scaled),
+        };
+        // Bytes and codes of all vectors, and what they meet: activations, or a mask before that.
+        let others = match (planes, schedule.multiply) {
+            // Splitting five weights takes another two, or with a table of 128 bytes one.
+            (5, _) => 2 * vectors + if wide { 2 } else { 3 },
+            // Activations that meet one vector are read from memory where they meet it.
+            (_, Multiply::Dot) if wide && scaled && vectors == 1 => 2,
+            // Products are values of their own before they are added.
+            (_, Multiply::Pairs) if results > vectors && vectors > 1 => 2 * vectors + 2,
+            _ => 2 * vectors + 1,
+        };
+        sums + others
+    };
+    of_pass(schedule.ntile.into()).max(of_pass(1))
+}
+
+/// Whether there are so few results that each place of a byte may have sums of its own.
+const fn may_scale(results: usize) -> bool {
+    4 * results <= CHAINS
+}
+
+/// Sums of each result.
+fn spread(results: usize, planes: usize, scaled: bool) -> usize {
+    if scaled { planes } else { (CHAINS / results).clamp(1, 4) }
 }
 
 /// Sums that should be under way at once: a multiply-add takes some four cycles, and a CPU starts up to two per cycle.
@@ -103,8 +136,8 @@ impl MadLanes {
     /// One tile times a few columns, in 32-bit sums.
     fn tile_of_dots(&self, m: &mut dyn Machine, tile: &Tile) {
         let results = self.vectors * tile.columns;
-        let scaled = 4 * results <= CHAINS && self.may_scale && m.dot_takes_any_byte();
-        let spread = if scaled { self.planes } else { (CHAINS / results).clamp(1, 4) };
+        let scaled = may_scale(results) && self.may_scale && m.dot_takes_any_byte();
+        let spread = spread(results, self.planes, scaled);
         let zero = m.zero();
         // `[columns, vectors, spread]`.
         let totals: Vec<_> = (0..results * spread).map(|_| m.vector_variable(zero)).collect();

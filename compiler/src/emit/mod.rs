@@ -14,6 +14,7 @@ mod sparse_columns;
 mod sparse_rows;
 mod t5;
 mod tl1;
+pub(crate) mod tl2;
 pub(crate) mod vlut;
 
 use crate::machine::{Argument, Int, IntVariable, Machine, advance, while_at_least};

@@ -75,6 +75,11 @@ impl Rules for SparseColumns {
         vec![1]
     }
 
+    fn registers(&self, schedule: &Schedule) -> Option<usize> {
+        // Four interleaved vectors and the factors of every quad; results and codes.
+        Some(5 * usize::from(schedule.unroll) + 2)
+    }
+
     fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
         emit(m, spec, schedule);
     }

@@ -60,6 +60,11 @@ impl Rules for SparseRows {
         vec![1]
     }
 
+    fn registers(&self, schedule: &Schedule) -> Option<usize> {
+        // The sums of four records, with pairs one of 16 bits; bytes, codes and their mask.
+        Some(if schedule.multiply == Multiply::Pairs { 5 } else { 4 } + 3)
+    }
+
     fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
         emit(m, spec, schedule);
     }

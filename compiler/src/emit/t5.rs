@@ -51,8 +51,8 @@ impl Rules for T5 {
         (1..=32).collect()
     }
 
-    fn least_registers(&self, schedule: &Schedule) -> usize {
-        mad_lanes::least_registers(schedule)
+    fn registers(&self, schedule: &Schedule) -> Option<usize> {
+        Some(mad_lanes::registers(schedule))
     }
 
     fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {

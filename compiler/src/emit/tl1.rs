@@ -63,6 +63,12 @@ impl Rules for Tl1 {
         vec![1]
     }
 
+    fn registers(&self, schedule: &Schedule) -> Option<usize> {
+        // Of every vector of rows the 16-bit sums and the byte sums; bytes, an index, and what is looked up.
+        let vectors = schedule.layout.tile_rows() / schedule.machine.vector_bytes();
+        Some((4 + 2) * vectors + 3)
+    }
+
     fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
         emit(m, spec, schedule);
     }

@@ -85,6 +85,11 @@ impl Rules for Vlut {
         vec![machine.vector_bytes() as u8 / 2]
     }
 
+    fn registers(&self, _: &Schedule) -> Option<usize> {
+        // Eight columns are transposed together, of which two make two.
+        Some(OCTET + 1)
+    }
+
     fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
         emit_with(m, spec, schedule, MAX_GROUPS);
     }

@@ -20,6 +20,9 @@ pub enum Data {
     /// `full-parts`: as `same-sign`, but activations are 127 and 66 by turns. The table entry of such a pair in
     /// [`PairTables`](crate::ActivationFormat::PairTables) is 193 + 254 = 6·64 + 63: the largest low part.
     FullParts,
+    /// `full-triples`: as `same-sign`, but activations are 124. Three of them are 372 = 12·31: with that sum the parts in
+    /// [`TripleTables`](crate::ActivationFormat::TripleTables) are −16, and 15 where its sign is the other one.
+    FullTriples,
     /// `zeros`: rows of 0 and random ones by turns, columns of 0 and random ones by turns.
     Zeros,
     /// `identity`: weight `(r, c)` is +1 where `c mod m = r` and 0 elsewhere; random activations.
@@ -36,11 +39,12 @@ pub enum Data {
 
 impl Data {
     /// All kinds of data.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Random,
         Self::Bounds,
         Self::SameSign,
         Self::FullParts,
+        Self::FullTriples,
         Self::Zeros,
         Self::Identity,
         Self::OneHot,
@@ -56,6 +60,7 @@ impl fmt::Display for Data {
             Self::Bounds => "bounds",
             Self::SameSign => "same-sign",
             Self::FullParts => "full-parts",
+            Self::FullTriples => "full-triples",
             Self::Zeros => "zeros",
             Self::Identity => "identity",
             Self::OneHot => "one-hot",
@@ -84,7 +89,7 @@ impl Problem {
         let weights = TernaryMatrix::from_fn(m, k, |row, column| match (data, row) {
             (Data::Bounds, 0) => Trit::Plus,
             (Data::Bounds, 1) => Trit::Minus,
-            (Data::SameSign | Data::FullParts, _) => sign(row),
+            (Data::SameSign | Data::FullParts | Data::FullTriples, _) => sign(row),
             (Data::Zeros, _) if row.is_multiple_of(2) => Trit::Zero,
             (Data::Identity, _) if column % m == row => Trit::Plus,
             (Data::Identity, _) => Trit::Zero,
@@ -182,6 +187,7 @@ fn activations(data: Data, k: usize, column: usize, random: &mut Random) -> Quan
         Data::Bounds if column == 0 => 127,
         Data::SameSign => 127 * sign,
         Data::FullParts => [127, 66][at % 2] * sign,
+        Data::FullTriples => 124 * sign,
         Data::Zeros if column.is_multiple_of(2) => 0,
         Data::OneHot => i8::from(at == hot) * 127 * sign,
         Data::Alternating => [127, -127][at % 2] * sign,
@@ -235,6 +241,7 @@ mod tests {
         }
         assert_eq!(Problem::new(Data::Bounds, 2, 100, 1, 1).expected(), Some(&[12_700, -12_700][..]));
         assert_eq!(Problem::new(Data::FullParts, 1, 100, 1, 1).expected(), Some(&[193 * 50][..]));
+        assert_eq!(Problem::new(Data::FullTriples, 1, 99, 1, 1).expected(), Some(&[372 * 33][..]));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use super::*;
 use crate::compile::{compile_anything, compile_unchecked};
-use crate::emit::vlut;
+use crate::emit::{tl2, vlut};
 use crate::{Cpu, KernelSpec, Schedule, compile};
 
 fn host() -> Cpu {
@@ -33,7 +33,7 @@ fn sums_at_their_bound_are_right_and_beyond_it_the_harness_says_so() {
     for (text, fits) in BOUNDS {
         let kernel = compile_unchecked(SPEC, schedule(text), &host());
         let outcome = |data| check(&kernel, &Problem::new(data, 3, SPEC.k, 2, 1), Placement::Heap);
-        for data in [Data::SameSign, Data::FullParts, Data::Alternating, Data::Random] {
+        for data in [Data::SameSign, Data::FullParts, Data::FullTriples, Data::Alternating, Data::Random] {
             let outcome = outcome(data);
             match (fits, data) {
                 (true, _) => assert_eq!(outcome, Ok(()), "{text}, {data}"),
@@ -58,6 +58,25 @@ fn sums_of_more_lookups_than_vlut_adds_up_in_16_bits_overflow() {
     };
     assert_eq!(outcome(vlut::MAX_GROUPS), Ok(()));
     assert!(matches!(outcome(2 * vlut::MAX_GROUPS), Err(Fault::Mismatch(_))));
+}
+
+#[test]
+fn sums_of_more_blocks_than_tl2_adds_up_in_16_bits_overflow() {
+    let spec = KernelSpec { k: 24 * 2 * tl2::MAX_BLOCKS, columns: Columns::One };
+    let schedule = schedule("tl2/clif128 layout=threes16 unroll=1 ntile=1");
+    let outcome = |blocks, data| {
+        let kernel = compile_anything(spec, schedule, &host(), |m| tl2::emit_with(m, &spec, &schedule, blocks));
+        check(&kernel, &Problem::new(data, 3, spec.k, 2, 1), Placement::Heap)
+    };
+    for data in [Data::FullTriples, Data::SameSign, Data::Alternating, Data::Random] {
+        assert_eq!(outcome(tl2::MAX_BLOCKS, data), Ok(()), "{data}");
+    }
+    for blocks in [tl2::MAX_BLOCKS + 1, 2 * tl2::MAX_BLOCKS] {
+        let outcome = outcome(blocks, Data::FullTriples);
+        assert!(matches!(outcome, Err(Fault::Mismatch(_))), "{blocks} blocks: {outcome:?}");
+    }
+    // Nothing but the size of the sums is wrong with one block too many.
+    assert_eq!(outcome(tl2::MAX_BLOCKS + 1, Data::OneHot), Ok(()));
 }
 
 #[test]

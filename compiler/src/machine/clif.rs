@@ -29,6 +29,7 @@ pub(crate) fn isa(cpu: &Cpu) -> Result<OwnedTargetIsa, CodegenError> {
         ("use_colocated_libcalls", "false"),
         ("unwind_info", "false"),
         ("enable_probestack", "false"),
+        ("enable_verifier", if cfg!(debug_assertions) { "true" } else { "false" }),
     ] {
         flags.set(name, value).map_err(|error| unsupported(&error))?;
     }
@@ -521,6 +522,26 @@ impl Machine for Clif<'_> {
             result = self.binary(types::I8X16, result, found, |builder, a, b| builder.ins().bor(a, b));
         }
         result
+    }
+
+    fn load_signed_table(&mut self, address: Int, offset: i32) -> Vector {
+        self.load_table(address, offset)
+    }
+
+    fn lookup_signed(&mut self, tables: [Vector; 2], index: Vector, signs: Vector, bit: u8) -> [Vector; 2] {
+        let nibble = self.splat8(15);
+        let index = self.and(index, nibble);
+        // With the sign on top of its byte, one comparison makes it all bits of the byte; what comes in from below does not
+        // matter.
+        let signs = if bit == 7 { signs } else { self.shift_left16(signs, 7 - bit) };
+        let minus_one = self.splat8(255);
+        let flipped = self.binary(types::I8X16, signs, minus_one, |builder, signs, minus_one| {
+            builder.ins().icmp(IntCC::SignedGreaterThan, signs, minus_one)
+        });
+        tables.map(|table| {
+            let entries = self.lookup(table, index);
+            self.binary(types::I8X16, entries, flipped, |builder, a, b| builder.ins().bxor(a, b))
+        })
     }
 
     fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2] {

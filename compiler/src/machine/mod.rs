@@ -7,6 +7,8 @@
 
 pub(crate) mod clif;
 pub(crate) mod disassembly;
+#[cfg(test)]
+mod features;
 pub(crate) mod wide;
 
 /// Machine code of one function, free of relocations, and what it needs to run.
@@ -210,6 +212,11 @@ pub trait Machine {
     fn lookup(&mut self, table: Vector, index: Vector) -> Vector;
     /// Byte i: `table[index[i]]`, `index[i] ≤ 127`.
     fn lookup128(&mut self, table: &[u8; 128], index: Vector) -> Vector;
+    /// Loads a table of 16 bytes for [`lookup_signed`](Self::lookup_signed).
+    fn load_signed_table(&mut self, address: Int, offset: i32) -> Vector;
+    /// Byte i of each result: the byte of that table at `index[i] mod 16`, with all of its bits flipped where bit `bit` of
+    /// `signs[i]` is 0.
+    fn lookup_signed(&mut self, tables: [Vector; 2], index: Vector, signs: Vector, bit: u8) -> [Vector; 2];
     /// The 16-bit lanes of `a` and `b` in turn, `a` first: the first half of the result, then the second.
     fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2];
     /// The bytes of `a` and `b` in turn, within every 128 bits: from their lower halves, then from their upper halves.

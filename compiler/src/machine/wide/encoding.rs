@@ -83,6 +83,7 @@ operations! {
     Sub8: VEX_Vpsubb_ymm_ymm_ymmm256, EVEX_Vpsubb_zmm_k1z_zmm_zmmm512, false, Vector;
     Min8: VEX_Vpminub_ymm_ymm_ymmm256, EVEX_Vpminub_zmm_k1z_zmm_zmmm512, true, Vector;
     Or: VEX_Vpor_ymm_ymm_ymmm256, EVEX_Vpord_zmm_k1z_zmm_zmmm512b32, true, VectorOrSplat32;
+    Xor: VEX_Vpxor_ymm_ymm_ymmm256, EVEX_Vpxord_zmm_k1z_zmm_zmmm512b32, true, VectorOrSplat32;
     AddSaturating8: VEX_Vpaddusb_ymm_ymm_ymmm256, EVEX_Vpaddusb_zmm_k1z_zmm_zmmm512, true, Vector;
     Add16: VEX_Vpaddw_ymm_ymm_ymmm256, EVEX_Vpaddw_zmm_k1z_zmm_zmmm512, true, Vector;
     Sub16: VEX_Vpsubw_ymm_ymm_ymmm256, EVEX_Vpsubw_zmm_k1z_zmm_zmmm512, false, Vector;

@@ -8,6 +8,8 @@ mod assemble;
 mod encoding;
 mod program;
 
+use std::cmp::Ordering;
+
 use iced_x86::Code as X86;
 
 use self::allocate::{Assignment, allocate};
@@ -36,6 +38,8 @@ pub(crate) struct Target {
     isa: Isa,
     /// The four-way dot product at this width.
     dot: X86,
+    /// Whether bytes can be looked up across a vector.
+    permutes_bytes: bool,
 }
 
 impl Target {
@@ -44,11 +48,16 @@ impl Target {
         match machine {
             MachineKind::Clif128 => None,
             // Without AVX-VNNI the AVX-512 encoding does the same with the same sixteen registers.
-            MachineKind::Avx2 if cpu.has(Feature::AvxVnni) => {
-                Some(Self { isa: Isa::Avx2, dot: X86::VEX_Vpdpbusd_ymm_ymm_ymmm256 })
+            MachineKind::Avx2 => {
+                let vex = cpu.has(Feature::AvxVnni);
+                let dot =
+                    if vex { X86::VEX_Vpdpbusd_ymm_ymm_ymmm256 } else { X86::EVEX_Vpdpbusd_ymm_k1z_ymm_ymmm256b32 };
+                Some(Self { isa: Isa::Avx2, dot, permutes_bytes: false })
             }
-            MachineKind::Avx2 => Some(Self { isa: Isa::Avx2, dot: X86::EVEX_Vpdpbusd_ymm_k1z_ymm_ymmm256b32 }),
-            MachineKind::Avx512 => Some(Self { isa: Isa::Avx512, dot: X86::EVEX_Vpdpbusd_zmm_k1z_zmm_zmmm512b32 }),
+            MachineKind::Avx512 => {
+                let dot = X86::EVEX_Vpdpbusd_zmm_k1z_zmm_zmmm512b32;
+                Some(Self { isa: Isa::Avx512, dot, permutes_bytes: cpu.has(Feature::Avx512vbmi) })
+            }
         }
     }
 
@@ -64,21 +73,34 @@ pub(crate) fn compile(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> Re
     assemble::assemble(target.isa, &program, &assignment).map_err(|error| error.to_string())
 }
 
+/// The vector registers that the function that `emit` describes cannot do without, however many there are.
+#[cfg(test)]
+pub(crate) fn registers(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> usize {
+    let mut program = recorded(target, emit);
+    program.place_constants(MakeConstants::EachTime);
+    allocate(&program).used(&program, Class::Vector)
+}
+
 /// Whether the function that `emit` describes has enough registers.
 pub(crate) fn fits(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> Result<(), OutOfRegisters> {
     record(target, emit).map(drop)
 }
 
 fn record(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> Result<(Program, Assignment), OutOfRegisters> {
+    let program = recorded(target, emit);
+    // Constants stay in registers if there is room for them.
+    assign(target, program.clone(), MakeConstants::BeforeLoops)
+        .or_else(|_| assign(target, program, MakeConstants::EachTime))
+}
+
+fn recorded(target: Target, emit: impl FnOnce(&mut dyn Machine)) -> Program {
     let mut machine = Wide { target, program: Program::default(), open: Vec::new() };
     machine.program.register(Class::Int);
     emit(&mut machine);
     debug_assert!(machine.open.is_empty(), "every loop is closed");
     let mut program = machine.program;
     program.tidy();
-    // Constants stay in registers if there is room for them.
-    assign(target, program.clone(), MakeConstants::BeforeLoops)
-        .or_else(|_| assign(target, program, MakeConstants::EachTime))
+    program
 }
 
 fn assign(
@@ -166,7 +188,13 @@ impl Wide {
     }
 
     /// Records an instruction that changes a copy of `start`.
-    fn change(&mut self, code: X86, memory: MemoryForm, start: Vector, operands: [Operand; 2]) -> Vector {
+    fn change<const N: usize>(
+        &mut self,
+        code: X86,
+        memory: MemoryForm,
+        start: Vector,
+        operands: [Operand; N],
+    ) -> Vector {
         let register = self.program.register(Class::Vector);
         self.program.ops.push(Op::Copy { to: register, from: Register(start.0) });
         let mut instruction = Instruction::new(code, Some((register, self.target.isa.view())), operands);
@@ -197,6 +225,9 @@ impl Wide {
         Loop(number)
     }
 }
+
+/// For `vpternlog`: the bits of the first operand where those of the third are set, else those of the second.
+const FIRST_WHERE_THIRD: u8 = 0b1110_0100;
 
 fn memory(address: Int, offset: i32) -> Operand {
     Operand::Memory { address: Address { base: Register(address.0), index: None, offset }, splat32: false }
@@ -508,6 +539,56 @@ impl Machine for Wide {
         result
     }
 
+    fn load_signed_table(&mut self, address: Int, offset: i32) -> Vector {
+        let table = self.load_table(address, offset);
+        if !self.target.permutes_bytes {
+            return table;
+        }
+        // The table as it is and flipped, by the fifth bit of the index; the sixth changes nothing.
+        let flipped = std::array::from_fn(|i| if i / 16 % 2 == 0 { 0xff } else { 0 });
+        let flipped = self.vector_constant(Constant::Bytes(flipped));
+        self.binary(Operation::Xor, table, flipped)
+    }
+
+    fn lookup_signed(&mut self, tables: [Vector; 2], index: Vector, signs: Vector, bit: u8) -> [Vector; 2] {
+        let nibble = self.splat8(15);
+        // Bits that come in from the byte next to it are never looked at.
+        let to = if self.target.permutes_bytes { 4 } else { 7 };
+        let signs = match bit.cmp(&to) {
+            Ordering::Less => self.shift_left16(signs, to - bit),
+            Ordering::Equal => signs,
+            Ordering::Greater => self.shift_right16(signs, bit - to),
+        };
+        if self.target.permutes_bytes {
+            let operands = [self.whole(signs), self.whole(nibble), Operand::Immediate8(FIRST_WHERE_THIRD)];
+            let index = self.change(X86::EVEX_Vpternlogd_zmm_k1z_zmm_zmmm512b32_imm8, MemoryForm::No, index, operands);
+            return tables.map(|table| {
+                let register = self.program.register(Class::Vector);
+                let target = Some((register, self.target.isa.view()));
+                let operands = [self.whole(index), self.whole(table)];
+                self.push(Instruction::new(X86::EVEX_Vpermb_zmm_k1z_zmm_zmmm512, target, operands));
+                Vector(register.0)
+            });
+        }
+        let index = self.and(index, nibble);
+        let ones = self.splat8(0xff);
+        let flipped = match self.target.isa {
+            Isa::Avx2 => {
+                let register = self.program.register(Class::Vector);
+                let target = Some((register, self.target.isa.view()));
+                let operands = [self.whole(signs), self.whole(ones)];
+                self.push(Instruction::new(X86::VEX_Vpcmpgtb_ymm_ymm_ymmm256, target, operands));
+                Vector(register.0)
+            }
+            // A shuffle gives 0 where the top bit of the index is set.
+            Isa::Avx512 => self.lookup(ones, signs),
+        };
+        tables.map(|table| {
+            let entries = self.lookup(table, index);
+            self.binary(Operation::Xor, entries, flipped)
+        })
+    }
+
     fn interleave16(&mut self, a: Vector, b: Vector) -> [Vector; 2] {
         // Parts 0, 2, 4 … of the result, and parts 1, 3, 5 ….
         let (even, odd) = (self.binary(Operation::UnpackLow16, a, b), self.binary(Operation::UnpackHigh16, a, b));
@@ -597,66 +678,5 @@ impl Machine for Wide {
     fn round_float(&mut self, a: Vector) -> Vector {
         // NaN gives 0x8000_0000.
         self.compute(Operation::RoundFloat, [self.whole(a)])
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use iced_x86::{CpuidFeature, Decoder, DecoderOptions};
-
-    use super::*;
-    use crate::{Columns, KernelSpec, Schedule, emit};
-
-    /// The features that the wide machines may rely on without asking: those of `name`.
-    fn allowed(cpu: &Cpu) -> BTreeSet<CpuidFeature> {
-        let features = cpu.features().flat_map(|feature| match feature {
-            // Every CPU with AVX2 or AVX-512 has AVX.
-            Feature::Avx2 => vec![CpuidFeature::AVX, CpuidFeature::AVX2],
-            Feature::Avx512f => vec![CpuidFeature::AVX, CpuidFeature::AVX512F],
-            Feature::Avx512dq => vec![CpuidFeature::AVX512DQ],
-            Feature::Avx512bw => vec![CpuidFeature::AVX512BW],
-            Feature::Avx512vl => vec![CpuidFeature::AVX512VL],
-            Feature::Avx512vbmi => vec![CpuidFeature::AVX512_VBMI],
-            Feature::Avx512vnni => vec![CpuidFeature::AVX512_VNNI],
-            Feature::AvxVnni => vec![CpuidFeature::AVX_VNNI],
-            _ => Vec::new(),
-        });
-        let every_x64 = [CpuidFeature::INTEL8086, CpuidFeature::INTEL386, CpuidFeature::X64, CpuidFeature::CMOV];
-        features.chain(every_x64).chain([CpuidFeature::SSE, CpuidFeature::MULTIBYTENOP]).collect()
-    }
-
-    #[test]
-    fn no_instruction_needs_a_feature_that_the_cpu_lacks() {
-        let mut cpu: Cpu =
-            "x86-64 +ssse3 +avx2 +avx512f +avx512dq +avx512bw +avx512vl +avx512vbmi +avx512vnni +avxvnni"
-                .parse()
-                .expect("a CPU");
-        let mut seen = BTreeSet::new();
-        for lost in [
-            None,
-            Some(Feature::AvxVnni),
-            Some(Feature::Avx512vnni),
-            Some(Feature::Avx512vbmi),
-            Some(Feature::Avx512vl),
-        ] {
-            cpu = lost.map_or(cpu, |feature| cpu.without(feature));
-            let allowed = allowed(&cpu);
-            for columns in [Columns::One, Columns::Many] {
-                let spec = KernelSpec { k: 1028, columns };
-                for schedule in Schedule::candidates(&spec, &cpu) {
-                    let Some(target) = Target::new(schedule.machine, &cpu) else { continue };
-                    let code = compile(target, |m| emit::emit(m, &spec, &schedule)).expect("a legal schedule");
-                    for instruction in Decoder::new(64, &code.bytes[..code.instructions], DecoderOptions::NONE).iter() {
-                        for feature in instruction.cpuid_features() {
-                            assert!(allowed.contains(feature), "{schedule} on {cpu}: {feature:?} for {instruction:?}");
-                            seen.insert(*feature);
-                        }
-                    }
-                }
-            }
-        }
-        assert!(seen.contains(&CpuidFeature::AVX512_VNNI) && seen.contains(&CpuidFeature::AVX_VNNI), "{seen:?}");
     }
 }
