@@ -43,8 +43,9 @@ fn t5(machine: MachineKind, vectors: usize, multiply: Multiply, unroll: u8) -> S
 
 /// With `vectors` vectors of rows.
 fn tl2(machine: MachineKind, vectors: usize, unroll: u8) -> Schedule {
-    let layout = Layout::Threes { rows: (vectors * machine.vector_bytes()) as u8 };
-    Schedule { family: Family::Tl2, ..mad(machine, layout, Multiply::Pairs, unroll) }
+    // More rows than a tile can have are refused with all else that is not legal.
+    let rows = (vectors * machine.vector_bytes()).try_into().unwrap_or(u8::MAX);
+    Schedule { family: Family::Tl2, ..mad(machine, Layout::Threes { rows }, Multiply::Pairs, unroll) }
 }
 
 /// `lanes<R>x4` with 1, 2, 4 … vectors of rows.
@@ -135,7 +136,7 @@ fn prompts(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Schedu
         }
     }
     candidates.extend([64, 128, 32, 16].map(|rows| tl1(machine, rows, 4)));
-    candidates.extend([4, 2, 1].map(|vectors| tl2(machine, vectors, 1)));
+    candidates.extend([2, 3, 1, 4].map(|vectors| tl2(machine, vectors, 1)));
     if machine != MachineKind::Avx512 {
         candidates.push(Schedule { ntile: 4, ..t5(machine, 1, multiply, 1) });
     } else {

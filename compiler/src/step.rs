@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::{ActivationFormat, Cpu, Feature, KernelSpec, MachineKind, Schedule, ScheduleError};
+use crate::{ActivationFormat, Cpu, Feature, KernelSpec, MachineKind, Schedule, ScheduleError, emit};
 
 /// One thing that is done to the activations of a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,6 +59,9 @@ pub struct StepSpec {
 }
 
 impl StepSpec {
+    /// Bytes of scratch memory that a call needs, for the last activations of rows that are no multiple of 64.
+    pub const SCRATCH: usize = emit::STEP_SCRATCH;
+
     /// Whether `machine` carries it out on `cpu`.
     ///
     /// # Errors

@@ -39,7 +39,7 @@ pub struct Quantized {
 /// Memory that a step may use as it likes.
 #[repr(align(64))]
 struct Scratch {
-    _bytes: [u8; emit::STEP_SCRATCH],
+    _bytes: [u8; StepSpec::SCRATCH],
 }
 
 /// A step in executable memory, checked against its reference. Cheap to clone; shared by threads.
@@ -124,7 +124,7 @@ impl StepKernel {
     /// # Safety
     /// `args` points to a record of what the step reads and writes, each as long as its contract says: `k` floats or a
     /// plain column, `k` weights and an epsilon if it normalises, a column of results, a [`Quantized`] if it quantises,
-    /// [`STEP_SCRATCH`](emit::STEP_SCRATCH) bytes that nothing else uses.
+    /// [`StepSpec::SCRATCH`] bytes that nothing else uses.
     pub(crate) unsafe fn enter(&self, args: *const StepArgs) {
         // SAFETY: the code was compiled for this CPU and stays within what the caller vouches for.
         unsafe { (self.entry)(args) }

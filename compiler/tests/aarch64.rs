@@ -9,9 +9,12 @@ use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
 
-use ternion_compiler::harness::{Data, Problem};
+use ternion_compiler::harness::{Data, FloatData, FloatRow, Problem};
 use ternion_compiler::listed::GROUP;
-use ternion_compiler::{ActivationFormat, Columns, Cpu, KernelSpec, Layout, Multiply, RecordList, Schedule, object};
+use ternion_compiler::{
+    ActivationFormat, Columns, Cpu, KernelSpec, Layout, MachineKind, Multiply, RecordList, Schedule, Step, StepSpec,
+    object, step_object,
+};
 use ternion_kernels_ref::{QuantizedRow, gemm};
 
 const COMPILER: &str = "aarch64-linux-gnu-gcc";
@@ -104,21 +107,43 @@ fn multiplications_become_the_instructions_that_are_meant_for_them() {
     }
 }
 
+#[test]
+fn steps_on_activations_for_aarch64_agree_with_the_reference() {
+    let cpu = cpu("aarch64");
+    // Besides, rows that end within a vector.
+    let specs = ROW_LENGTHS.into_iter().chain([1, 15, 67, 321]);
+    let specs: Vec<_> = specs.flat_map(|k| Step::all().map(move |step| StepSpec { step, k })).collect();
+    let jobs: Vec<_> = specs.iter().map(|spec| (*spec, spec.machine(&cpu).unwrap())).collect();
+    assert!(jobs.iter().all(|(_, machine)| *machine == MachineKind::Clif128));
+    let symbols: Vec<_> = (0..jobs.len()).map(|i| format!("step{i}")).collect();
+    let named: Vec<_> =
+        jobs.iter().zip(&symbols).map(|((spec, machine), symbol)| (*spec, *machine, symbol.as_str())).collect();
+    let names = specs.iter().zip(&symbols).map(|(spec, symbol)| (symbol.as_str(), spec.to_string()));
+    let object = step_object(&named, &cpu).unwrap();
+    drive("aarch64-steps", "cortex-a53", &object, &table(names), &step_vectors(&specs));
+}
+
 /// Compiles `jobs` for `target` and runs them on an emulated `core`.
 fn run(target: &str, core: &str, jobs: &[(KernelSpec, Schedule)]) {
-    if !tools() {
-        return;
-    }
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(target.replace(" +", "-"));
-    std::fs::create_dir_all(&directory).unwrap();
-    let file = |name: &str| directory.join(name);
-
     let symbols: Vec<_> = (0..jobs.len()).map(|i| format!("kernel{i}")).collect();
     let named: Vec<_> =
         jobs.iter().zip(&symbols).map(|((spec, schedule), symbol)| (*spec, *schedule, symbol.as_str())).collect();
-    std::fs::write(file("kernels.o"), object(&named, &cpu(target)).unwrap()).unwrap();
-    std::fs::write(file("table.c"), table(&named)).unwrap();
-    std::fs::write(file("vectors"), vectors(jobs)).unwrap();
+    let names = named.iter().map(|(spec, schedule, symbol)| (*symbol, format!("{schedule}; {spec}")));
+    let object = object(&named, &cpu(target)).unwrap();
+    drive(&target.replace(" +", "-"), core, &object, &table(names), &vectors(jobs));
+}
+
+/// Links an object file with its table and the driver, and runs it on its vectors on an emulated `core`.
+fn drive(name: &str, core: &str, object: &[u8], table: &str, vectors: &[u8]) {
+    if !tools() {
+        return;
+    }
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir_all(&directory).unwrap();
+    let file = |name: &str| directory.join(name);
+    std::fs::write(file("kernels.o"), object).unwrap();
+    std::fs::write(file("table.c"), table).unwrap();
+    std::fs::write(file("vectors"), vectors).unwrap();
 
     let driver = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/aarch64/driver.c");
     let linked = Command::new(COMPILER)
@@ -129,22 +154,21 @@ fn run(target: &str, core: &str, jobs: &[(KernelSpec, Schedule)]) {
     assert!(linked.status.success(), "{}", String::from_utf8_lossy(&linked.stderr));
     let output = Command::new(EMULATOR).args(["-cpu", core]).args([file("driver"), file("vectors")]).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{target}: {said}{}", String::from_utf8_lossy(&output.stderr));
-    println!("{target}, {} kernels: {said}", jobs.len());
+    assert!(output.status.success(), "{name}: {said}{}", String::from_utf8_lossy(&output.stderr));
+    println!("{name}: {said}");
 }
 
-/// The C table of kernels that the driver declares.
-fn table(kernels: &[(KernelSpec, Schedule, &str)]) -> String {
-    let mut text = String::from("struct kernel { void (*run)(const void *); const char *name; };\n");
-    for (_, _, symbol) in kernels {
-        writeln!(text, "void {symbol}(const void *);").unwrap();
+/// The C table of kernels, by symbol and name, that the driver declares.
+fn table<'a>(kernels: impl Iterator<Item = (&'a str, String)>) -> String {
+    let (mut declarations, mut rows) = (String::new(), String::new());
+    for (symbol, name) in kernels {
+        writeln!(declarations, "void {symbol}(const void *);").unwrap();
+        writeln!(rows, "    {{{symbol}, \"{name}\"}},").unwrap();
     }
-    text.push_str("const struct kernel kernels[] = {\n");
-    for (spec, schedule, symbol) in kernels {
-        writeln!(text, "    {{{symbol}, \"{schedule}; {spec}\"}},").unwrap();
-    }
-    text.push_str("};\n");
-    text
+    format!(
+        "struct kernel {{ void (*run)(const void *); const char *name; }};\n{declarations}\
+         const struct kernel kernels[] = {{\n{rows}}};\n"
+    )
 }
 
 /// Words of a case, `struct vector` of the driver.
@@ -207,11 +231,35 @@ fn vectors(jobs: &[(KernelSpec, Schedule)]) -> Vec<u8> {
             cases.extend(case.map(|word| word as u64));
         }
     }
-    let count = (cases.len() / CASE_WORDS) as u64;
-    let mut file: Vec<u8> = [count].iter().chain(&cases).flat_map(|word| word.to_le_bytes()).collect();
-    assert_eq!(file.len(), data.start);
-    file.extend(data.bytes);
-    file
+    data.file(&cases)
+}
+
+/// Every step on floats of every kind, as cases without tiles: a column of results in 32-bit words, then scale and sum.
+fn step_vectors(specs: &[StepSpec]) -> Vec<u8> {
+    let start = 8 + specs.len() * FloatData::ALL.len() * CASE_WORDS * 8;
+    let mut data = Blobs { start, bytes: Vec::new(), places: BTreeMap::new() };
+    let mut cases: Vec<u64> = Vec::new();
+    for (kernel, StepSpec { step, k }) in specs.iter().enumerate() {
+        for (kind, seed) in FloatData::ALL.into_iter().zip(kernel as u64..) {
+            let row = FloatRow::new(kind, *k, seed);
+            let (mut expected, quantised) = row.expected(*step);
+            // What nobody writes keeps its poison.
+            let result = quantised.map_or([0xa5a5_a5a5; 2], |of| [of.q.to_bits(), of.sum.cast_unsigned()]);
+            expected.extend(result.iter().flat_map(|word| word.to_le_bytes()));
+            let words = expected.len() / 4;
+            let name = data.add(row.to_string().into_bytes());
+            let input = data.add(row.input(*step));
+            let weights = data.add(row.weights().iter().flat_map(|weight| weight.to_le_bytes()).collect());
+            let epsilon = data.add(row.epsilon().to_le_bytes().to_vec());
+            let expected = data.add(expected);
+            let case: [usize; CASE_WORDS] = [
+                kernel, name.0, name.1, weights.0, weights.1, 0, input.0, input.1, input.1, epsilon.0, 1, expected.0,
+                words, words, words, StepSpec::SCRATCH, 0, 0,
+            ];
+            cases.extend(case.map(|word| word as u64));
+        }
+    }
+    data.file(&cases)
 }
 
 /// A case of a kernel that reads a list: every record but each third.
@@ -312,6 +360,15 @@ impl Blobs {
         let place = self.add(bytes());
         self.places.insert(key, place);
         place
+    }
+
+    /// The file: the number of cases, their words, and the bytes.
+    fn file(self, cases: &[u64]) -> Vec<u8> {
+        let count = (cases.len() / CASE_WORDS) as u64;
+        let mut file: Vec<u8> = [count].iter().chain(cases).flat_map(|word| word.to_le_bytes()).collect();
+        assert_eq!(file.len(), self.start);
+        file.extend(self.bytes);
+        file
     }
 
     /// As [`place`](Self::place), for bytes that only one case needs.

@@ -1,26 +1,26 @@
 //! Families times machines, and what a CPU allows of them.
 
 use serde::Serialize;
-use ternion_compiler::{Cpu, Family, Feature, KernelSpec, MachineKind, Schedule};
+use ternion_compiler::{Cpu, Family, Feature, KernelSpec, MachineKind, Schedule, Step, StepSpec};
 
 use crate::{Shape, spec};
 
 /// A family on a machine, for one kind of kernel.
 #[derive(Clone, Debug, Serialize)]
 pub struct Entry {
-    /// The family.
+    /// The family, or the step on activations.
     pub family: String,
     /// The machine.
     pub machine: String,
-    /// The kernel, as [`KernelSpec`] prints.
+    /// The kernel, as [`KernelSpec`] or [`StepSpec`] prints.
     pub spec: String,
-    /// Schedules that are worth measuring on this CPU: [`Schedule::candidates`].
+    /// Schedules that are worth measuring on this CPU: [`Schedule::candidates`]; a step has one way of doing it.
     pub candidates: usize,
     /// Why there are none.
     pub refusal: Option<String>,
 }
 
-/// All families on all machines for a matrix.
+/// All families, and then all steps on activations, on all machines for a matrix.
 #[must_use]
 pub fn catalogue(shape: Shape, cpu: &Cpu) -> Vec<Entry> {
     let able = Feature::ALL.iter().fold(*cpu, |cpu, feature| cpu.with(*feature));
@@ -40,6 +40,13 @@ pub fn catalogue(shape: Shape, cpu: &Cpu) -> Vec<Entry> {
             }));
         }
     }
+    entries.extend(Step::all().map(|step| StepSpec { step, k: shape.k }).flat_map(|spec| {
+        MachineKind::ALL.map(|machine| {
+            let refusal = spec.check(machine, cpu).err().map(|error| error.to_string());
+            let (family, candidates) = (spec.step.to_string(), usize::from(refusal.is_none()));
+            Entry { family, machine: machine.to_string(), spec: spec.to_string(), candidates, refusal }
+        })
+    }));
     entries
 }
 
@@ -63,6 +70,10 @@ mod tests {
             for family in Family::ALL {
                 let machines = entries.iter().filter(|entry| entry.family == family.to_string());
                 assert!(machines.count() >= MachineKind::ALL.len(), "{family}");
+            }
+            for step in Step::all() {
+                let able = entries.iter().filter(|entry| entry.family == step.to_string() && entry.candidates == 1);
+                assert!(able.count() >= 1 || cpu == "x86-64", "{step}");
             }
             assert!(entries.iter().all(|entry| (entry.candidates == 0) == entry.refusal.is_some()));
         }

@@ -3,7 +3,8 @@
 use ternion_compiler::machine::LoopNote;
 use ternion_compiler::object::ObjectError;
 use ternion_compiler::{
-    CompileError, Cpu, Family, KernelSpec, MachineKind, Schedule, asm_text, clif_text, code_bytes, loops, object,
+    CompileError, Cpu, Family, KernelSpec, MachineKind, Schedule, StepSpec, asm_text, clif_text, code_bytes, loops, object,
+    step_asm_text, step_clif_text, step_code_bytes, step_object,
 };
 
 /// What a kernel is written as.
@@ -78,6 +79,22 @@ pub fn emit(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu, form: Form) -> Re
         }
         Form::Bytes => code_bytes(spec, schedule, cpu)?,
         Form::Object => object(&[(*spec, *schedule, SYMBOL)], cpu)?,
+    })
+}
+
+/// A step on activations as `form`, by Cranelift for its IR and else by the machine of `cpu` with the widest vectors. Text
+/// begins with three comment lines that name step, machine and CPU.
+///
+/// # Errors
+/// If `cpu` cannot carry it out, or it has no such form.
+pub fn emit_step(spec: &StepSpec, cpu: &Cpu, form: Form) -> Result<Vec<u8>, EmitError> {
+    let machine = spec.machine(cpu).filter(|_| form != Form::Clif).unwrap_or(MachineKind::Clif128);
+    let titled = |text: String| format!("; {spec}\n; {machine}\n; {cpu}\n{text}").into_bytes();
+    Ok(match form {
+        Form::Clif => titled(step_clif_text(spec, cpu)?),
+        Form::Asm => titled(step_asm_text(spec, machine, cpu)?.ok_or(EmitError::NoDisassembler(*cpu))?),
+        Form::Bytes => step_code_bytes(spec, machine, cpu)?,
+        Form::Object => step_object(&[(*spec, machine, SYMBOL)], cpu)?,
     })
 }
 

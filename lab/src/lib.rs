@@ -22,7 +22,7 @@ mod sweep;
 pub use bench::{Bench, BenchError, Limits, Samples};
 pub use case::{Case, Weights, spec};
 pub use catalogue::{Entry, catalogue};
-pub use emit::{EmitError, Form, choose, emit};
+pub use emit::{EmitError, Form, choose, emit, emit_step};
 pub use entrant::Entrant;
 pub use filter::{Condition, Filter, Parameter, ParseConditionError};
 pub use log::{Log, LogError};

@@ -12,8 +12,8 @@ use std::path::PathBuf;
 
 use anyhow::{Result, anyhow};
 use clap::{Args, Subcommand, ValueEnum};
-use ternion_compiler::{Cpu, Family, Schedule};
-use ternion_lab::{Form, Shape, catalogue, choose, emit, spec};
+use ternion_compiler::{Cpu, Family, Schedule, Step, StepSpec};
+use ternion_lab::{Form, Shape, catalogue, choose, emit, emit_step, spec};
 
 use crate::UsageError;
 use crate::output::{self, print};
@@ -63,8 +63,11 @@ struct Emit {
     #[arg(short, long, value_enum, default_value = "1")]
     n: ColumnCount,
     /// The family's schedule that is most often the fastest
-    #[arg(long, required_unless_present = "schedule", conflicts_with = "schedule")]
+    #[arg(long, required_unless_present_any = ["schedule", "step"], conflicts_with = "schedule")]
     family: Option<Family>,
+    /// A step on the activations of a row instead, for example norm-quantize, by the CPU's widest vectors
+    #[arg(long, conflicts_with_all = ["family", "schedule", "n"])]
+    step: Option<Step>,
     /// This very schedule, for example "mad/avx2 layout=lanes16x4 multiply=pairs unroll=2 ntile=1"
     #[arg(long)]
     schedule: Option<Schedule>,
@@ -127,8 +130,8 @@ fn list(options: &List) -> Result<()> {
     print(&table)
 }
 
-fn emit_kernel(options: &Emit) -> Result<()> {
-    let cpu = cpu(options.cpu)?;
+/// The kernel of a family or schedule as `form`.
+fn product(options: &Emit, cpu: &Cpu, form: Form) -> Result<Vec<u8>> {
     let family = options.schedule.map(|schedule| schedule.family).or(options.family);
     let family = family.ok_or_else(|| UsageError("--family or --schedule: one is needed".to_owned()))?;
     let many = matches!(options.n, ColumnCount::Many);
@@ -136,14 +139,22 @@ fn emit_kernel(options: &Emit) -> Result<()> {
         return Err(UsageError(format!("-n many: {family} reads a list and takes one column")).into());
     }
     let spec = spec(family, options.shape, many);
-    let schedule = options.schedule.map_or_else(|| choose(family, &spec, &cpu), Ok)?;
+    let schedule = options.schedule.map_or_else(|| choose(family, &spec, cpu), Ok)?;
+    Ok(emit(&spec, &schedule, cpu, form)?)
+}
+
+fn emit_kernel(options: &Emit) -> Result<()> {
+    let cpu = cpu(options.cpu)?;
     let form = match options.form {
         FormName::Clif => Form::Clif,
         FormName::Asm => Form::Asm,
         FormName::Bytes => Form::Bytes,
         FormName::Object => Form::Object,
     };
-    let kernel = emit(&spec, &schedule, &cpu, form)?;
+    let kernel = match options.step {
+        Some(step) => emit_step(&StepSpec { step, k: options.shape.k }, &cpu, form)?,
+        None => product(options, &cpu, form)?,
+    };
     if let Some(path) = &options.output {
         return output::write_file(path, &kernel);
     }

@@ -8,7 +8,7 @@ use super::buffer::{Buffer, Line};
 use super::problem::Random;
 use super::{Fault, Placement};
 use crate::step_kernel::{Quantized, StepArgs};
-use crate::{ActivationFormat, Step, StepKernel, emit};
+use crate::{ActivationFormat, Step, StepKernel, StepSpec};
 
 /// What the activations of a row are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -198,7 +198,7 @@ pub fn check_step(kernel: &StepKernel, row: &FloatRow, placement: Placement) -> 
     let epsilon = Buffer::read_only(&[row.epsilon], placement)?;
     let mut output = Buffer::<u8>::poisoned(expected.len(), placement)?;
     let mut result = Buffer::<i32>::poisoned(if quantised.is_some() { 2 } else { 0 }, placement)?;
-    let mut scratch = Buffer::<Line>::poisoned(emit::STEP_SCRATCH / size_of::<Line>(), placement)?;
+    let mut scratch = Buffer::<Line>::poisoned(StepSpec::SCRATCH / size_of::<Line>(), placement)?;
     let args = StepArgs {
         input,
         weights: weights.elements().as_ptr(),

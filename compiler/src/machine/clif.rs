@@ -33,6 +33,7 @@ pub(crate) fn isa(cpu: &Cpu) -> Result<OwnedTargetIsa, CodegenError> {
         ("use_colocated_libcalls", "false"),
         ("unwind_info", "false"),
         ("enable_probestack", "false"),
+        ("enable_verifier", if cfg!(debug_assertions) { "true" } else { "false" }),
     ] {
         flags.set(name, value).map_err(|error| unsupported(&error))?;
     }

@@ -27,15 +27,21 @@ struct kernel_args {
     const void *list;
 };
 
+/* In the order of ternion's ActivationArgument. */
+struct step_args {
+    const void *input, *weights, *epsilon;
+    void *output, *result, *scratch;
+};
+
 /* The generated table. */
 struct kernel {
-    void (*run)(const struct kernel_args *);
+    void (*run)(const void *);
     const char *name;
 };
 extern const struct kernel kernels[];
 
 struct vector {
-    uint64_t kernel;
+    uint64_t kernel; /* one without tiles is a step: input, epsilon and column are activations, sums and results */
     uint64_t name_at, name_bytes; /* of the data */
     uint64_t weights_at, weights_bytes;
     uint64_t tiles;
@@ -139,10 +145,13 @@ static int run(const struct vector *v, int before_guard) {
     struct buffer list = place(file + v->list_at, v->list_bytes, before_guard);
     struct kernel_args record = {weights.bytes, v->tiles,          activations.bytes, v->columns,    sums.bytes,
                                  out.bytes,     4 * v->out_stride, last_column,       scratch.bytes, list.bytes};
-    struct buffer args = place(&record, sizeof record, before_guard);
+    /* Scale and sum follow the column, as the last two words. */
+    struct step_args step = {activations.bytes, weights.bytes,                sums.bytes,
+                             out.bytes,         out.bytes + 4 * (v->rows - 2), scratch.bytes};
+    struct buffer args = v->tiles ? place(&record, sizeof record, before_guard) : place(&step, sizeof step, before_guard);
     now = v;
     placement = before_guard ? "before-guard" : "after-guard";
-    kernels[v->kernel].run((const struct kernel_args *)args.bytes);
+    kernels[v->kernel].run(args.bytes);
     int ok = right(v, out, out_bytes, scratch);
     release(weights), release(activations), release(sums), release(out), release(scratch), release(list);
     release(args);

@@ -1,9 +1,9 @@
 //! Quantised activations of a chunk of tokens, in every form that kernels read.
 
-use ternion_compiler::{ActivationFormat, Activations, Kernel};
+use ternion_compiler::{ActivationFormat, Activations, Kernel, Quantized, Step, StepKernel};
 
+use super::steps::Steps;
 use crate::memory::PageBuffer;
-use crate::ops::Quantized;
 use crate::team::SharedSlice;
 
 /// The most formats that the kernels of one model read.
@@ -13,7 +13,7 @@ const FORMATS: usize = 4;
 /// next are made.
 #[derive(Debug)]
 pub(super) struct ActivationBuffer {
-    /// Int8 values, `[tokens, longest]`, before they are prepared.
+    /// Int8 values before they are prepared, a [`plain`](ActivationFormat::Plain) column per token.
     values: Vec<i8>,
     scales: Vec<f32>,
     sums: Vec<i32>,
@@ -38,13 +38,15 @@ impl ActivationBuffer {
             }
         }
         assert!(prepared.len() <= FORMATS, "as many formats as a writer has room for");
-        Ok(Self { values: vec![0; tokens * longest], scales: vec![0.0; tokens], sums: vec![0; tokens], prepared })
+        let values = vec![0; tokens * ActivationFormat::Plain.bytes(longest)];
+        Ok(Self { values, scales: vec![0.0; tokens], sums: vec![0; tokens], prepared })
     }
 
     /// Opens the buffer for rows of `k` activations that `readers` will read.
     pub(super) fn writer<'a, 'b>(
         &'a mut self,
         k: usize,
+        steps: &'a Steps,
         readers: impl Iterator<Item = &'b Kernel> + Clone,
     ) -> ActivationWriter<'a> {
         let is_read = |format| readers.clone().any(|kernel| kernel.activation_format() == format);
@@ -54,13 +56,16 @@ impl ActivationBuffer {
             values: SharedSlice::new(&mut self.values),
             scales: SharedSlice::new(&mut self.scales),
             sums: SharedSlice::new(&mut self.sums),
-            prepared: [(); FORMATS].map(|()| prepared.next().map(|(format, bytes)| (*format, SharedSlice::new(bytes)))),
+            prepared: [(); FORMATS].map(|()| {
+                let (format, bytes) = prepared.next()?;
+                Some((*format, steps.of(Step::Prepare(*format), k), SharedSlice::new(bytes)))
+            }),
         }
     }
 
     /// The int8 values of one token, of rows of `k`.
     pub(super) fn values(&self, token: usize, k: usize) -> &[i8] {
-        &self.values[token * k..(token + 1) * k]
+        &self.values[token * ActivationFormat::Plain.bytes(k)..][..k]
     }
 
     /// The scale q of one token.
@@ -82,11 +87,11 @@ pub(super) struct ActivationWriter<'a> {
     values: SharedSlice<'a, i8>,
     scales: SharedSlice<'a, f32>,
     sums: SharedSlice<'a, i32>,
-    prepared: [Option<(ActivationFormat, SharedSlice<'a, u8>)>; FORMATS],
+    prepared: [Option<(ActivationFormat, &'a StepKernel, SharedSlice<'a, u8>)>; FORMATS],
 }
 
 impl ActivationWriter<'_> {
-    /// Stores what `quantize` makes of one token, prepared for its readers.
+    /// Stores what `quantize` makes of one token, a plain column, prepared for its readers.
     ///
     /// # Safety
     /// No other thread may write the same token at the same time.
@@ -94,13 +99,13 @@ impl ActivationWriter<'_> {
         let row = |width: usize| token * width..(token + 1) * width;
         // SAFETY: rows of different tokens are disjoint, and this token is the caller's alone.
         let (values, scale, sum) =
-            unsafe { (self.values.part(row(self.k)), self.scales.part(row(1)), self.sums.part(row(1))) };
+            unsafe { (self.values.part(row(ActivationFormat::Plain.bytes(self.k))), self.scales.part(row(1)), self.sums.part(row(1))) };
         let quantised = quantize(values);
         (scale[0], sum[0]) = (quantised.q, quantised.sum);
-        for (format, bytes) in self.prepared.iter().flatten() {
+        for (format, kernel, bytes) in self.prepared.iter().flatten() {
             // SAFETY: as above.
             let target = unsafe { bytes.part(row(format.bytes(self.k))) };
-            format.prepare(values, target);
+            kernel.prepare(values, target);
         }
     }
 }

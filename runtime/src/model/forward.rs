@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use ternion_compiler::{ActivationFormat, Kernel, OutRows};
+use ternion_compiler::{ActivationFormat, Kernel, OutRows, Step};
 use ternion_tuner::Workers;
 
 use super::activations::ActivationBuffer;
@@ -104,7 +104,7 @@ impl Linear {
         self.kernels.all().iter().map(padded).max().unwrap_or(self.m)
     }
 
-    fn activation_formats(&self) -> impl Iterator<Item = ActivationFormat> {
+    pub(super) fn activation_formats(&self) -> impl Iterator<Item = ActivationFormat> {
         self.kernels.all().iter().map(Kernel::activation_format)
     }
 
@@ -294,12 +294,13 @@ impl Forward<'_> {
     ) {
         // Whoever reads a list of rows reads these activations too, if at all.
         let listed = self.model.sparse.iter().filter(|_| self.n == 1).map(SparseFfn::rows);
-        let writer = activations.writer(width, readers.iter().map(|linear| linear.kernel(self.n)).chain(listed));
+        let steps = &self.model.steps;
+        let writer = activations.writer(width, steps, readers.iter().map(|linear| linear.kernel(self.n)).chain(listed));
         self.each_token(&|token| {
             let row = &rows[token * width..(token + 1) * width];
             let quantize = |target: &mut [i8]| match norm {
-                [] => ops::quantize(row, target),
-                weights => ops::rms_norm_quantize(row, weights, eps, target),
+                [] => steps.of(Step::Quantize, width).quantize(row, target),
+                weights => steps.of(Step::NormQuantize, width).norm_quantize(row, weights, eps, target),
             };
             // SAFETY: every token is in one part of the work.
             unsafe { writer.write(token, quantize) }

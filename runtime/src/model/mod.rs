@@ -23,6 +23,7 @@ mod rope;
 mod sequence;
 mod session;
 mod sparse;
+mod steps;
 mod weights;
 
 pub use batch::{Batch, Part};

@@ -9,13 +9,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use ternion_compiler::{Cpu, Layout};
+use ternion_compiler::{Cpu, Layout, StepKernel};
 use ternion_kernels_ref::PackedMatrix;
 use ternion_tuner::Workers;
 
 use super::kernels::{Kernels, compile_all};
 use super::low_rank::LowRank;
 use super::sparse::SparseFfn;
+use super::steps::Steps;
 use super::{Head, KernelChoice, ModelError};
 use crate::formats::{Bytes, Checkpoint, FloatMatrix, LayerNorm, ModelConfig, Projection, TernaryTensor};
 use crate::memory::PageBuffer;
@@ -114,6 +115,8 @@ pub struct Model {
     pub(super) layers: Vec<Layer>,
     /// The feed-forward's matrices once more, for activations that make zeros.
     pub(super) sparse: Option<SparseFfn>,
+    /// From floats to what kernels read.
+    pub(super) steps: Steps,
     /// Rotary frequencies, `[sets][head_dim / 2]`.
     pub(super) frequencies: Vec<Vec<f32>>,
     /// Whether all layers are ternary products, sub-norms and an activation function, and nothing else.
@@ -188,11 +191,19 @@ impl Model {
         let sparse = SparseFfn::load(checkpoint, cpu, workers)?;
         report.record_bytes = sparse.as_ref().map_or(0, SparseFfn::bytes);
         report.weights = start.elapsed();
+        let start = Instant::now();
+        let linears = layers.iter().flat_map(|layer| &layer.projections);
+        let read = linears.flat_map(|linear| linear.activation_formats().map(|format| (linear.k(), format)));
+        let listed = sparse.iter().map(|sparse| (sparse.rows().spec().k, sparse.rows().activation_format()));
+        let steps = Steps::compile(read.chain(listed), cpu)?;
+        report.compile += start.elapsed();
+        report.kernels += steps.all().count();
+        report.code_bytes += steps.all().map(StepKernel::code_bytes).sum::<usize>();
         let plain = !config.qk_norm
             && !config.post_norms
             && config.projection_norm_eps.is_none()
             && layers.iter().flat_map(|layer| &layer.projections).all(|linear| linear.bias.is_empty());
-        Ok(Self { config, embedding, head, final_norm, layers, sparse, frequencies, plain, packed, report })
+        Ok(Self { config, embedding, head, final_norm, layers, sparse, steps, frequencies, plain, packed, report })
     }
 
     /// Adds to a projection what `addition` computes, after everything added before.

@@ -34,6 +34,8 @@ fn idea(family: Family) -> String {
     match family.name() {
         "mad" => "multiply and add: unpack weights of -1, 0, 1 into bytes, multiply by the activations".to_owned(),
         "tl1" => "look up: two weights are an index into a small table of ready sums; nothing is multiplied".to_owned(),
+        "tl2" => "look up: three weights are a sign and an index into a small table of ready sums; fewer bytes to read"
+            .to_owned(),
         "t5" => "multiply and add, with five weights in a byte: fewer bytes to read, more work to unpack".to_owned(),
         "vlut" => "look up for many columns: four weights pick a row of ready sums, one addition serves all columns"
             .to_owned(),
@@ -53,6 +55,11 @@ fn order(layout: Layout) -> String {
             )
         }
         Layout::Fives { rows } => format!("four bytes (20 weights) of each of {rows} rows in turn: each lane is a row"),
+        Layout::Threes { rows } => {
+            format!(
+                "one byte of each of {rows} rows in turn, signs before indices: each lane of a vector is a row of its own"
+            )
+        }
         other => other.to_string(),
     }
 }
@@ -66,6 +73,11 @@ fn body(schedule: &Schedule) -> Vec<String> {
         "tl1" => &[
             "take two weights of every row: an index from 0 to 8",
             "look the sum up in the table, for all rows of a vector at once",
+            "add",
+        ],
+        "tl2" => &[
+            "take three weights of every row: a sign and an index from 0 to 13",
+            "look the sum up in the table, for all rows of a vector at once, and give it its sign",
             "add",
         ],
         "vlut" => &[
