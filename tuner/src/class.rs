@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use ternion_compiler::{Columns, KernelSpec, Layout, Schedule};
+use ternion_compiler::{Columns, Cpu, KernelSpec, Layout, Schedule};
 
 /// A range of numbers of columns (tokens) that share a schedule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -123,6 +123,17 @@ impl Choice {
             }
         }
         layouts
+    }
+
+    /// Whether all schedules are legal for rows of `k` weights on `cpu` and read at most two layouts; if not, why.
+    pub(crate) fn check(&self, k: usize, cpu: &Cpu) -> Result<(), String> {
+        for class in Class::ALL {
+            self.of(class).check(&class.spec(k), cpu).map_err(|error| error.to_string())?;
+        }
+        match self.layouts().len() {
+            0..=2 => Ok(()),
+            copies => Err(format!("its schedules read {copies} different layouts")),
+        }
     }
 }
 
