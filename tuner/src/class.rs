@@ -158,6 +158,11 @@ impl Default for Workload {
 const PROMPT_TOKENS: [f64; 6] = [0.0, 0.02, 0.03, 0.2, 0.65, 0.1];
 
 impl Workload {
+    /// Whether it is the same as another, but for what a text makes of its numbers.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        self.batch == other.batch && (self.prompt_share - other.prompt_share).abs() < 1e-6
+    }
+
     /// Products of one matrix per token, by class: tokens of the class over the columns that share a product. No class
     /// is quite without weight, since a choice has a schedule for each.
     #[must_use]

@@ -16,9 +16,12 @@ mod compare;
 mod contest;
 mod cost;
 mod energy;
+mod explore;
+mod held_out;
 mod isolate;
 mod journal;
 mod linux;
+mod load;
 mod probe;
 mod profile;
 mod report;
@@ -28,6 +31,7 @@ mod seeds;
 mod shipped;
 mod shortlist;
 mod space;
+mod sparse;
 mod stopwatch;
 mod workers;
 
@@ -37,10 +41,11 @@ pub use compare::{Comparison, Which, compare, guess, known};
 pub use contest::Figures;
 pub use isolate::{IsolationError, Order, choose_isolated, serve};
 pub use probe::{Cache, Cores, CpuProfile, HugePages, Memory, probe};
-pub use profile::{CacheDir, MachineProfile, ProfileKey, Refusal, ShapeEntry, Warning};
+pub use profile::{CacheDir, MachineProfile, ProfileKey, Refusal, ShapeEntry, SparseEntry, Warning};
 pub use report::{Report, Roofline, Row, explain};
 pub use request::{
     Budget, Choices, ClassResult, Effort, Found, NoSchedule, Phase, Phases, Problem, Progress, Request, Source, Trial,
 };
+pub use sparse::{ListChoice, SparseChoice, SparseShape};
 pub use stopwatch::{Stopwatch, SystemStopwatch};
 pub use workers::{Workers, share};

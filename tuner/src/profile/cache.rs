@@ -95,7 +95,7 @@ impl CacheDir {
         match read(&path) {
             Ok(Some(mut profile)) if profile.key == *key => {
                 // Checking a schedule assigns its registers: too long for every start.
-                let untouched = profile.digest == digest(&profile.shapes);
+                let untouched = profile.digest == digest(&profile);
                 let warnings = if untouched { Vec::new() } else { profile.drop_illegal(cpu, &path) };
                 profile.digest = 0;
                 (profile, warnings)

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::{FORMAT, MachineProfile, ShapeEntry, VERSION, Warning};
+use super::{FORMAT, MachineProfile, VERSION, Warning};
 
 /// No profile is nearly as large; a file that is was not written by us.
 pub(super) const MAX_BYTES: u64 = 4 << 20;
@@ -67,15 +67,16 @@ pub(super) fn fnv(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-pub(super) fn digest(shapes: &[ShapeEntry]) -> u64 {
-    let choices: Vec<_> = shapes.iter().map(|entry| (entry.m, entry.k, entry.choice)).collect();
+pub(super) fn digest(profile: &MachineProfile) -> u64 {
+    let shapes = profile.shapes.iter().map(|entry| (entry.m, entry.k, entry.choice, entry.one_copy));
+    let choices = (shapes.collect::<Vec<_>>(), &profile.sparse);
     fnv(&serde_json::to_vec(&choices).unwrap_or_default())
 }
 
 /// Writes a profile beside `path` and moves it there.
 pub(super) fn write(profile: &MachineProfile, directory: &Path, path: &Path) -> io::Result<()> {
     let mut file = tempfile::Builder::new().prefix(".ternion-").tempfile_in(directory)?;
-    let profile = MachineProfile { digest: digest(&profile.shapes), ..profile.clone() };
+    let profile = MachineProfile { digest: digest(profile), ..profile.clone() };
     let mut text = serde_json::to_vec_pretty(&profile)?;
     text.push(b'\n');
     file.write_all(&text)?;

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::file::MAX_BYTES;
 use super::*;
-use crate::Class;
 use crate::shortlist::Shortlist;
+use crate::{Class, Problem};
 
 fn cpu() -> Cpu {
     "x86-64 +ssse3".parse().unwrap()
@@ -17,9 +17,21 @@ fn key() -> ProfileKey {
     ProfileKey { cpu, features, compiler: "0.1.0-abc".into(), threads: 2 }
 }
 
-fn entry(m: usize, k: usize, budget_ms: u64) -> ShapeEntry {
+pub(crate) fn entry(m: usize, k: usize, budget_ms: u64) -> ShapeEntry {
     let choice = Shortlist::new(k, &cpu(), 8, &|_, _| false).guess().unwrap();
-    ShapeEntry { m, k, choice, results: Vec::new(), raced: 8, budget_ms, workload: Workload::default() }
+    ShapeEntry {
+        m,
+        k,
+        choice,
+        results: Vec::new(),
+        raced: 8,
+        budget_ms,
+        workload: Workload::default(),
+        second_copies: 0,
+        one_copy: None,
+        energy: false,
+        provisional: false,
+    }
 }
 
 fn profile(entries: &[ShapeEntry]) -> MachineProfile {
@@ -75,6 +87,45 @@ fn two_writers_keep_each_others_shapes_and_the_longer_search_wins() {
     let (merged, _) = cache.load(&key(), &cpu());
     let shapes: Vec<_> = merged.shapes.iter().map(|entry| (entry.m, entry.budget_ms)).collect();
     assert_eq!(shapes, [(64, 300), (256, 20_000), (512, 300)]);
+}
+
+#[test]
+fn what_was_disturbed_gives_way_and_another_purpose_replaces() {
+    let stays = |first: &ShapeEntry, second: &ShapeEntry| profile(&[first.clone(), second.clone()]).shapes[0] == *first;
+    let search = entry(256, 256, 20_000);
+    let disturbed = ShapeEntry { provisional: true, ..entry(256, 256, 60_000) };
+    assert!(stays(&search, &disturbed) && !stays(&disturbed, &search));
+    let prompts = Workload { prompt_share: 0.9, batch: 1 };
+    let for_prompts = ShapeEntry { workload: prompts, ..entry(256, 256, 5_000) };
+    assert!(!stays(&search, &for_prompts) && !stays(&for_prompts, &search));
+    let with_copies = ShapeEntry { second_copies: 1 << 20, ..entry(256, 256, 5_000) };
+    assert!(!stays(&search, &with_copies));
+    let race = entry(256, 256, 300);
+    assert!(stays(&for_prompts, &race) && !stays(&race, &for_prompts));
+}
+
+#[test]
+fn what_is_known_suffices_for_its_purpose_and_for_any_start() {
+    let problems = vec![Problem { m: 256, k: 256, count: 1 }];
+    let search = Request::new(problems.clone(), Budget::search(Duration::from_secs(20)));
+    let known = entry(256, 256, 20_000);
+    assert!(known.suffices(&search));
+    let others = [
+        Request { workload: Workload { prompt_share: 0.9, batch: 1 }, ..search.clone() },
+        Request { workload: Workload { batch: 8, ..Workload::default() }, ..search.clone() },
+        Request { second_copies: Some(1), ..search.clone() },
+        Request { energy: true, ..search.clone() },
+        Request { budget: Budget::search(Duration::from_secs(60)), ..search.clone() },
+    ];
+    for other in others {
+        assert!(!known.suffices(&other), "{other:?}");
+        assert!(known.suffices(&Request { budget: Budget::RACE, ..other }));
+    }
+    // What a text makes of a third is the same third.
+    let third = Workload { prompt_share: 0.333_333_333_333_333_3, batch: 1 };
+    assert!(known.suffices(&Request { workload: third, ..search.clone() }));
+    let provisional = ShapeEntry { provisional: true, ..known };
+    assert!(!provisional.suffices(&search) && provisional.suffices(&Request::new(problems, Budget::RACE)));
 }
 
 #[test]

@@ -53,6 +53,12 @@ pub enum Warning {
         /// The compiler's error, which names the schedule.
         reason: String,
     },
+    /// Other work disturbed what was measured.
+    #[error("measured on a busy machine ({reason}): what was found is provisional, tune again when it is quiet")]
+    Busy {
+        /// What disturbed it.
+        reason: String,
+    },
     /// Energy was to be saved and cannot be measured.
     #[error("no energy meter ({reason}): schedules are chosen by time")]
     NoEnergyMeter {
