@@ -10,13 +10,13 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 use ternion_runtime::formats::{Checkpoint, ModelConfig, Projection};
-use ternion_runtime::model::{KernelChoice, KvType, Model, Session, SessionOptions, problems};
+use ternion_runtime::model::{KernelChoice, KvType, Model, Session, SessionOptions};
 use ternion_runtime::team::{Team, available_threads};
-use ternion_tuner::{Budget, Choices, Class, Request, SystemStopwatch, probe};
+use ternion_tuner::{Choices, Class, SystemStopwatch, probe};
 
 use crate::UsageError;
 use crate::arguments::{ForcedKernel, ReadOptions, parse_kernel};
-use crate::model::{cpu, forced, load, open, schedules};
+use crate::model::{cpu, forced, load, open, schedules, start};
 use crate::output::{self, print};
 use crate::terminal::{Bar, bytes};
 
@@ -162,8 +162,7 @@ fn runners(options: &Bench, checkpoint: &Checkpoint, longest: usize) -> Result<V
         let (kernels, choices) = match options.kernel {
             Some(kernel) => (forced(kernel), None),
             None => {
-                let request = Request::new(problems(checkpoint.config()), Budget::RACE);
-                let choices = schedules(&request, &cpu, &team)?;
+                let choices = schedules(&start(checkpoint.config()), &cpu, &team)?;
                 (KernelChoice::Tuned(choices.clone()), Some(choices))
             }
         };

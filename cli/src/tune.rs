@@ -10,7 +10,7 @@ use clap::{ArgGroup, Args};
 use ternion_compiler::Cpu;
 use ternion_runtime::formats::ModelConfig;
 use ternion_runtime::formats::synth::Recipe;
-use ternion_runtime::model::problems;
+use ternion_runtime::model::{problems, sparse_shape};
 use ternion_runtime::team::Team;
 use ternion_tuner::{
     Budget, CacheDir, Choices, Class, Comparison, IsolationError, MachineProfile, Order, Phase, Problem, ProfileKey,
@@ -75,7 +75,7 @@ pub(crate) struct Tune {
 
 pub(crate) fn tune(options: &Tune) -> Result<ExitCode> {
     let cpu = cpu()?;
-    let threads = options.purpose.threads(&options.threads);
+    let threads = options.purpose.room.threads(&options.threads);
     let key = ProfileKey::new(&probe(), &cpu, threads);
     let cache = CacheDir::default();
     if options.show || options.forget || options.export.is_some() || options.import.is_some() || options.merge.is_some()
@@ -106,7 +106,8 @@ fn published(name: &str) -> &str {
 pub(crate) fn request(config: &ModelConfig, budget: Budget, purpose: &Purpose) -> Request {
     Request {
         workload: purpose.workload(),
-        second_copies: purpose.second_copies(config),
+        second_copies: purpose.room.second_copies(config),
+        sparse: sparse_shape(config),
         energy: purpose.energy,
         ..Request::new(problems(config), budget)
     }
