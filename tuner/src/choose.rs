@@ -197,7 +197,7 @@ fn spend_copies(found: &mut [Found], outcome: &Outcome, request: &Request) -> BT
 }
 
 /// What has been measured, as it is remembered.
-fn entries(
+pub(crate) fn entries(
     found: &[Found],
     one_copy: &BTreeMap<usize, Choice>,
     request: &Request,
@@ -243,3 +243,6 @@ pub(crate) fn measuring_bytes(problems: &[Problem], machine: &CpuProfile) -> (us
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod outside;

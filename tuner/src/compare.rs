@@ -5,16 +5,22 @@ use std::fmt;
 use std::time::Duration;
 
 use serde::Serialize;
-use ternion_compiler::Cpu;
+use ternion_compiler::{Cpu, Family, Schedule};
 
 use crate::bench::{Bench, KernelBench};
 use crate::buffer::Buffer;
-use crate::choose::measuring_bytes;
+use crate::choose::{entries, measuring_bytes};
 use crate::contest::Entrant;
 use crate::held_out::{ROUNDS, Rounds, interval, rounds, total};
+use crate::profile::Warning;
 use crate::request::{Budget, Choices, Found, Problem, Request, Source};
 use crate::shortlist::Shortlist;
-use crate::{CacheDir, Choice, Class, NoSchedule, SystemStopwatch, Workers, choose, probe};
+use crate::space::{WHOLE_SPACE, legal};
+use crate::{CacheDir, Choice, Class, MachineProfile, NoSchedule, ProfileKey, SystemStopwatch, Workers, choose, probe};
+
+/// Legal schedules of a class that stand for all of them, and rounds that they run.
+const SPREAD: usize = 32;
+const SPREAD_ROUNDS: usize = 3;
 
 /// Samples of a round; the median is the round's.
 const SAMPLES: usize = 15;
@@ -80,7 +86,7 @@ pub fn known(request: &Request, cpu: &Cpu, threads: usize, cache: &CacheDir) -> 
     if request.again {
         return Ok(None);
     }
-    let (profile, _) = cache.load(&crate::ProfileKey::new(&probe(), cpu, threads), cpu);
+    let (profile, _) = cache.load(&ProfileKey::new(&probe(), cpu, threads), cpu);
     if !profile.suffices(request) {
         return Ok(None);
     }
@@ -100,6 +106,83 @@ impl Workers for Idle {
     fn run(&self, work: &(dyn Fn(usize) + Sync)) {
         (0..self.0).for_each(work);
     }
+}
+
+/// How much a class of a shape gains over the median of what is legal.
+#[derive(Clone, Debug, Serialize)]
+pub struct Gain {
+    /// Rows.
+    pub m: usize,
+    /// Length of a row.
+    pub k: usize,
+    /// The class.
+    pub class: Class,
+    /// The choice's time, in microseconds.
+    pub ours_us: f64,
+    /// The median's.
+    pub median_us: f64,
+    /// How many times faster the choice is.
+    pub gain: f64,
+    /// Legal schedules.
+    pub legal: usize,
+    /// Of these, how many were measured: every so many-th of the list of all.
+    pub measured: usize,
+}
+
+/// Measures `choices` against a sample of all legal schedules, evenly spread over the list of them, each a few times in
+/// interleaved rounds.
+#[must_use]
+pub fn gains(request: &Request, choices: &Choices, cpu: &Cpu, workers: &dyn Workers) -> Vec<Gain> {
+    let stopwatch = SystemStopwatch::start();
+    let (bytes, tile) = measuring_bytes(&request.problems, &probe());
+    let Some(buffer) = Buffer::of_codes(bytes, tile, workers, || false) else { return Vec::new() };
+    let mut bench = KernelBench::new(*cpu, workers, &stopwatch, buffer);
+    let mut gains = Vec::new();
+    for Found { problem, choice, .. } in &choices.found {
+        for class in Class::ALL {
+            let spec = class.spec(problem.k);
+            let space = legal(&Family::ALL, &spec, cpu, &Budget::search(WHOLE_SPACE));
+            let mut schedules: Vec<Schedule> =
+                (0..SPREAD.min(space.len())).map(|at| space[at * space.len() / SPREAD.min(space.len())]).collect();
+            schedules.retain(|schedule| schedule.check(&spec, cpu).is_ok());
+            let jobs: Vec<_> = schedules.iter().chain([&choice.of(class)]).map(|schedule| (spec, *schedule)).collect();
+            let missing: Vec<_> = jobs.iter().filter(|job| !bench.is_ready(**job)).copied().collect();
+            bench.compile(&missing);
+            let mut times: Vec<Vec<f64>> = vec![Vec::new(); jobs.len()];
+            for _ in 0..SPREAD_ROUNDS {
+                for ((_, schedule), times) in jobs.iter().zip(&mut times) {
+                    times.extend(bench.sample(problem, class, *schedule).map(|time| time.as_secs_f64() * 1e6));
+                }
+            }
+            let mut medians: Vec<f64> = times.iter_mut().filter_map(|times| median(times)).collect();
+            let Some(ours_us) = medians.pop().filter(|_| times.last().is_some_and(|times| !times.is_empty())) else {
+                continue;
+            };
+            let measured = medians.len();
+            let Some(median_us) = median(&mut medians) else { continue };
+            let (Problem { m, k, .. }, legal) = (*problem, space.len());
+            gains.push(Gain { m, k, class, ours_us, median_us, gain: median_us / ours_us, legal, measured });
+        }
+    }
+    gains
+}
+
+fn median(values: &mut [f64]) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+/// What a search has found, as a profile that can be compared with or handed on.
+#[must_use]
+pub fn profile_of(choices: &Choices, request: &Request, key: ProfileKey) -> MachineProfile {
+    let mut profile = MachineProfile::new(key);
+    let provisional = choices.warnings.iter().any(|warning| matches!(warning, Warning::Busy { .. }));
+    // What was known was measured once as well.
+    let measured = choices.found.iter().filter(|found| !found.results.is_empty());
+    let measured: Vec<Found> = measured.map(|found| Found { source: Source::Raced, ..found.clone() }).collect();
+    let entries = entries(&measured, &BTreeMap::new(), request, provisional);
+    entries.into_iter().for_each(|entry| profile.insert(entry));
+    profile
 }
 
 /// Measures `choices` against `rival` in ten interleaved rounds per shape and class.

@@ -37,7 +37,7 @@ mod workers;
 
 pub use choose::choose;
 pub use class::{Choice, Class, Workload};
-pub use compare::{Comparison, Which, compare, guess, known};
+pub use compare::{Comparison, Gain, Which, compare, gains, guess, known, profile_of};
 pub use contest::Figures;
 pub use isolate::{IsolationError, Order, choose_isolated, serve};
 pub use probe::{Cache, Cores, CpuProfile, HugePages, Memory, probe};

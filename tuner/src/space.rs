@@ -9,7 +9,7 @@ use crate::request::{Budget, Effort};
 
 /// Budgets from which a search draws on the whole space: listing it assigns the registers of every schedule, which takes
 /// about a second.
-const WHOLE_SPACE: Duration = Duration::from_secs(10);
+pub(crate) const WHOLE_SPACE: Duration = Duration::from_secs(10);
 
 /// The families and the spec's columns, and its row length where that matters.
 type Key = (Vec<Family>, KernelSpec, Cpu);

@@ -12,7 +12,7 @@ fn cpu() -> Cpu {
     "x86-64 +ssse3".parse().unwrap()
 }
 
-fn key() -> ProfileKey {
+pub(crate) fn key() -> ProfileKey {
     let (cpu, features) = ("x86_64 GenuineTest".into(), cpu().to_string());
     ProfileKey { cpu, features, compiler: "0.1.0-abc".into(), threads: 2 }
 }
