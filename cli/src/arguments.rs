@@ -17,7 +17,7 @@ use crate::eval::Eval;
 use crate::export::Export;
 use crate::lab::Lab;
 use crate::pull::Pull;
-use crate::purpose::Purpose;
+use crate::purpose::{Purpose, Room};
 use crate::synth::Synth;
 use crate::tune::Tune;
 
@@ -122,6 +122,8 @@ pub(crate) struct ModelOptions {
     pub(crate) read: ReadOptions,
     #[command(flatten)]
     pub(crate) threads: Threads,
+    #[command(flatten)]
+    pub(crate) room: Room,
     /// Type of the key-value cache
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     pub(crate) kv: KvType,
@@ -157,7 +159,7 @@ pub(crate) struct Run {
     /// Tokens to generate at most; without it, until the model stops or its context is full
     #[arg(short, long, value_name = "TOKENS")]
     pub(crate) n: Option<NonZeroUsize>,
-    /// Context length in tokens, at most the model's own
+    /// Context length in tokens, at most the model's own [default: that, or what --for or --memory-limit leaves room for]
     #[arg(short, long, value_name = "TOKENS")]
     pub(crate) context: Option<NonZeroUsize>,
     /// Draft up to this many tokens from what the text has said before, and check them in one pass; tokens stay the same

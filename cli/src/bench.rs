@@ -10,15 +10,15 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 use ternion_runtime::formats::{Checkpoint, ModelConfig, Projection};
-use ternion_runtime::model::{KernelChoice, KvType, Model, Session, SessionOptions, Wanted, problems};
+use ternion_runtime::model::{KernelChoice, KvType, Model, Session, SessionOptions, Wanted};
 use ternion_runtime::team::{Team, available_threads};
-use ternion_tuner::{Budget, Choices, Class, Request, SystemStopwatch, probe};
+use ternion_tuner::{Choices, Class, SystemStopwatch, probe};
 
 use crate::UsageError;
 use crate::arguments::{ForcedKernel, ReadOptions, parse_kernel};
-use crate::model::{cpu, forced, load, open, schedules};
+use crate::model::{cpu, forced, load, open, schedules, start};
 use crate::output::{self, print};
-use crate::terminal::{Bar, bytes};
+use crate::terminal::{Bar, bytes, note};
 
 #[derive(Debug, Args)]
 pub(crate) struct Bench {
@@ -96,6 +96,44 @@ struct Outcome {
     lines: Vec<Line>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     kernels: Vec<KernelLine>,
+    starts: Vec<Start>,
+}
+
+/// What a start took on one number of threads.
+#[derive(Serialize)]
+struct Start {
+    threads: usize,
+    /// Looking up schedules, or racing them, in milliseconds.
+    schedules_ms: f64,
+    /// Whether all of them were known.
+    known: bool,
+    /// Compiling and checking kernels, in milliseconds.
+    compile_ms: f64,
+    /// Reading and repacking weights, in milliseconds.
+    weights_ms: f64,
+}
+
+impl Start {
+    fn of(runner: &Runner) -> Self {
+        let report = runner.session.model().report();
+        let choices = runner.choices.as_ref();
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        Self {
+            threads: runner.threads,
+            schedules_ms: choices.map_or(0.0, |choices| ms(choices.spent)),
+            known: choices.is_none_or(Choices::all_known),
+            compile_ms: ms(report.compile),
+            weights_ms: ms(report.weights),
+        }
+    }
+
+    fn line(&self) -> String {
+        let Self { threads, schedules_ms, known, compile_ms, weights_ms } = self;
+        let schedules = if *known { "known schedules" } else { "raced schedules" };
+        format!(
+            "start with {threads} threads: {schedules} {schedules_ms:.1} ms · compile {compile_ms:.0} ms · weights {weights_ms:.0} ms"
+        )
+    }
 }
 
 /// What one projection of all layers takes.
@@ -145,6 +183,7 @@ pub(crate) fn bench(options: &Bench) -> Result<ExitCode> {
         print(&csv(&outcome))?;
     } else {
         print(&table(&outcome))?;
+        outcome.starts.iter().for_each(|start| note(&start.line()));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -162,8 +201,7 @@ fn runners(options: &Bench, checkpoint: &Checkpoint, longest: usize) -> Result<V
         let (kernels, choices) = match options.kernel {
             Some(kernel) => (forced(kernel), None),
             None => {
-                let request = Request::new(problems(checkpoint.config()), Budget::RACE);
-                let choices = schedules(&request, &cpu, &team)?;
+                let choices = schedules(&start(checkpoint.config()), &cpu, &team)?;
                 (KernelChoice::Tuned(choices.clone()), Some(choices))
             }
         };
@@ -239,7 +277,8 @@ fn outcome(
     } else {
         Vec::new()
     };
-    Outcome { ternion: env!("CARGO_PKG_VERSION"), cpu: probe().signature(), lines, kernels }
+    let starts = runners.iter().map(Start::of).collect();
+    Outcome { ternion: env!("CARGO_PKG_VERSION"), cpu: probe().signature(), lines, kernels, starts }
 }
 
 fn line(checkpoint: &Checkpoint, config: &ModelConfig, test: &Test, runner: &Runner) -> Line {

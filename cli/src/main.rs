@@ -21,6 +21,7 @@ mod run;
 mod synth;
 mod terminal;
 mod tune;
+mod tune_check;
 mod verify;
 
 use std::process::ExitCode;

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ternion_compiler::{Cpu, Schedule};
-use ternion_runtime::formats::{Checkpoint, Projection};
+use ternion_runtime::formats::{Checkpoint, ModelConfig, Projection};
 use ternion_runtime::lora::Adapter;
-use ternion_runtime::model::{KernelChoice, Model, problems};
+use ternion_runtime::model::{KernelChoice, Model, problems, sparse_shape};
 use ternion_runtime::team::{Team, available_threads};
 use ternion_tuner::{Budget, CacheDir, Choice, Choices, Request, choose};
 
@@ -67,6 +67,11 @@ pub(crate) fn team(threads: Option<NonZeroUsize>) -> Result<Arc<Team>> {
     Ok(Arc::new(Team::new(threads.map_or_else(available_threads, usize::from))?))
 }
 
+/// What a start asks of the tuner: what is known, or a short race.
+pub(crate) fn start(config: &ModelConfig) -> Request {
+    Request { sparse: sparse_shape(config), ..Request::new(problems(config), Budget::RACE) }
+}
+
 /// The schedules that `request` asks for: remembered ones, or the winners of a race. Warnings go to the terminal.
 pub(crate) fn schedules(request: &Request, cpu: &Cpu, team: &Team) -> Result<Choices> {
     // A short race is over before a bar can be read.
@@ -103,23 +108,27 @@ pub(crate) fn forced(kernel: ForcedKernel) -> KernelChoice {
 
 /// Opens and loads the model that `options` name.
 pub(crate) fn ready(options: &ModelOptions) -> Result<Ready> {
-    let start = Instant::now();
+    let begin = Instant::now();
     let checkpoint = open(options.model.as_deref(), &options.read)?;
-    let (cpu, team) = (cpu()?, team(options.threads.threads)?);
-    let mut times = ReadyTimes { load: start.elapsed(), ..ReadyTimes::default() };
+    let (cpu, team) = (cpu()?, team(NonZeroUsize::new(options.room.threads(&options.threads)))?);
+    // Said before anything is loaded.
+    options.room.context(checkpoint.config(), options.kv, None)?;
+    let mut times = ReadyTimes { load: begin.elapsed(), ..ReadyTimes::default() };
     let kernels = match options.kernel {
         Some(kernel) => forced(kernel),
         None => {
-            let choices = schedules(&Request::new(problems(checkpoint.config()), Budget::RACE), &cpu, &team)?;
+            let second_copies = options.room.second_copies(checkpoint.config());
+            let request = Request { second_copies, ..start(checkpoint.config()) };
+            let choices = schedules(&request, &cpu, &team)?;
             times.tune = choices.spent;
             times.raced = !choices.all_known();
             KernelChoice::Tuned(choices)
         }
     };
-    let start = Instant::now();
+    let begin = Instant::now();
     let adapter = |lora: &LoraOption| Adapter::open(&lora.path, checkpoint.config(), lora.scale);
     let adapters = options.lora.iter().map(adapter).collect::<Result<Vec<_>, _>>()?;
-    times.load += start.elapsed();
+    times.load += begin.elapsed();
     let mut model = load(&checkpoint, &kernels, &cpu, &team)?;
     adapters.iter().for_each(|adapter| adapter.apply(&mut model));
     times.compile = model.report().compile;

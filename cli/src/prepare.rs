@@ -92,7 +92,7 @@ fn refuse_own_source(source: &Path, output: &Path) -> Result<()> {
 
 /// The full search, and what it found.
 fn tune(checkpoint: &Checkpoint, threads: &Threads, budget: &TuningBudget, purpose: &Purpose) -> Result<Choices> {
-    let threads = purpose.threads(threads);
+    let threads = purpose.room.threads(threads);
     let request = request(checkpoint.config(), Budget::search(budget.budget), purpose);
     let choices = search(&request, &cpu()?, threads)?;
     for found in &choices.found {

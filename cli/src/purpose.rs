@@ -1,11 +1,14 @@
 //! What a model is to be used for, in the words that users know, and what follows from it.
 
+use anyhow::Result;
 use clap::{Args, ValueEnum};
 use ternion_compiler::Layout;
-use ternion_runtime::formats::{ModelConfig, Projection};
+use ternion_runtime::formats::{Activation, ModelConfig, Projection};
+use ternion_runtime::model::KvType;
 use ternion_runtime::team::available_threads;
 use ternion_tuner::{Class, Workload};
 
+use crate::UsageError;
 use crate::arguments::Threads;
 
 /// A kind of machine and use.
@@ -21,19 +24,27 @@ pub(crate) enum Preset {
     Cloud,
 }
 
+/// The machine that a model gets.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub(crate) struct Room {
+    /// Settings for this use: threads (at most what this process may use), memory limit and context, and for tuning batch
+    /// sizes and prompt share
+    #[arg(long = "for", value_name = "USE")]
+    pub(crate) preset: Option<Preset>,
+    /// Memory in MB for the model and its key-value cache, and where that leaves some, for second copies of weights, each
+    /// for other batch sizes [default: what --for says, or else no limit, and nothing new takes a second copy]
+    #[arg(long, value_name = "MB")]
+    pub(crate) memory_limit: Option<u64>,
+}
+
 /// What is tuned for.
 #[derive(Debug, Args)]
 pub(crate) struct Purpose {
-    /// Tune for this use: sets threads (at most what this process may use), memory limit, batch sizes and prompt share
-    #[arg(long = "for", value_name = "USE")]
-    pub(crate) preset: Option<Preset>,
+    #[command(flatten)]
+    pub(crate) room: Room,
     /// Prompt tokens among all tokens, from 0 to 1 [default: 0.33, or what --for says]
     #[arg(long, value_name = "SHARE", value_parser = parse_share)]
     pub(crate) prompt_share: Option<f64>,
-    /// Memory for the model in MB; what is left over may hold second copies of weights, each for other batch sizes
-    /// [default: one copy, or what --for says]
-    #[arg(long, value_name = "MB")]
-    pub(crate) memory_limit: Option<u64>,
     /// Of kernels that are nearly as fast as the fastest, choose those that take least energy (needs RAPL or a battery)
     #[arg(long)]
     pub(crate) energy: bool,
@@ -65,32 +76,70 @@ impl Preset {
 /// Tokens of context that memory is set aside for.
 const CONTEXT: usize = 4096;
 
-impl Purpose {
+const MB: u64 = 1_000_000;
+
+impl Room {
+    /// Threads: as many as were asked for, or as the preset says and the process may use, or all of these.
     pub(crate) fn threads(&self, asked: &Threads) -> usize {
         let available = available_threads();
         let preset = || self.preset.map_or(available, |preset| preset.threads().min(available));
         asked.threads.map_or_else(preset, usize::from)
     }
 
-    pub(crate) fn workload(&self) -> Workload {
-        let usual = Workload::default();
-        Workload {
-            prompt_share: self.prompt_share.or(self.preset.map(Preset::prompt_share)).unwrap_or(usual.prompt_share),
-            batch: self.preset.map_or(usual.batch, Preset::batch),
-        }
+    /// The limit in bytes.
+    fn limit(&self) -> Option<u64> {
+        self.memory_limit.or(self.preset.map(Preset::memory_mb)).map(|mb| mb.saturating_mul(MB))
     }
 
-    /// Bytes that are left for second copies of weights.
-    pub(crate) fn second_copies(&self, config: &ModelConfig) -> u64 {
-        let limit = self.memory_limit.or(self.preset.map(Preset::memory_mb)).map(|mb| mb.saturating_mul(1_000_000));
-        limit.map_or(0, |limit| limit.saturating_sub(model_bytes(config) + kv_bytes(config)))
+    /// Bytes that are left for second copies of weights, if there is a limit.
+    pub(crate) fn second_copies(&self, config: &ModelConfig) -> Option<u64> {
+        let needed = resident_bytes(config).saturating_add(kv_bytes(config, config.context.min(CONTEXT), KvType::F16));
+        self.limit().map(|limit| limit.saturating_sub(needed))
+    }
+
+    /// The context to run with: what was asked for, if it fits the memory limit, or else as much as the model has and the
+    /// limit holds beside it, up to 4096 tokens.
+    ///
+    /// # Errors
+    /// If the model, or the context that was asked for, needs more memory than the limit.
+    pub(crate) fn context(&self, config: &ModelConfig, kv: KvType, asked: Option<usize>) -> Result<Option<usize>> {
+        let Some(limit) = self.limit() else { return Ok(asked) };
+        let (model, token) = (resident_bytes(config), kv_bytes(config, 1, kv).max(1));
+        let fits = usize::try_from(limit.saturating_sub(model) / token).unwrap_or(usize::MAX);
+        let needs = |what: String, bytes: u64| {
+            let (bytes, limit) = (bytes.div_ceil(MB), limit / MB);
+            UsageError(format!(
+                "{what} needs {bytes} MB, more than the limit of {limit} MB: give a larger --memory-limit"
+            ))
+        };
+        if fits == 0 {
+            return Err(needs("the model".to_owned(), model.saturating_add(token)).into());
+        }
+        if let Some(asked) = asked.filter(|asked| *asked > fits) {
+            let bytes = model.saturating_add(kv_bytes(config, asked, kv));
+            let what = format!("the model with a context of {asked} tokens");
+            return Err(UsageError(format!("{}, or -c {fits}", needs(what, bytes))).into());
+        }
+        Ok(asked.or(Some(config.context.min(CONTEXT).min(fits))))
+    }
+}
+
+impl Purpose {
+    pub(crate) fn workload(&self) -> Workload {
+        let usual = Workload::default();
+        let preset = self.room.preset;
+        Workload {
+            prompt_share: self.prompt_share.or(preset.map(Preset::prompt_share)).unwrap_or(usual.prompt_share),
+            batch: preset.map_or(usual.batch, Preset::batch),
+        }
     }
 
     /// The batch size to serve with, and why.
     pub(crate) fn recommendation(&self, config: &ModelConfig, speeds: &[(Class, f64)]) -> String {
-        let limit = self.memory_limit.or(self.preset.map(Preset::memory_mb)).map(|mb| mb.saturating_mul(1_000_000));
+        let limit = self.room.limit();
         let batch = self.workload().batch;
-        let room = limit.map(|limit| limit.saturating_sub(model_bytes(config)) / kv_bytes(config).max(1));
+        let (model, sequence) = (resident_bytes(config), kv_bytes(config, config.context.min(CONTEXT), KvType::F16));
+        let room = limit.map(|limit| limit.saturating_sub(model) / sequence.max(1));
         let fits = room.map_or(usize::MAX, |room| usize::try_from(room).unwrap_or(usize::MAX));
         // More columns pay as long as a token becomes cheaper by a tenth.
         let mut best: Option<(Class, f64)> = None;
@@ -111,11 +160,11 @@ impl Purpose {
         let memory = match limit {
             Some(limit) if fits < wanted => format!(
                 "; {} MB hold the model ({} MB) and {fits} sequences of {CONTEXT} tokens",
-                limit / 1_000_000,
-                model_bytes(config) / 1_000_000
+                limit / MB,
+                model / MB
             ),
-            Some(limit) if model_bytes(config) + kv_bytes(config) > limit => {
-                format!("; the model needs more than {} MB", limit / 1_000_000)
+            Some(limit) if model.saturating_add(sequence) > limit => {
+                format!("; the model needs {} MB, more than {}", (model + sequence).div_ceil(MB), limit / MB)
             }
             _ => String::new(),
         };
@@ -138,8 +187,67 @@ pub(crate) fn model_bytes(config: &ModelConfig) -> u64 {
     layer.saturating_mul(config.layers).saturating_add(rows) as u64
 }
 
-/// Bytes of the key-value cache of one sequence.
-fn kv_bytes(config: &ModelConfig) -> u64 {
-    let tokens = config.context.min(CONTEXT);
-    (tokens.saturating_mul(config.layers).saturating_mul(2 * 2 * config.kv_heads * config.head_dim)) as u64
+/// Bytes that a running model takes, its key-value cache apart: what is in the file, the head once more in int8 for its
+/// screen, and for a relu² model the up- and down-projections once more as records.
+fn resident_bytes(config: &ModelConfig) -> u64 {
+    let screen = if config.pooling.is_none() { config.vocabulary.saturating_mul(config.hidden) } else { 0 };
+    let record = Layout::Rows { rows: 1, chunk: 64 }.bytes(1, config.hidden).unwrap_or(usize::MAX);
+    let records = if config.activation == Activation::Relu2 {
+        record.saturating_mul(2).saturating_mul(config.ffn).saturating_mul(config.layers)
+    } else {
+        0
+    };
+    model_bytes(config).saturating_add(screen as u64).saturating_add(records as u64)
+}
+
+/// Bytes of the key-value cache of one sequence of so many tokens.
+fn kv_bytes(config: &ModelConfig, tokens: usize, kv: KvType) -> u64 {
+    let vectors = tokens.saturating_mul(config.layers).saturating_mul(2 * config.kv_heads);
+    // An int8 vector has a step of its own.
+    let vector = match kv {
+        KvType::F32 => 4 * config.head_dim,
+        KvType::F16 => 2 * config.head_dim,
+        KvType::Int8 => config.head_dim + 4,
+    };
+    vectors.saturating_mul(vector) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ternion_runtime::formats::synth::Recipe;
+
+    fn context(mb: u64, kv: KvType, asked: Option<usize>) -> Result<Option<usize>, String> {
+        let config = Recipe::preset("2b4t").unwrap().config;
+        let room = Room { preset: None, memory_limit: Some(mb) };
+        room.context(&config, kv, asked).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_context_fits_the_memory_that_the_model_leaves() {
+        assert_eq!(context(100_000, KvType::F16, None), Ok(Some(4096)));
+        assert_eq!(context(100_000, KvType::F16, Some(77)), Ok(Some(77)));
+        let config = Recipe::preset("2b4t").unwrap().config;
+        let mb = resident_bytes(&config).div_ceil(MB) + 40;
+        let few = context(mb, KvType::F16, None).unwrap().unwrap();
+        assert!((400..600).contains(&few), "{few} tokens in 40 MB");
+        let more = context(mb, KvType::Int8, None).unwrap().unwrap();
+        assert!(more > few && context(mb, KvType::F32, None).unwrap().unwrap() < few);
+        let refused = context(mb, KvType::F16, Some(few + 20)).unwrap_err();
+        assert!(refused.contains("--memory-limit, or -c"), "{refused}");
+        assert!(context(512, KvType::F16, None).unwrap_err().starts_with("the model needs"));
+    }
+
+    #[test]
+    fn without_a_limit_nothing_is_limited_and_a_preset_has_one() {
+        let config = Recipe::preset("2b4t").unwrap().config;
+        assert_eq!(Room::default().context(&config, KvType::F16, Some(9)).unwrap(), Some(9));
+        assert_eq!(Room::default().second_copies(&config), None);
+        let mobile = Room { preset: Some(Preset::Mobile), memory_limit: None };
+        assert!(mobile.context(&config, KvType::F16, None).is_err());
+        assert_eq!(mobile.second_copies(&config), Some(0));
+        let cloud = Room { preset: Some(Preset::Cloud), memory_limit: None };
+        assert!(cloud.second_copies(&config) > Some(1_000_000_000));
+        assert!(mobile.threads(&Threads { threads: None }) <= 2);
+    }
 }

@@ -58,8 +58,9 @@ pub(crate) fn run(options: &Run) -> Result<ExitCode> {
     if stop.is_empty() {
         stop.extend(tokenizer.eos());
     }
-    let session_options =
-        SessionOptions { kv: options.model.kv, context: options.context.map(usize::from), ..SessionOptions::default() };
+    let kv = options.model.kv;
+    let context = options.model.room.context(checkpoint.config(), kv, options.context.map(usize::from))?;
+    let session_options = SessionOptions { kv, context, ..SessionOptions::default() };
     let mut talk = Talk {
         options,
         tokenizer: &tokenizer,

@@ -10,11 +10,11 @@ use clap::{ArgGroup, Args};
 use ternion_compiler::Cpu;
 use ternion_runtime::formats::ModelConfig;
 use ternion_runtime::formats::synth::Recipe;
-use ternion_runtime::model::problems;
+use ternion_runtime::model::{problems, sparse_shape};
 use ternion_runtime::team::Team;
 use ternion_tuner::{
-    Budget, CacheDir, Choices, Class, Comparison, IsolationError, MachineProfile, Order, Phase, Problem, ProfileKey,
-    Progress, Report, Request, Source, SystemStopwatch, choose_isolated, compare, probe, serve,
+    Budget, CacheDir, Choices, Class, IsolationError, MachineProfile, Order, Phase, Problem, ProfileKey, Progress,
+    Report, Request, Source, SparseChoice, SystemStopwatch, choose_isolated, probe, profile_of, serve,
 };
 
 use crate::arguments::{ReadOptions, Threads, TuningBudget};
@@ -22,6 +22,7 @@ use crate::model::{cpu, open};
 use crate::output::{self, print};
 use crate::purpose::Purpose;
 use crate::terminal::{Bar, note, time};
+use crate::tune_check::{self, Check};
 use crate::{UsageError, interrupt};
 
 #[derive(Debug, Args)]
@@ -49,12 +50,16 @@ pub(crate) struct Tune {
     /// Write the report as one self-contained page
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Afterwards measure the choice against the untuned guess in 10 held-out interleaved rounds; with --against, also
-    /// against an exported profile
+    /// Write what was found to a file, as --export does
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
+    /// Afterwards measure the choice anew: against the untuned guess in 10 held-out interleaved rounds, and against the
+    /// median of a sample of all legal schedules
     #[arg(long)]
     check: bool,
-    /// A profile whose choices --check compares with
-    #[arg(long, value_name = "FILE", requires = "check")]
+    /// With --check, also against the choices of an exported profile, of a second search with the same budget (`again`), or
+    /// of an exhaustive one (`exhaustive`, which takes hours unless it has been made before)
+    #[arg(long, value_name = "FILE|again|exhaustive", requires = "check")]
     against: Option<PathBuf>,
     /// Show what is known for this machine and stop
     #[arg(long)]
@@ -75,7 +80,7 @@ pub(crate) struct Tune {
 
 pub(crate) fn tune(options: &Tune) -> Result<ExitCode> {
     let cpu = cpu()?;
-    let threads = options.purpose.threads(&options.threads);
+    let threads = options.purpose.room.threads(&options.threads);
     let key = ProfileKey::new(&probe(), &cpu, threads);
     let cache = CacheDir::default();
     if options.show || options.forget || options.export.is_some() || options.import.is_some() || options.merge.is_some()
@@ -90,8 +95,17 @@ pub(crate) fn tune(options: &Tune) -> Result<ExitCode> {
     let request = Request { again: !options.exhaustive, ..request(&config, budget, &options.purpose) };
     let choices = search(&request, &cpu, threads)?;
     report(options, &config, &choices, threads)?;
+    if let Some(path) = &options.save {
+        let profile = profile_of(&choices, &request, key);
+        CacheDir::export(&profile, path)?;
+        note(&format!("wrote {} shapes to {}", profile.shapes.len(), path.display()));
+    }
     if options.check {
-        check(options, &request, &choices, &cpu, threads)?;
+        let against = options.against.as_deref();
+        tune_check::check(
+            &Check { request: &request, choices: &choices, cpu: &cpu, threads, json: options.json },
+            against,
+        )?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -106,7 +120,8 @@ fn published(name: &str) -> &str {
 pub(crate) fn request(config: &ModelConfig, budget: Budget, purpose: &Purpose) -> Request {
     Request {
         workload: purpose.workload(),
-        second_copies: purpose.second_copies(config),
+        second_copies: purpose.room.second_copies(config),
+        sparse: sparse_shape(config),
         energy: purpose.energy,
         ..Request::new(problems(config), budget)
     }
@@ -179,6 +194,9 @@ fn report(options: &Tune, config: &ModelConfig, choices: &Choices, threads: usiz
     } else {
         print(&report.table())?;
     }
+    if let Some(sparse) = choices.sparse.as_ref().filter(|_| !options.json) {
+        print(&format!("{}\n", lists(sparse).join("\n")))?;
+    }
     let guessed = choices.found.iter().filter(|found| found.source == Source::Guess).count();
     if guessed > 0 {
         note(&format!("{guessed} shapes got no time and keep the guess: give a larger --budget"));
@@ -192,6 +210,17 @@ fn report(options: &Tune, config: &ModelConfig, choices: &Choices, threads: usiz
     Ok(())
 }
 
+/// When reading lists of records pays, in words.
+fn lists(choice: &SparseChoice) -> [String; 2] {
+    [("rows of up", &choice.rows), ("columns of down", &choice.columns)].map(|(what, list)| {
+        let pays = match list.worth {
+            worth if worth <= 0.0 => "are never read alone".to_owned(),
+            worth => format!("are read alone up to {:.0} % of them", 100.0 * worth),
+        };
+        format!("{what} {pays}: {}", list.schedule)
+    })
+}
+
 /// Seconds that all matrices take per token, by class.
 pub(crate) fn per_token(choices: &Choices) -> Vec<(Class, f64)> {
     let of = |class: Class| {
@@ -201,38 +230,6 @@ pub(crate) fn per_token(choices: &Choices) -> Vec<(Class, f64)> {
         times.sum::<Option<f64>>().map(|seconds| (class, seconds / class.measured() as f64))
     };
     Class::ALL.into_iter().filter_map(of).collect()
-}
-
-/// Held-out rounds: tuned against the guess, and against another profile.
-fn check(options: &Tune, request: &Request, choices: &Choices, cpu: &Cpu, threads: usize) -> Result<()> {
-    let team = Team::new(threads)?;
-    let guess = ternion_tuner::guess(request, cpu);
-    let mut rivals = vec![("guess", guess)];
-    if let Some(path) = &options.against {
-        let profile = CacheDir::read_exported(path)?;
-        let entries = profile.shapes.iter().map(|entry| ((entry.m, entry.k), entry.choice)).collect();
-        rivals.push(("other profile", entries));
-    }
-    for (name, rival) in rivals {
-        let compared = compare(request, choices, &rival, cpu, &team);
-        if options.json {
-            output::json(&compared)?;
-            continue;
-        }
-        print(&format!("\nagainst the {name}, 10 held-out interleaved rounds (times of 95 % confidence)\n"))?;
-        for Comparison { m, k, class, ours_us, theirs_us, ratio, verdict } in compared {
-            print(&format!(
-                "{:<12} {:<7} {:>9.1} ± {:<7.1} {:>9.1} ± {:<7.1} µs  {ratio:>5.2}×  {verdict}\n",
-                format!("{m}x{k}"),
-                class.map_or("all", Class::name),
-                ours_us.0,
-                ours_us.1,
-                theirs_us.0,
-                theirs_us.1,
-            ))?;
-        }
-    }
-    Ok(())
 }
 
 /// `--show`, `--export`, `--import`, `--merge` and `--forget`.
@@ -280,12 +277,18 @@ fn show(options: &Tune, cache: &CacheDir, key: &ProfileKey, known: &MachineProfi
     let path = cache.profile_path(key).map_or("no cache directory".to_owned(), |path| path.display().to_string());
     let mut text = format!("{}\n{} threads, {}\n{path}\n", key.cpu, key.threads, key.features);
     for entry in &known.shapes {
-        text += &format!("\n{}x{} (best of {}, {} ms)\n", entry.m, entry.k, entry.raced, entry.budget_ms);
+        let state = if entry.provisional { ", provisional: measured on a busy machine" } else { "" };
+        text += &format!("\n{}x{} (best of {}, {} ms{state})\n", entry.m, entry.k, entry.raced, entry.budget_ms);
         for class in Class::ALL {
             let result = entry.results.iter().find(|result| result.class == class);
             let time = result.map_or(String::new(), |result| format!("{:.1} µs", result.figures.median_us));
             text += &format!("  n={:<7} {time:>12}  {}\n", class.name(), entry.choice.of(class));
         }
+    }
+    for entry in &known.sparse {
+        let state = if entry.provisional { " (provisional)" } else { "" };
+        text += &format!("\nfeed-forward {}x{}{state}\n", entry.shape.ffn, entry.shape.hidden);
+        lists(&entry.choice).iter().for_each(|line| text += &format!("  {line}\n"));
     }
     for refusal in &known.refused {
         text += &format!("\nrefused: {} for {}: {}\n", refusal.schedule, refusal.spec, refusal.reason);

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use support::{Damage, Dress, HuggingFaceFixture};
 use tempfile::TempDir;
 
@@ -231,9 +231,46 @@ fn tune_finds_remembers_explains_and_hands_on() {
         assert!(with_cache(&cache, &["tune", how, file, "-t", "1"]).status.success());
         assert_eq!(with_cache(&cache, &["tune", "--show", "-t", "1"]).stdout, shown.stdout);
     }
+    // What was refused, by this machine or another, is listed with its reason.
+    let mut profile: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    let schedule = "naught/clif128 layout=lanes16x4 multiply=pairs unroll=1 ntile=1";
+    profile["refused"] = json!([{ "spec": "k=256 n=1", "schedule": schedule, "reason": "wrong with seed 0x1" }]);
+    std::fs::write(file, profile.to_string()).unwrap();
+    assert!(with_cache(&cache, &["tune", "--merge", file, "-t", "1"]).status.success());
+    let page = with_cache(&cache, &["doctor", "-t", "1"]);
+    assert!(text(&page.stdout).contains("refused         naught/clif128"), "{}", text(&page.stdout));
+    assert!(text(&page.stdout).contains("wrong with seed 0x1"));
+
     std::fs::write(file, "{}").unwrap();
     refused(&with_cache(&cache, &["tune", "--import", file, "-t", "1"]), 1, &["not a usable machine profile"]);
     refused(&with_cache(&cache, &["tune", "--shapes", "nothing"]), 2, &["no shape is called nothing"]);
+}
+
+#[test]
+fn a_choice_is_checked_against_the_guess_the_median_and_a_saved_profile() {
+    let cache = TempDir::new().unwrap();
+    let file = cache.path().join("first.json");
+    let file = file.to_str().unwrap();
+    let tune = ["tune", "--budget", "1s", "-t", "1"];
+    assert!(with_cache(&cache, &[&tune[..], &["--save", file]].concat()).status.success());
+    let checked = with_cache(&cache, &[&tune[..], &["--check", "--against", file]].concat());
+    assert!(checked.status.success(), "{}", text(&checked.stderr));
+    let table = text(&checked.stdout);
+    for rival in ["against the median of a sample of all legal", "against the guess, 10", "first.json, 10"] {
+        assert!(table.contains(rival), "{rival} in {table}");
+    }
+    refused(&with_cache(&cache, &[&tune[..], &["--against", file]].concat()), 2, &["--check"]);
+}
+
+#[test]
+fn a_run_can_be_told_what_it_is_for_and_how_much_memory_it_gets() {
+    let story = |extra: &[&str]| stdout(&[&["run", "-p", "The old king", "-n", "8"], extra].concat());
+    let expected = story(&[]);
+    assert_eq!(story(&["--for", "mobile"]), expected);
+    assert_eq!(story(&["--for", "cloud", "-t", "1", "-c", "100"]), expected);
+    refused(&output(&["run", "-p", "x", "--memory-limit", "1"]), 2, &["the model needs", "limit of 1 MB"]);
+    let long = ["run", "-p", "x", "--memory-limit", "40", "-c", "1000000"];
+    refused(&output(&long), 2, &["a context of 1000000 tokens needs", "--memory-limit, or -c"]);
 }
 
 #[test]
@@ -253,6 +290,9 @@ fn bench_prints_prompts_and_generation_in_three_formats() {
         assert!(line["tokens_per_s"].as_f64().unwrap() > 0.0);
         assert_eq!(line["samples"].as_array().unwrap().len(), 2);
         assert_eq!(line["bytes_per_token"].is_u64(), line["test"] == "tg3");
+    }
+    for start in json["starts"].as_array().unwrap() {
+        assert!(start["schedules_ms"].as_f64().unwrap() >= 0.0 && start["compile_ms"].as_f64().unwrap() > 0.0);
     }
     refused(&output(&["bench", "-p", "0", "-n", "0"]), 2, &["nothing to measure"]);
     refused(&output(&["bench", "-p", "1000000"]), 2, &["context"]);

@@ -2,11 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hint::black_box;
+use std::sync::Mutex;
 use std::time::Duration;
 
-use ternion_compiler::{ActivationFormat, Activations, CompileError, Cpu, Kernel, KernelSpec, Schedule, compile_each};
+use ternion_compiler::listed::GROUP;
+use ternion_compiler::{
+    ActivationFormat, Activations, Columns, CompileError, Cpu, Kernel, KernelSpec, RecordList, Schedule,
+    compile_each,
+};
 
 use crate::buffer::Buffer;
+use crate::sparse::SparseShape;
+use crate::workers::share;
 use crate::{Class, Problem, Product, Stopwatch, Workers};
 
 /// What a race needs to know of the outside: kernels that compile and take time.
@@ -17,9 +24,22 @@ pub(crate) trait Bench {
     /// Makes the kernels of `jobs` ready; returns the errors of those that cannot be.
     fn compile(&mut self, jobs: &[Job]) -> Vec<CompileError>;
 
+    /// Frees a kernel.
+    fn forget(&mut self, job: Job);
+
     /// Takes one sample of a kernel that is ready: the time of one product of `problem`'s matrix with the columns of
     /// `class`. `None` if it cannot be measured here.
     fn sample(&mut self, problem: &Problem, class: Class, schedule: Schedule) -> Option<Duration>;
+
+    /// Takes one sample of a kernel for lists that is ready, with this share of the records listed: the time of making the
+    /// list, of the products, and of adding up what threads have found. `None` if it cannot be measured here.
+    fn sample_list(
+        &mut self,
+        shape: &SparseShape,
+        columns: Columns,
+        schedule: Schedule,
+        share: f64,
+    ) -> Option<Duration>;
 }
 
 /// A kernel to compile.
@@ -66,6 +86,10 @@ impl Bench for Observed<'_> {
         errors
     }
 
+    fn forget(&mut self, job: Job) {
+        self.bench.forget(job);
+    }
+
     fn sample(&mut self, problem: &Problem, class: Class, schedule: Schedule) -> Option<Duration> {
         let spec = class.spec(problem.k);
         if !self.sampled.insert((class, spec, schedule)) {
@@ -74,6 +98,25 @@ impl Bench for Observed<'_> {
         self.observer.trying(&[(spec, schedule)]);
         let sample = self.bench.sample(problem, class, schedule);
         self.observer.tried();
+        sample
+    }
+
+    fn sample_list(
+        &mut self,
+        shape: &SparseShape,
+        columns: Columns,
+        schedule: Schedule,
+        share: f64,
+    ) -> Option<Duration> {
+        let spec = shape.spec(columns);
+        let first = self.sampled.insert((Class::One, spec, schedule));
+        if first {
+            self.observer.trying(&[(spec, schedule)]);
+        }
+        let sample = self.bench.sample_list(shape, columns, schedule, share);
+        if first {
+            self.observer.tried();
+        }
         sample
     }
 }
@@ -141,6 +184,10 @@ impl Bench for KernelBench<'_> {
         errors
     }
 
+    fn forget(&mut self, job: Job) {
+        self.kernels.remove(&job);
+    }
+
     fn sample(&mut self, problem: &Problem, class: Class, schedule: Schedule) -> Option<Duration> {
         let kernel = self.kernels.get(&(class.spec(problem.k), schedule))?;
         let (k, layout) = (kernel.spec().k, kernel.layout());
@@ -183,6 +230,72 @@ impl Bench for KernelBench<'_> {
         let shared = if columns > 1 { threads } else { 1 };
         let preparing = input.preparing.as_secs_f64() * columns as f64 / shared as f64 / MATRICES_PER_ACTIVATION;
         Duration::try_from_secs_f64(time.as_secs_f64() / repeats as f64 * whole + preparing).ok()
+    }
+
+    fn sample_list(
+        &mut self,
+        shape: &SparseShape,
+        columns: Columns,
+        schedule: Schedule,
+        density: f64,
+    ) -> Option<Duration> {
+        let SparseShape { ffn, hidden } = *shape;
+        let kernel = self.kernels.get(&(shape.spec(columns), schedule))?;
+        let record = kernel.layout().row_bytes(hidden);
+        let matrix_bytes = ffn.checked_mul(record).filter(|bytes| u32::try_from(*bytes).is_ok())?;
+        let bytes = self.weights.bytes();
+        let stride = matrix_bytes.next_multiple_of(64);
+        if stride == 0 || stride > bytes.len() {
+            return None;
+        }
+        let place = self.cursor / stride % (bytes.len() / stride);
+        let weights = &bytes[place * stride..][..matrix_bytes];
+        self.cursor = (place + 1) * stride;
+        // Which records count changes with every token.
+        let mut random = self.cursor as u64;
+        let mut listed = Vec::with_capacity(ffn);
+        listed.extend((0..ffn).filter(|_| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (random >> 33) as f64 / (1u64 << 31) as f64 <= density
+        }));
+
+        let format = kernel.activation_format();
+        let input = self
+            .inputs
+            .entry((hidden, Class::One, format))
+            .or_insert_with(|| Input::new(hidden, 1, format, self.stopwatch));
+        let activations = Activations { columns: &input.bytes[input.start..], stride: input.stride, sums: &input.sums };
+        let threads = self.workers.threads().max(1);
+        let by_rows = columns == Columns::ListedRows;
+        let mut list = RecordList::with_capacity(ffn);
+        // Every thread has its groups' results, or sums over its columns.
+        let width = if by_rows { GROUP * listed.len().div_ceil(GROUP).div_ceil(threads) } else { 4 * record };
+        self.out.resize(self.out.len().max(threads * width), 0);
+        let results: Vec<Mutex<&mut [i32]>> =
+            self.out[..threads * width].chunks_mut(width.max(1)).map(Mutex::new).collect();
+
+        let start = self.stopwatch.elapsed();
+        list.fill(listed.iter().map(|neuron| ((neuron * record) as u32, (neuron % 127) as i8)));
+        self.workers.run(&|thread| {
+            let groups = share(list.groups(), threads, thread);
+            let Some(Ok(mut out)) = results.get(thread).map(Mutex::try_lock) else { return };
+            if by_rows {
+                let count = GROUP * groups.len();
+                kernel.run_listed_rows(weights, &list, groups, &activations, &mut out[..count]);
+            } else {
+                kernel.run_listed_columns(weights, &list, groups, &mut out);
+            }
+        });
+        drop(results);
+        if !by_rows {
+            let (first, rest) = self.out[..threads * width].split_at_mut(width);
+            for partial in rest.chunks_exact(width) {
+                first.iter_mut().zip(partial).for_each(|(sum, partial)| *sum += partial);
+            }
+        }
+        let time = self.stopwatch.elapsed().saturating_sub(start);
+        black_box(&self.out);
+        Some(time)
     }
 }
 

@@ -2,16 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use ternion_compiler::Cpu;
+use ternion_compiler::{Cpu, Family};
 
 use crate::bench::{Bench, KernelBench, Observed, Observer};
 use crate::buffer::Buffer;
 use crate::energy::EnergyMeter;
 use crate::journal::Journal;
-use crate::profile::{CacheDir, MachineProfile, ProfileKey, ShapeEntry, Warning};
+use crate::load::Load;
+use crate::profile::{CacheDir, MachineProfile, ProfileKey, ShapeEntry, SparseEntry, Warning};
 use crate::request::{Choices, Effort, Found, NoSchedule, Problem, Progress, Request, Source};
 use crate::search::{Outcome, Search};
-use crate::{CpuProfile, Stopwatch, SystemStopwatch, Workers, probe, shipped};
+use crate::{Choice, CpuProfile, Stopwatch, SystemStopwatch, Workers, probe, shipped};
 
 /// A second copy of a matrix has to save at least this part of its time.
 const WORTH_A_COPY: f64 = 0.02;
@@ -55,8 +56,10 @@ pub(crate) fn choose_observed(
         }
         found => found.and_then(Result::ok),
     };
+    let load = Load::begin();
     let search = Search {
         cpu,
+        families: &Family::ALL,
         meter: meter.as_ref(),
         request,
         stopwatch: &stopwatch,
@@ -72,7 +75,8 @@ pub(crate) fn choose_observed(
     let mut found = look_up(&search, &machine, &known)?;
 
     let mut outcome = Outcome::default();
-    if found.iter().any(|found| search.wants_race(found, &known)) {
+    let mut sparse = request.sparse.and_then(|shape| Some(known.sparse(&shape)?.choice.clone()));
+    if found.iter().any(|found| search.wants_race(found, &known)) || known.wants_sparse(request) {
         let (bytes, tile) = measuring_bytes(&request.problems, &machine);
         // A smaller buffer is less cold than it might be, but a race needs its time.
         let enough = || stopwatch.elapsed() > request.budget.time / 10;
@@ -87,8 +91,20 @@ pub(crate) fn choose_observed(
                 let done = if exhaustive { journal.trials() } else { Vec::new() };
                 let mut news = MachineProfile::new(key);
                 outcome = search.race_all(&mut found, &known, bench, &mut news, &done);
-                spend_copies(&mut found, &outcome, request.second_copies);
-                remember(&found, request, &mut news, cache, &mut warnings);
+                let one_copy = spend_copies(&mut found, &outcome, request);
+                let disturbance = load.disturbance(workers.threads(), &outcome.reference);
+                // A short race is replaced by the first search whatever it was disturbed by.
+                let disturbance = disturbance.filter(|_| request.budget.explores());
+                let provisional = disturbance.is_some();
+                warnings.extend(disturbance.map(|reason| Warning::Busy { reason }));
+                let entries = entries(&found, &one_copy, request, provisional);
+                entries.into_iter().for_each(|entry| news.insert(entry));
+                if let Some((shape, choice)) = request.sparse.zip(outcome.sparse.take()) {
+                    let budget_ms = request.budget.milliseconds();
+                    news.insert_sparse(SparseEntry { shape, choice: choice.clone(), budget_ms, provisional });
+                    sparse = Some(choice);
+                }
+                remember(&news, cache, &mut warnings);
                 if exhaustive {
                     journal.finish();
                 }
@@ -99,7 +115,7 @@ pub(crate) fn choose_observed(
     let Outcome { trials, warnings: refused, phases, .. } = outcome;
     warnings.extend(refused);
     let spent = stopwatch.elapsed();
-    Ok(Choices { found, spent, phases, trials, warnings })
+    Ok(Choices { found, sparse, spent, phases, trials, warnings })
 }
 
 /// What can be said without measuring, for every different shape, most work first.
@@ -116,7 +132,14 @@ pub(crate) fn look_up(
     let mut problems: Vec<Problem> = shapes.into_iter().map(|((m, k), count)| Problem { m, k, count }).collect();
     let work = |problem: &Problem| problem.m.saturating_mul(problem.k).saturating_mul(problem.count);
     problems.sort_by_key(|problem| std::cmp::Reverse(work(problem)));
-    problems.into_iter().map(|problem| look_up_one(search, machine, known, problem)).collect()
+    // What is known may need more memory than there is this time.
+    let mut spare = search.request.second_copies.unwrap_or(u64::MAX);
+    let look_up = |problem| {
+        let found = look_up_one(search, machine, known, problem, spare)?;
+        spare -= second_copy(&problem, &found.choice).unwrap_or(0);
+        Ok(found)
+    };
+    problems.into_iter().map(look_up).collect()
 }
 
 fn look_up_one(
@@ -124,10 +147,14 @@ fn look_up_one(
     machine: &CpuProfile,
     known: &MachineProfile,
     problem: Problem,
+    spare: u64,
 ) -> Result<Found, NoSchedule> {
     let Problem { m, k, .. } = problem;
-    if let Some(ShapeEntry { choice, results, raced, .. }) = known.shape(m, k) {
-        let (choice, results, raced) = (*choice, results.clone(), *raced);
+    let affordable = |choice: &Choice| second_copy(&problem, choice).is_none_or(|bytes| bytes <= spare);
+    let entry = known.shape(m, k);
+    let choice = entry.and_then(|entry| [Some(entry.choice), entry.one_copy].into_iter().flatten().find(affordable));
+    if let (Some(choice), Some(ShapeEntry { results, raced, .. })) = (choice, entry) {
+        let (results, raced) = (results.clone(), *raced);
         return Ok(Found { problem, choice, source: Source::Known, results, raced });
     }
     let shipped = shipped::choice(machine, search.cpu, search.threads, problem);
@@ -137,42 +164,65 @@ fn look_up_one(
     Ok(Found { problem, choice, source, results: Vec::new(), raced: 0 })
 }
 
-/// Gives second copies of weights to the shapes where they save most time per byte, as far as `bytes` reach.
-fn spend_copies(found: &mut [Found], outcome: &Outcome, mut bytes: u64) {
-    let mut offers: Vec<(f64, usize, crate::Choice, u64)> = Vec::new();
+/// Bytes of all matrices of a shape in the second layout of a choice; `None` if it has only one.
+fn second_copy(problem: &Problem, choice: &Choice) -> Option<u64> {
+    let Problem { m, k, count } = *problem;
+    let layout = choice.layouts().get(1).copied()?;
+    let bytes = layout.bytes(m, k).and_then(|bytes| bytes.checked_mul(count));
+    Some(bytes.map_or(u64::MAX, |bytes| bytes as u64))
+}
+
+/// Gives second copies of weights to the shapes where they save most time per byte, as far as memory reaches. Returns the
+/// choices of these shapes without, by place.
+fn spend_copies(found: &mut [Found], outcome: &Outcome, request: &Request) -> BTreeMap<usize, Choice> {
+    let weights = request.workload.weights();
+    let mut offers: Vec<(f64, usize, Choice, u64)> = Vec::new();
     for (at, choice, saved) in &outcome.second {
-        let Problem { m, k, count } = found[*at].problem;
-        let Some(layout) = choice.layouts().get(1).copied() else { continue };
-        let size = layout.bytes(m, k).and_then(|bytes| bytes.checked_mul(count)).map_or(u64::MAX, |bytes| bytes as u64);
-        let weights = crate::Workload::default().weights();
-        let total: f64 = found[*at].results.iter().map(|r| weights[r.class.index()] * r.figures.median_us * 1e-6).sum();
-        if *saved > WORTH_A_COPY * total * count as f64 {
+        let Found { problem, results, .. } = &found[*at];
+        let Some(size) = second_copy(problem, choice) else { continue };
+        let total: f64 = results.iter().map(|r| weights[r.class.index()] * r.figures.median_us * 1e-6).sum();
+        if *saved > WORTH_A_COPY * total * problem.count as f64 {
             offers.push((saved / size as f64, *at, *choice, size));
         }
     }
     offers.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let (mut bytes, mut one_copy) = (request.second_copies.unwrap_or(0), BTreeMap::new());
     for (_, at, choice, size) in offers {
         if size <= bytes {
             bytes -= size;
-            found[at].choice = choice;
+            one_copy.insert(at, std::mem::replace(&mut found[at].choice, choice));
         }
     }
+    one_copy
 }
 
-/// Writes down what has been measured.
-fn remember(
+/// What has been measured, as it is remembered.
+pub(crate) fn entries(
     found: &[Found],
+    one_copy: &BTreeMap<usize, Choice>,
     request: &Request,
-    news: &mut MachineProfile,
-    cache: &CacheDir,
-    warnings: &mut Vec<Warning>,
-) {
-    let budget_ms = request.budget.milliseconds();
-    for Found { problem, choice, results, raced, .. } in found.iter().filter(|found| found.source == Source::Raced) {
-        let (Problem { m, k, .. }, workload) = (*problem, request.workload);
-        news.insert(ShapeEntry { m, k, choice: *choice, results: results.clone(), raced: *raced, budget_ms, workload });
-    }
-    if !news.shapes.is_empty() || !news.refused.is_empty() {
+    provisional: bool,
+) -> Vec<ShapeEntry> {
+    let raced = found.iter().enumerate().filter(|(_, found)| found.source == Source::Raced);
+    let entry = |(at, found): (usize, &Found)| ShapeEntry {
+        m: found.problem.m,
+        k: found.problem.k,
+        choice: found.choice,
+        results: found.results.clone(),
+        raced: found.raced,
+        budget_ms: request.budget.milliseconds(),
+        workload: request.workload,
+        second_copies: request.second_copies.unwrap_or(0),
+        one_copy: one_copy.get(&at).copied(),
+        energy: request.energy,
+        provisional,
+    };
+    raced.map(entry).collect()
+}
+
+/// Writes down what is new, if anything is.
+fn remember(news: &MachineProfile, cache: &CacheDir, warnings: &mut Vec<Warning>) {
+    if !(news.shapes.is_empty() && news.sparse.is_empty() && news.refused.is_empty()) {
         warnings.extend(cache.remember(news).err());
     }
 }
@@ -193,3 +243,6 @@ pub(crate) fn measuring_bytes(problems: &[Problem], machine: &CpuProfile) -> (us
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod outside;

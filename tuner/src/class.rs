@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use ternion_compiler::{Columns, KernelSpec, Layout, Schedule};
+use ternion_compiler::{Columns, Cpu, KernelSpec, Layout, Schedule};
 
 /// A range of numbers of columns (tokens) that share a schedule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -124,6 +124,17 @@ impl Choice {
         }
         layouts
     }
+
+    /// Whether all schedules are legal for rows of `k` weights on `cpu` and read at most two layouts; if not, why.
+    pub(crate) fn check(&self, k: usize, cpu: &Cpu) -> Result<(), String> {
+        for class in Class::ALL {
+            self.of(class).check(&class.spec(k), cpu).map_err(|error| error.to_string())?;
+        }
+        match self.layouts().len() {
+            0..=2 => Ok(()),
+            copies => Err(format!("its schedules read {copies} different layouts")),
+        }
+    }
 }
 
 /// What a model is used for: how often each class is met.
@@ -147,6 +158,11 @@ impl Default for Workload {
 const PROMPT_TOKENS: [f64; 6] = [0.0, 0.02, 0.03, 0.2, 0.65, 0.1];
 
 impl Workload {
+    /// Whether it is the same as another, but for what a text makes of its numbers.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        self.batch == other.batch && (self.prompt_share - other.prompt_share).abs() < 1e-6
+    }
+
     /// Products of one matrix per token, by class: tokens of the class over the columns that share a product. No class
     /// is quite without weight, since a choice has a schedule for each.
     #[must_use]

@@ -2,25 +2,28 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 
 use serde::Serialize;
-use ternion_compiler::Cpu;
+use ternion_compiler::{Cpu, Family, Schedule};
 
 use crate::bench::{Bench, KernelBench};
 use crate::buffer::Buffer;
-use crate::choose::measuring_bytes;
-use crate::request::{Budget, Choices, Problem, Request, Source};
+use crate::choose::{entries, measuring_bytes};
+use crate::contest::Entrant;
+use crate::held_out::{ROUNDS, Rounds, interval, rounds, total};
+use crate::profile::Warning;
+use crate::request::{Budget, Choices, Found, Problem, Request, Source};
 use crate::shortlist::Shortlist;
-use crate::{CacheDir, Choice, Class, NoSchedule, SystemStopwatch, Workers, choose, probe};
+use crate::space::{WHOLE_SPACE, legal};
+use crate::{CacheDir, Choice, Class, MachineProfile, NoSchedule, ProfileKey, SystemStopwatch, Workers, choose, probe};
 
-/// Rounds of a comparison.
-const ROUNDS: usize = 10;
+/// Legal schedules of a class that stand for all of them, and rounds that they run.
+const SPREAD: usize = 32;
+const SPREAD_ROUNDS: usize = 3;
 
 /// Samples of a round; the median is the round's.
 const SAMPLES: usize = 15;
-
-/// Two-sided 95 % quantile of Student's t with `ROUNDS − 1` degrees of freedom.
-const T: f64 = 2.262;
 
 /// Which of two choices is faster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -83,12 +86,8 @@ pub fn known(request: &Request, cpu: &Cpu, threads: usize, cache: &CacheDir) -> 
     if request.again {
         return Ok(None);
     }
-    let (profile, _) = cache.load(&crate::ProfileKey::new(&probe(), cpu, threads), cpu);
-    let enough = |problem: &Problem| {
-        let entry = profile.shape(problem.m, problem.k);
-        entry.is_some_and(|entry| entry.budget_ms >= request.budget.milliseconds() / 10 * 9)
-    };
-    if !request.problems.iter().all(enough) {
+    let (profile, _) = cache.load(&ProfileKey::new(&probe(), cpu, threads), cpu);
+    if !profile.suffices(request) {
         return Ok(None);
     }
     let nothing = Request { budget: Budget::NONE, ..request.clone() };
@@ -109,6 +108,83 @@ impl Workers for Idle {
     }
 }
 
+/// How much a class of a shape gains over the median of what is legal.
+#[derive(Clone, Debug, Serialize)]
+pub struct Gain {
+    /// Rows.
+    pub m: usize,
+    /// Length of a row.
+    pub k: usize,
+    /// The class.
+    pub class: Class,
+    /// The choice's time, in microseconds.
+    pub ours_us: f64,
+    /// The median's.
+    pub median_us: f64,
+    /// How many times faster the choice is.
+    pub gain: f64,
+    /// Legal schedules.
+    pub legal: usize,
+    /// Of these, how many were measured: every so many-th of the list of all.
+    pub measured: usize,
+}
+
+/// Measures `choices` against a sample of all legal schedules, evenly spread over the list of them, each a few times in
+/// interleaved rounds.
+#[must_use]
+pub fn gains(request: &Request, choices: &Choices, cpu: &Cpu, workers: &dyn Workers) -> Vec<Gain> {
+    let stopwatch = SystemStopwatch::start();
+    let (bytes, tile) = measuring_bytes(&request.problems, &probe());
+    let Some(buffer) = Buffer::of_codes(bytes, tile, workers, || false) else { return Vec::new() };
+    let mut bench = KernelBench::new(*cpu, workers, &stopwatch, buffer);
+    let mut gains = Vec::new();
+    for Found { problem, choice, .. } in &choices.found {
+        for class in Class::ALL {
+            let spec = class.spec(problem.k);
+            let space = legal(&Family::ALL, &spec, cpu, &Budget::search(WHOLE_SPACE));
+            let mut schedules: Vec<Schedule> =
+                (0..SPREAD.min(space.len())).map(|at| space[at * space.len() / SPREAD.min(space.len())]).collect();
+            schedules.retain(|schedule| schedule.check(&spec, cpu).is_ok());
+            let jobs: Vec<_> = schedules.iter().chain([&choice.of(class)]).map(|schedule| (spec, *schedule)).collect();
+            let missing: Vec<_> = jobs.iter().filter(|job| !bench.is_ready(**job)).copied().collect();
+            bench.compile(&missing);
+            let mut times: Vec<Vec<f64>> = vec![Vec::new(); jobs.len()];
+            for _ in 0..SPREAD_ROUNDS {
+                for ((_, schedule), times) in jobs.iter().zip(&mut times) {
+                    times.extend(bench.sample(problem, class, *schedule).map(|time| time.as_secs_f64() * 1e6));
+                }
+            }
+            let mut medians: Vec<f64> = times.iter_mut().filter_map(|times| median(times)).collect();
+            let Some(ours_us) = medians.pop().filter(|_| times.last().is_some_and(|times| !times.is_empty())) else {
+                continue;
+            };
+            let measured = medians.len();
+            let Some(median_us) = median(&mut medians) else { continue };
+            let (Problem { m, k, .. }, legal) = (*problem, space.len());
+            gains.push(Gain { m, k, class, ours_us, median_us, gain: median_us / ours_us, legal, measured });
+        }
+    }
+    gains
+}
+
+fn median(values: &mut [f64]) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+/// What a search has found, as a profile that can be compared with or handed on.
+#[must_use]
+pub fn profile_of(choices: &Choices, request: &Request, key: ProfileKey) -> MachineProfile {
+    let mut profile = MachineProfile::new(key);
+    let provisional = choices.warnings.iter().any(|warning| matches!(warning, Warning::Busy { .. }));
+    // What was known was measured once as well.
+    let measured = choices.found.iter().filter(|found| !found.results.is_empty());
+    let measured: Vec<Found> = measured.map(|found| Found { source: Source::Raced, ..found.clone() }).collect();
+    let entries = entries(&measured, &BTreeMap::new(), request, provisional);
+    entries.into_iter().for_each(|entry| profile.insert(entry));
+    profile
+}
+
 /// Measures `choices` against `rival` in ten interleaved rounds per shape and class.
 #[must_use]
 pub fn compare(
@@ -122,87 +198,42 @@ pub fn compare(
     let (bytes, tile) = measuring_bytes(&request.problems, &probe());
     let Some(buffer) = Buffer::of_codes(bytes, tile, workers, || false) else { return Vec::new() };
     let mut bench = KernelBench::new(*cpu, workers, &stopwatch, buffer);
-    let mut compared = Vec::new();
-    for found in &choices.found {
-        let Some(theirs) = rival.get(&(found.problem.m, found.problem.k)) else { continue };
-        let pairs: Vec<Pair> = Class::ALL
-            .into_iter()
-            .filter_map(|class| Pair::measure(&mut bench, &found.problem, class, &found.choice, theirs))
+    let mut all = Vec::new();
+    for Found { problem, choice, .. } in &choices.found {
+        let Some(theirs) = rival.get(&(problem.m, problem.k)) else { continue };
+        let pair = |class| [choice, theirs].map(|choice| Entrant { class, schedule: choice.of(class) });
+        let pairs = Class::ALL.map(pair);
+        let jobs: Vec<_> =
+            pairs.iter().flatten().map(|entrant| (entrant.class.spec(problem.k), entrant.schedule)).collect();
+        bench.compile(&jobs);
+        let measured: Vec<(Class, Rounds)> = pairs
+            .iter()
+            .map(|pair| {
+                let one = std::slice::from_ref(pair);
+                let rounds = rounds(&mut bench, problem, one, SAMPLES, &stopwatch, Duration::MAX);
+                (pair[0].class, rounds.into_iter().next().unwrap_or_default())
+            })
+            .filter(|(_, rounds)| rounds.0.len() == ROUNDS)
             .collect();
-        compared.extend(pairs.iter().map(|pair| pair.compared(&found.problem)));
-        if pairs.len() == Class::ALL.len() {
-            compared.push(total(&pairs, &request.workload.weights()).compared(&found.problem));
+        let same = |class: Class| choice.of(class) == theirs.of(class);
+        all.extend(measured.iter().map(|(class, rounds)| compared(problem, Some(*class), same(*class), rounds)));
+        if measured.len() == Class::ALL.len() {
+            let total = total(&measured, &request.workload.weights());
+            all.push(compared(problem, None, choice == theirs, &total));
         }
     }
-    compared
+    all
 }
 
-/// The rounds of two schedules, in microseconds.
-struct Pair {
-    class: Option<Class>,
-    same: bool,
-    times: [Vec<f64>; 2],
-}
-
-impl Pair {
-    fn measure(bench: &mut dyn Bench, problem: &Problem, class: Class, ours: &Choice, theirs: &Choice) -> Option<Self> {
-        let schedules = [ours.of(class), theirs.of(class)];
-        bench.compile(&schedules.map(|schedule| (class.spec(problem.k), schedule)));
-        let mut times = [Vec::new(), Vec::new()];
-        for round in 0..ROUNDS {
-            let mut samples = [Vec::new(), Vec::new()];
-            for turn in 0..2 * SAMPLES {
-                // Every other round begins with the other.
-                let which = (turn + round) % 2;
-                samples[which].push(bench.sample(problem, class, schedules[which])?.as_secs_f64() * 1e6);
-            }
-            for (times, mut samples) in times.iter_mut().zip(samples) {
-                samples.sort_by(f64::total_cmp);
-                times.push(samples[SAMPLES / 2]);
-            }
-        }
-        Some(Self { class: Some(class), same: schedules[0] == schedules[1], times })
-    }
-
-    fn compared(&self, problem: &Problem) -> Comparison {
-        let [ours_us, theirs_us] = [0, 1].map(|which| interval(&self.times[which]));
-        let verdict = match () {
-            () if self.same => Which::Same,
-            () if (ours_us.0 - theirs_us.0).abs() <= ours_us.1 + theirs_us.1 => Which::Equal,
-            () if ours_us.0 < theirs_us.0 => Which::Faster,
-            () => Which::Slower,
-        };
-        let (m, k, class) = (problem.m, problem.k, self.class);
-        Comparison { m, k, class, ours_us, theirs_us, ratio: theirs_us.0 / ours_us.0, verdict }
-    }
-}
-
-/// All classes together, round by round.
-fn total(pairs: &[Pair], weights: &[f64; 6]) -> Pair {
-    let round =
-        |which: usize, round: usize| pairs.iter().zip(weights).map(|(pair, w)| w * pair.times[which][round]).sum();
-    let times = [0, 1].map(|which| (0..ROUNDS).map(|at| round(which, at)).collect());
-    Pair { class: None, same: pairs.iter().all(|pair| pair.same), times }
-}
-
-/// Mean, and half the width of its 95 % confidence interval.
-fn interval(values: &[f64]) -> (f64, f64) {
-    let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    (mean, T * (variance / n).sqrt())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_interval_holds_its_mean_and_grows_with_the_spread() {
-        let (mean, narrow) = interval(&[1.0, 1.1, 0.9, 1.0, 1.0, 1.1, 0.9, 1.0, 1.0, 1.0]);
-        let (_, wide) = interval(&[1.0, 2.0, 0.1, 1.0, 1.0, 1.9, 0.1, 1.0, 0.9, 1.0]);
-        assert!((mean - 1.0).abs() < 1e-9 && narrow < wide);
-        // Standard deviation √(0.04/9), over √10, by 2.262.
-        assert!((narrow - 2.262 * (0.04f64 / 9.0 / 10.0).sqrt()).abs() < 1e-9);
-    }
+/// The rounds of one class, or of all; `same` if both sides run the same schedules.
+fn compared(problem: &Problem, class: Option<Class>, same: bool, rounds: &Rounds) -> Comparison {
+    let side = |which: usize| interval(&rounds.0.iter().map(|times| times[which] * 1e6).collect::<Vec<_>>());
+    let (ours_us, theirs_us) = (side(0), side(1));
+    let verdict = match () {
+        () if same => Which::Same,
+        () if (ours_us.0 - theirs_us.0).abs() <= ours_us.1 + theirs_us.1 => Which::Equal,
+        () if ours_us.0 < theirs_us.0 => Which::Faster,
+        () => Which::Slower,
+    };
+    Comparison { m: problem.m, k: problem.k, class, ours_us, theirs_us, ratio: theirs_us.0 / ours_us.0, verdict }
 }

@@ -24,6 +24,10 @@ const CLEAR_ROUNDS: usize = 6;
 /// noise stays far below.
 const DISTURBED: f64 = 2.0;
 
+/// How much more a stage counts than the one before it. Less, and who gets slower wins by its start; more, and what the
+/// first stage has measured is lost.
+const LATER: f64 = 1.5;
+
 /// A sample so many times the fastest is no time of a kernel but an interruption's.
 const INTERRUPTED: f64 = 3.0;
 
@@ -95,14 +99,14 @@ struct Record {
 }
 
 impl Record {
-    /// The time that counts, in seconds: `typical` times of the stages, each weighted by its rounds and twice as much as
-    /// the one before, so that who gets slower cannot live on a fast start. Rivals have the same rounds in the same
-    /// stages, so drift is the same for all.
+    /// The time that counts, in seconds: `typical` times of the stages, each weighted by its rounds and more than the one
+    /// before, so that who gets slower cannot live on a fast start. Rivals have the same rounds in the same stages, so
+    /// drift is the same for all.
     fn time(&self, typical: fn(&[f64]) -> f64) -> f64 {
         let (mut sum, mut weights, mut weight) = (0.0, 0.0, 1.0);
         for samples in self.stages.iter().filter(|samples| !samples.is_empty()) {
             let weighted = weight * samples.len() as f64;
-            (sum, weights, weight) = (sum + weighted * typical(&sorted(samples)), weights + weighted, 2.0 * weight);
+            (sum, weights, weight) = (sum + weighted * typical(&sorted(samples)), weights + weighted, LATER * weight);
         }
         sum / weights
     }
@@ -126,13 +130,11 @@ impl Record {
     }
 }
 
-/// The mean of the middle half: nearly as precise as a mean, and blind to interruptions. They only ever slow a sample
-/// down, so of few samples it is the slow end that is left out.
+/// The mean of the middle half: nearly as precise as a mean, and blind to interruptions.
 fn middle(sorted: &[f64]) -> f64 {
     let sorted = &sorted[..sorted.partition_point(|sample| *sample <= INTERRUPTED * sorted[0])];
     let quarter = sorted.len() / 4;
-    let slow = sorted.len().div_ceil(4).min(sorted.len().saturating_sub(1));
-    mean(&sorted[quarter..sorted.len() - slow])
+    mean(&sorted[quarter..sorted.len() - quarter])
 }
 
 /// The mean of the fastest quarter, where most samples are interrupted: less precise, and all that is left.
@@ -468,43 +470,50 @@ mod tests {
         (verdict, clock.elapsed())
     }
 
-    fn wins_of_100(distort: impl Fn(usize, f64, usize, &mut Noise) -> f64) -> usize {
+    /// Runs per scenario, and where their seeds begin: nothing about a contest was fitted to these.
+    const RUNS: u64 = 1000;
+    const FIRST_SEED: u64 = 0x5eed_0000;
+
+    /// What must win of every thousand runs.
+    const ENOUGH: usize = 990;
+
+    fn wins_of(distort: impl Fn(usize, f64, usize, &mut Noise) -> f64) -> usize {
         let script = script();
         let run = |seed| {
             let mut noise = Noise::new(seed);
             let (verdict, _) = run(&script, &mut |entrant, gone, taken| distort(entrant, gone, taken, &mut noise));
             verdict.is_some_and(|verdict| winners(&verdict) == WINNERS)
         };
-        (0..100).filter(|seed| run(*seed)).count()
+        (FIRST_SEED..FIRST_SEED + RUNS).filter(|seed| run(*seed)).count()
     }
 
     #[test]
     fn the_best_pair_wins_at_ten_percent_noise() {
-        let wins = wins_of_100(|_, _, _, noise| 1.0 + 0.1 * noise.normal());
-        assert!(wins >= 99, "{wins}");
+        let wins = wins_of(|_, _, _, noise| 1.0 + 0.1 * noise.normal());
+        assert!(wins >= ENOUGH, "{wins}");
     }
 
     #[test]
     fn the_best_pair_wins_while_everything_drifts_by_half() {
-        let wins = wins_of_100(|_, gone, _, noise| (1.0 + 0.5 * gone) * (1.0 + 0.1 * noise.normal()));
-        assert!(wins >= 99, "{wins}");
-        let wins = wins_of_100(|_, gone, _, noise| (1.5 - 0.5 * gone) * (1.0 + 0.1 * noise.normal()));
-        assert!(wins >= 99, "{wins}");
+        let wins = wins_of(|_, gone, _, noise| (1.0 + 0.5 * gone) * (1.0 + 0.1 * noise.normal()));
+        assert!(wins >= ENOUGH, "{wins}");
+        let wins = wins_of(|_, gone, _, noise| (1.5 - 0.5 * gone) * (1.0 + 0.1 * noise.normal()));
+        assert!(wins >= ENOUGH, "{wins}");
     }
 
     #[test]
     fn the_best_pair_wins_through_spikes() {
-        let wins = wins_of_100(|_, _, _, noise| {
+        let wins = wins_of(|_, _, _, noise| {
             let spike = if noise.uniform() < 0.05 { 8.0 } else { 1.0 };
             spike * (1.0 + 0.05 * noise.normal())
         });
-        assert!(wins >= 99, "{wins}");
+        assert!(wins >= ENOUGH, "{wins}");
     }
 
     #[test]
     fn a_machine_so_busy_that_most_samples_are_interrupted_still_finds_a_good_pair() {
         let script = script();
-        let good = (0..100).filter(|seed| {
+        let good = (FIRST_SEED..FIRST_SEED + RUNS).filter(|seed| {
             let mut noise = Noise::new(*seed);
             let (verdict, _) = run_for(&script, Duration::from_secs(5), &mut |_, _, _| {
                 let interruption = if noise.uniform() < 0.6 { 2.0 + 20.0 * noise.uniform() } else { 1.0 };
@@ -513,29 +522,29 @@ mod tests {
             verdict.is_some_and(|verdict| script.times[winners(&verdict)[0]] <= 1.12 * script.times[WINNERS[0]])
         });
         let good = good.count();
-        assert!(good >= 99, "{good}");
+        assert!(good >= ENOUGH, "{good}");
     }
 
     #[test]
     fn a_slow_start_does_not_decide() {
-        let wins = wins_of_100(|_, _, taken, noise| {
+        let wins = wins_of(|_, _, taken, noise| {
             let cold = if taken < 5 { 4.0 } else { 1.0 };
             cold * (1.0 + 0.05 * noise.normal())
         });
-        assert!(wins >= 99, "{wins}");
+        assert!(wins >= ENOUGH, "{wins}");
     }
 
     #[test]
     fn a_candidate_that_starts_fast_and_gets_slower_loses() {
         // Entrant 0 and its partner look best by far until a third of the time is gone.
-        let wins = wins_of_100(|entrant, gone, _, noise| {
+        let wins = wins_of(|entrant, gone, _, noise| {
             let own = match entrant {
                 0 | 1 if gone < 0.33 => 0.7,
                 _ => 1.0,
             };
             own * (1.0 + 0.05 * noise.normal())
         });
-        assert!(wins >= 99, "{wins}");
+        assert!(wins >= ENOUGH, "{wins}");
     }
 
     #[test]

@@ -4,7 +4,9 @@
 //! that come from memory, vectors that are unpacked, multiplied and loaded, and turns of the loop. Each kind of kernel
 //! (family, machine, one or many columns) has its own price for each. Prices start from a guess of the machine (a stream
 //! of 10 GB/s, one vector operation per cycle) and are fitted by least squares to relative errors, held to the guess by
-//! a little weight where samples are few. The model only orders candidates: what wins is what was measured.
+//! a little weight where samples are few. What a layout does to a kind of kernel is more than these counts say, so the
+//! latest errors of each layout correct what is expected of it. The model only orders candidates: what wins is what was
+//! measured.
 
 use std::collections::BTreeMap;
 
@@ -22,8 +24,14 @@ const GUESS: [f64; TERMS] = [0.1, 0.8, 0.3, 0.15, 0.5];
 /// How much the guess counts against one sample.
 const GUESS_WEIGHT: f64 = 0.02;
 
+/// How much of what earlier errors of a layout weigh is left with each new one: prices move, and errors with them.
+const MEMORY: f64 = 0.8;
+
 /// What is fitted together.
 type Kind = (Family, MachineKind, Columns);
+
+/// What errors are remembered for.
+type Place = (Kind, Layout, Class);
 
 /// Counts of each kind of work in one product on one thread of `threads`.
 fn work(problem: &Problem, class: Class, schedule: &Schedule, threads: usize) -> [f64; TERMS] {
@@ -53,6 +61,8 @@ fn step(layout: Layout) -> f64 {
 #[derive(Default)]
 pub(crate) struct CostModel {
     kinds: BTreeMap<Kind, Fit>,
+    /// Sums of logarithms of measured over expected times, their weights, and how many there were.
+    errors: BTreeMap<Place, (f64, f64, usize)>,
 }
 
 /// Normal equations of one kind, with every sample scaled to a time of 1.
@@ -61,12 +71,11 @@ struct Fit {
     products: [[f64; TERMS]; TERMS],
     targets: [f64; TERMS],
     prices: [f64; TERMS],
-    samples: usize,
 }
 
 impl Default for Fit {
     fn default() -> Self {
-        Self { products: [[0.0; TERMS]; TERMS], targets: [0.0; TERMS], prices: GUESS, samples: 0 }
+        Self { products: [[0.0; TERMS]; TERMS], targets: [0.0; TERMS], prices: GUESS }
     }
 }
 
@@ -75,21 +84,33 @@ impl CostModel {
     pub(crate) fn learn(&mut self, problem: &Problem, class: Class, schedule: &Schedule, threads: usize, seconds: f64) {
         if seconds > 0.0 && seconds.is_finite() {
             let work = work(problem, class, schedule, threads);
-            self.kinds.entry(kind(class, schedule)).or_default().learn(work.map(|count| count / (seconds * 1e9)));
+            let fit = self.kinds.entry(kind(class, schedule)).or_default();
+            fit.learn(work.map(|count| count / (seconds * 1e9)));
+            let error = (seconds / fit.predict(work)).ln();
+            if error.is_finite() {
+                let (sum, weight, count) = self.errors.entry(place(class, schedule)).or_default();
+                (*sum, *weight, *count) = (MEMORY * *sum + error, MEMORY * *weight + 1.0, *count + 1);
+            }
         }
     }
 
-    /// Samples of the same kind.
+    /// Samples of the same kind, layout and class.
     pub(crate) fn samples(&self, class: Class, schedule: &Schedule) -> usize {
-        self.kinds.get(&kind(class, schedule)).map_or(0, |fit| fit.samples)
+        self.errors.get(&place(class, schedule)).map_or(0, |(_, _, count)| *count)
     }
 
     /// Seconds that a product should take.
     pub(crate) fn predict(&self, problem: &Problem, class: Class, schedule: &Schedule, threads: usize) -> f64 {
-        let prices = self.kinds.get(&kind(class, schedule)).map_or(GUESS, |fit| fit.prices);
         let work = work(problem, class, schedule, threads);
-        prices.iter().zip(work).map(|(price, count)| price * count).sum::<f64>() * 1e-9
+        let expected = self.kinds.get(&kind(class, schedule)).copied().unwrap_or_default().predict(work);
+        // One error that is not known counts as none.
+        let error = self.errors.get(&place(class, schedule)).map_or(0.0, |(sum, weight, _)| sum / (weight + 1.0));
+        expected * error.exp()
     }
+}
+
+fn place(class: Class, schedule: &Schedule) -> Place {
+    (kind(class, schedule), schedule.layout, class)
 }
 
 fn kind(class: Class, schedule: &Schedule) -> Kind {
@@ -97,8 +118,12 @@ fn kind(class: Class, schedule: &Schedule) -> Kind {
 }
 
 impl Fit {
+    /// Seconds that so much work should take.
+    fn predict(&self, work: [f64; TERMS]) -> f64 {
+        self.prices.iter().zip(work).map(|(price, count)| price * count).sum::<f64>() * 1e-9
+    }
+
     fn learn(&mut self, sample: [f64; TERMS]) {
-        self.samples += 1;
         for (row, value) in sample.iter().enumerate() {
             self.targets[row] += value;
             for (column, other) in sample.iter().enumerate() {

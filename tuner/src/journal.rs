@@ -3,15 +3,15 @@
 //! Lines are only ever appended. A line that was cut short when its writer was killed is no trial, and neither is
 //! whatever else cannot be read.
 
-use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 
 use crate::profile::{CacheDir, ProfileKey};
 use crate::request::Trial;
 
-/// More trials than any search has; the rest of a longer file is ignored.
-const MAX_BYTES: u64 = 64 << 20;
+/// More than the trials of any search take; a larger file is not ours.
+const MAX_BYTES: u64 = 1 << 30;
 
 /// The trials of one machine.
 pub(crate) struct Journal(Option<PathBuf>);
@@ -37,10 +37,11 @@ impl Journal {
 
     /// All that can be read.
     pub(crate) fn trials(&self) -> Vec<Trial> {
-        let text = self.0.as_ref().filter(|path| fs::metadata(path).is_ok_and(|file| file.len() <= MAX_BYTES));
-        let text = text.and_then(|path| fs::read(path).ok()).unwrap_or_default();
-        let lines = text.split(|byte| *byte == b'\n');
-        lines.filter_map(|line| serde_json::from_slice(line).ok()).filter(|trial: &Trial| trial.us > 0.0).collect()
+        let path = self.0.as_ref().filter(|path| fs::metadata(path).is_ok_and(|file| file.len() <= MAX_BYTES));
+        let Some(file) = path.and_then(|path| File::open(path).ok()) else { return Vec::new() };
+        // Whatever cannot be read is no line of JSON either.
+        let lines = BufReader::new(file).split(b'\n').map_while(Result::ok);
+        lines.filter_map(|line| serde_json::from_slice(&line).ok()).filter(|trial: &Trial| trial.us > 0.0).collect()
     }
 
     /// The search is over.

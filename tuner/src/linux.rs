@@ -23,6 +23,27 @@ pub(crate) struct SysCache {
     pub(crate) cpus: BTreeSet<usize>,
 }
 
+/// Counters of processor time, in ticks of the system's clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ticks {
+    /// All processors together, at work or stolen by another machine on the same hardware.
+    busy: u64,
+    /// All that has passed.
+    all: u64,
+    /// Of this process.
+    own: u64,
+    processors: usize,
+}
+
+impl Ticks {
+    /// How many processors others have used since `begin`, and how many there are; `None` if no time has passed.
+    pub(crate) fn others_since(&self, begin: &Self) -> Option<(f64, usize)> {
+        let all = self.all.checked_sub(begin.all).filter(|all| *all > 0)?;
+        let (busy, own) = (self.busy.saturating_sub(begin.busy), self.own.saturating_sub(begin.own));
+        Some((busy.saturating_sub(own) as f64 / all as f64 * self.processors as f64, self.processors))
+    }
+}
+
 /// A limit that may bind through a control group.
 struct Limit<'a> {
     /// Controller name of version 1.
@@ -43,6 +64,24 @@ impl Linux {
     fn read(&self, path: impl AsRef<Path>) -> Option<String> {
         let text = fs::read_to_string(self.root.join(path)).ok()?;
         Some(text.trim().to_owned())
+    }
+
+    /// How processor time has been spent so far.
+    pub(crate) fn ticks(&self) -> Option<Ticks> {
+        let text = self.read("proc/stat")?;
+        let mut lines = text.lines();
+        let numbers =
+            |text: &str| -> Vec<u64> { text.split_whitespace().map_while(|word| word.parse().ok()).collect() };
+        // user nice system idle iowait irq softirq steal
+        let total = numbers(lines.next()?.strip_prefix("cpu ")?);
+        let all = total.iter().take(8).sum::<u64>();
+        let idle: u64 = total.get(3)? + total.get(4)?;
+        let processors = lines.take_while(|line| line.starts_with("cpu")).count();
+        // The name of the program, in brackets, may hold anything.
+        let stat = self.read("proc/self/stat")?;
+        let own: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let [user, system] = [own.get(11)?.parse::<u64>().ok()?, own.get(12)?.parse::<u64>().ok()?];
+        Some(Ticks { busy: all.saturating_sub(idle), all, own: user + system, processors })
     }
 
     /// The logical CPUs that this process may run on.

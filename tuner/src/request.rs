@@ -7,7 +7,7 @@ use ternion_compiler::{Cpu, Schedule};
 
 use crate::contest::Figures;
 use crate::profile::Warning;
-use crate::{Choice, Class, Workload};
+use crate::{Choice, Class, SparseChoice, SparseShape, Workload};
 
 /// One shape of matrix and how many of them the model has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -87,10 +87,14 @@ pub struct Request {
     pub budget: Budget,
     /// What the model is used for.
     pub workload: Workload,
-    /// Bytes that second copies of weights, in another layout for other classes, may take together; 0 for none.
-    pub second_copies: u64,
+    /// Bytes that second copies of weights, in another layout for other classes, may take together. If not given, nothing
+    /// new is chosen that needs one, and what is known is taken as it is.
+    pub second_copies: Option<u64>,
     /// Measure even what is known.
     pub again: bool,
+    /// The feed-forwards, if they make zeros that need not be read.
+    #[serde(default)]
+    pub sparse: Option<SparseShape>,
     /// Of schedules that are nearly as fast as the fastest, choose the one that takes least energy.
     pub energy: bool,
 }
@@ -99,7 +103,8 @@ impl Request {
     /// What is known, or else what `budget` finds, for the usual workload and one copy of the weights.
     #[must_use]
     pub fn new(problems: Vec<Problem>, budget: Budget) -> Self {
-        Self { problems, budget, workload: Workload::default(), second_copies: 0, again: false, energy: false }
+        let workload = Workload::default();
+        Self { problems, budget, workload, second_copies: None, again: false, sparse: None, energy: false }
     }
 }
 
@@ -194,6 +199,9 @@ pub struct Phases {
 pub struct Choices {
     /// One per different shape, the one with most work first.
     pub found: Vec<Found>,
+    /// How lists of records are read, if that was asked for and has been measured.
+    #[serde(default)]
+    pub sparse: Option<SparseChoice>,
     /// Wall time of it all.
     pub spent: Duration,
     /// And of its parts.

@@ -1,42 +1,35 @@
 //! The search: from a few seeds over the whole legal space to the finalists of each shape, and their race.
 //!
 //! Seeds of all shapes are compiled first, in turn, so that a short budget is shared fairly. Then each shape has its part
-//! of the time: a little more than half to explore (batch after batch of the schedules that the [cost
-//! model](crate::cost) expects most of, each measured a few times and learned from), the rest for the finalists' contest.
+//! of the time: a little more than half to [explore](crate::explore), the rest for the finalists' contest, and in the end
+//! a little for held-out rounds of who won against the guess.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use ternion_compiler::{Cpu, Layout, Schedule};
+use ternion_compiler::{CompileError, Cpu, Family, Layout, Schedule};
 
 use crate::bench::Bench;
 use crate::contest::{Entrant, Rules, Standing, Verdict, contest};
 use crate::cost::CostModel;
 use crate::energy::EnergyMeter;
+use crate::explore::ShapeSearch;
+use crate::held_out::{Rounds, rounds, total};
 use crate::profile::{MachineProfile, Refusal, Warning};
 use crate::request::{ClassResult, Effort, Found, Phase, Phases, Problem, Progress, Request, Source, Trial};
 use crate::seeds::compile;
 use crate::shortlist::Shortlist;
-use crate::space::legal;
-use crate::{Choice, Class, Stopwatch};
+use crate::sparse::{self, SparseSearch};
+use crate::{Choice, Class, SparseChoice, Stopwatch};
 
 /// Of a shape's time, exploring takes at most this part.
 const EXPLORING_SHARE: f64 = 0.55;
 
-/// Samples of a trial; the median counts.
-const TRIAL_SAMPLES: usize = 3;
+/// Of the time for the final, held-out rounds take at most this part.
+const HELD_OUT_SHARE: f64 = 0.25;
 
-/// Who takes so many times as long as the best needs no second sample.
-const HOPELESS: f64 = 4.0;
-
-/// Schedules that are compiled and tried at a time.
-const BATCH: usize = 8;
-
-/// Batches that must have brought nothing before exploring ends early.
-const IDLE_BATCHES: usize = 8;
-
-/// Samples of a kind of kernel before the model's opinion of it counts: until then it may be the fastest of all.
-const LEAST_SAMPLES: usize = 4;
+/// Samples of a held-out round; the median counts.
+const HELD_OUT_SAMPLES: usize = 5;
 
 /// Layouts that reach the final, and schedules of each class in each of them.
 const FINAL_LAYOUTS: usize = 3;
@@ -50,10 +43,15 @@ const ENERGY_TIME: Duration = Duration::from_millis(60);
 /// The final of an exhaustive search, which has no other end.
 const EXHAUSTIVE_FINAL: Duration = Duration::from_secs(4);
 
+/// And of its kernels for lists.
+const EXHAUSTIVE_LISTS: Duration = Duration::from_secs(6);
+
 /// Everything about a choice but the kernels.
 pub(crate) struct Search<'a> {
     pub(crate) cpu: &'a Cpu,
     pub(crate) request: &'a Request,
+    /// Families that schedules are looked for in.
+    pub(crate) families: &'a [Family],
     pub(crate) stopwatch: &'a dyn Stopwatch,
     pub(crate) progress: &'a dyn Fn(Progress),
     /// Threads that share a product.
@@ -72,6 +70,10 @@ pub(crate) struct Outcome {
     pub(crate) trials: Vec<Trial>,
     pub(crate) warnings: Vec<Warning>,
     pub(crate) phases: Phases,
+    /// What one kernel took each time that it was measured again, over what it took first.
+    pub(crate) reference: Vec<f64>,
+    /// How lists of records are read, if that was measured.
+    pub(crate) sparse: Option<SparseChoice>,
     /// For some shapes a choice that needs a second copy of the weights, and the seconds per token it saves per matrix.
     pub(crate) second: Vec<(usize, Choice, f64)>,
 }
@@ -85,8 +87,7 @@ impl Search<'_> {
             return false;
         }
         let known = known.shape(found.problem.m, found.problem.k);
-        // What a budget leaves after the start of a child process is nearly all of it.
-        *again || known.is_none_or(|entry| entry.budget_ms < budget.milliseconds() / 10 * 9)
+        *again || known.is_none_or(|entry| !entry.suffices(self.request))
     }
 
     pub(crate) fn shortlist(&self, problem: Problem, known: &MachineProfile) -> Shortlist {
@@ -117,7 +118,8 @@ impl Search<'_> {
         let lists: Vec<(Problem, Shortlist)> =
             racing.iter().map(|at| (found[*at].problem, self.seeds(&found[*at], known))).collect();
         let mut outcome = Outcome::default();
-        let end = self.request.budget.time;
+        let all = self.request.budget.time;
+        let end = if known.wants_sparse(self.request) { all.mul_f64(1.0 - sparse::SHARE) } else { all };
         outcome.phases.preparing = self.stopwatch.elapsed();
         let compiling = |done, total| self.report(Phase::Compiling { done, total });
         let errors = compile(&lists, bench, self.stopwatch, end, self.batch, &compiling);
@@ -125,6 +127,8 @@ impl Search<'_> {
         outcome.phases.compiling = self.stopwatch.elapsed().saturating_sub(outcome.phases.preparing);
 
         let mut model = CostModel::default();
+        // Who reached the final of one shape is worth a try in the next.
+        let mut proven: Vec<Schedule> = Vec::new();
         let shapes = lists.len();
         for (shape, (at, (problem, list))) in racing.into_iter().zip(&lists).enumerate() {
             let now = self.stopwatch.elapsed();
@@ -141,20 +145,51 @@ impl Search<'_> {
             for trial in done.iter().filter(|trial| (trial.m, trial.k) == (problem.m, problem.k)) {
                 round.tried.insert(Entrant { class: trial.class, schedule: trial.schedule }, trial.us * 1e-6);
             }
-            let raced = round.run(list, bench, news, &mut model, deadline);
+            let raced = round.run(list, &mut proven, bench, news, &mut model, deadline);
             if let Some(raced) = raced {
                 outcome.second.extend(raced.second.map(|(choice, saved)| (at, choice, saved)));
                 found[at] = raced.found;
             }
         }
+        outcome.sparse = self.lists(found, known, bench, news, &mut outcome);
         outcome
     }
 
-    fn report(&self, phase: Phase) {
+    /// The kernels for lists of records, if they are to be measured.
+    fn lists(
+        &self,
+        found: &[Found],
+        known: &MachineProfile,
+        bench: &mut dyn Bench,
+        news: &mut MachineProfile,
+        outcome: &mut Outcome,
+    ) -> Option<SparseChoice> {
+        let shape = self.request.sparse.filter(|_| known.wants_sparse(self.request))?;
+        let begin = self.stopwatch.elapsed();
+        let deadline = match self.request.budget.effort {
+            Effort::Exhaustive => begin + EXHAUSTIVE_LISTS,
+            _ => self.request.budget.time,
+        };
+        let search = SparseSearch {
+            cpu: self.cpu,
+            stopwatch: self.stopwatch,
+            deadline,
+            refused: &|spec, schedule| known.is_refused(spec, schedule),
+        };
+        let dense = |problem: &Problem| {
+            let same = |found: &&Found| (found.problem.m, found.problem.k) == (problem.m, problem.k);
+            found.iter().find(same).map(|found| found.choice.of(Class::One))
+        };
+        let choice = search.run(&shape, &dense, bench, &mut |errors| self.refuse(errors, news, outcome));
+        outcome.phases.racing += self.stopwatch.elapsed().saturating_sub(begin);
+        choice
+    }
+
+    pub(crate) fn report(&self, phase: Phase) {
         (self.progress)(Progress { phase, spent: self.stopwatch.elapsed() });
     }
 
-    fn refuse(&self, errors: Vec<ternion_compiler::CompileError>, news: &mut MachineProfile, outcome: &mut Outcome) {
+    pub(crate) fn refuse(&self, errors: Vec<CompileError>, news: &mut MachineProfile, outcome: &mut Outcome) {
         for error in errors {
             news.refused.extend(Refusal::of(&error));
             outcome.warnings.push(Warning::Refused { reason: error.to_string() });
@@ -168,23 +203,11 @@ struct Raced {
     second: Option<(Choice, f64)>,
 }
 
-/// The search for one shape.
-struct ShapeSearch<'a, 'b> {
-    search: &'a Search<'b>,
-    problem: &'a Problem,
-    /// Which shape of how many this is.
-    place: (usize, usize),
-    known: &'a MachineProfile,
-    guess: Option<Choice>,
-    /// Seconds of one product.
-    tried: BTreeMap<Entrant, f64>,
-    outcome: &'a mut Outcome,
-}
-
 impl ShapeSearch<'_, '_> {
     fn run(
         &mut self,
         list: &Shortlist,
+        proven: &mut Vec<Schedule>,
         bench: &mut dyn Bench,
         news: &mut MachineProfile,
         model: &mut CostModel,
@@ -200,21 +223,18 @@ impl ShapeSearch<'_, '_> {
         }
         let begin = self.search.stopwatch.elapsed();
         if budget.explores() {
-            self.explore(
-                &entrants,
-                bench,
-                news,
-                model,
-                begin + (deadline.saturating_sub(begin)).mul_f64(EXPLORING_SHARE),
-            );
+            let mut first: Vec<Schedule> = entrants.iter().map(|entrant| entrant.schedule).collect();
+            first.extend(proven.iter());
+            let until = begin + (deadline.saturating_sub(begin)).mul_f64(EXPLORING_SHARE);
+            self.explore(&first, bench, news, model, until);
             entrants = self.finalists();
-            let missing: Vec<_> = entrants
-                .iter()
-                .map(|entrant| (entrant.class.spec(problem.k), entrant.schedule))
-                .filter(|job| !bench.is_ready(*job))
-                .collect();
+            let jobs = entrants.iter().map(|entrant| self.job(entrant));
+            let missing: Vec<_> = jobs.filter(|job| !bench.is_ready(*job)).collect();
             self.search.refuse(bench.compile(&missing), news, self.outcome);
-            entrants.retain(|entrant| bench.is_ready((entrant.class.spec(problem.k), entrant.schedule)));
+            entrants.retain(|entrant| bench.is_ready(self.job(entrant)));
+            proven.extend(entrants.iter().map(|entrant| entrant.schedule));
+            proven.sort_unstable();
+            proven.dedup();
         }
         let start = self.search.stopwatch.elapsed();
         self.outcome.phases.exploring += start.saturating_sub(begin);
@@ -223,147 +243,25 @@ impl ShapeSearch<'_, '_> {
             (_, Some(_)) => start + deadline.saturating_sub(start) / 2,
             _ => deadline,
         };
-        let rules = Rules { weights: workload.weights(), two_copies: *second_copies > 0 };
+        let racing = deadline.saturating_sub(start);
+        let held_out = if budget.explores() { racing.mul_f64(HELD_OUT_SHARE) } else { Duration::ZERO };
+        let rules = Rules { weights: workload.weights(), two_copies: second_copies.is_some_and(|bytes| bytes > 0) };
         let (shape, shapes) = self.place;
         let verdict = contest(
             &entrants,
             rules,
             self.search.stopwatch,
-            deadline,
+            deadline - held_out,
             &mut |at| bench.sample(problem, entrants[at].class, entrants[at].schedule),
             &mut |left| self.search.report(Phase::Racing { problem: *problem, shape, shapes, left }),
         );
-        self.outcome.phases.racing += self.search.stopwatch.elapsed().saturating_sub(start);
         let mut verdict = verdict?;
+        if budget.explores() {
+            self.prefer_guess(&entrants, &mut verdict, bench, deadline);
+        }
+        self.outcome.phases.racing += self.search.stopwatch.elapsed().saturating_sub(start);
         let joules = self.save_energy(&entrants, &mut verdict, bench);
         Some(self.raced(&entrants, &verdict, joules))
-    }
-
-    /// Tries schedules until `deadline`, or until nothing promising is left.
-    fn explore(
-        &mut self,
-        seeds: &[Entrant],
-        bench: &mut dyn Bench,
-        news: &mut MachineProfile,
-        model: &mut CostModel,
-        deadline: Duration,
-    ) {
-        let problem = self.problem;
-        let mut open: BTreeSet<Entrant> = BTreeSet::new();
-        for class in Class::ALL {
-            let spec = class.spec(problem.k);
-            let schedules = legal(&spec, self.search.cpu, &self.search.request.budget).into_iter();
-            let allowed = schedules.filter(|schedule| !self.known.is_refused(&spec, schedule));
-            open.extend(allowed.map(|schedule| Entrant { class, schedule }));
-        }
-        let total = open.len();
-        open.retain(|entrant| !self.tried.contains_key(entrant));
-        for (entrant, seconds) in &self.tried {
-            model.learn(problem, entrant.class, &entrant.schedule, self.search.threads, *seconds);
-        }
-        let exhaustive = self.search.request.budget.effort == Effort::Exhaustive;
-        let mut drift = Drift::default();
-        let mut batch: Vec<Schedule> = seeds.iter().map(|seed| seed.schedule).collect();
-        let mut idle = 0;
-        while !batch.is_empty() && self.search.stopwatch.elapsed() < deadline && (exhaustive || idle < IDLE_BATCHES) {
-            let (shape, shapes) = self.place;
-            let tried = total - open.len();
-            self.search.report(Phase::Exploring { problem: *problem, shape, shapes, tried, legal: total });
-            let entrants: Vec<Entrant> = open.iter().filter(|open| batch.contains(&open.schedule)).copied().collect();
-            open.retain(|entrant| !batch.contains(&entrant.schedule));
-            idle = if self.try_out(&entrants, bench, news, model, &mut drift, deadline) { 0 } else { idle + 1 };
-            batch = self.promising(&open, model);
-        }
-    }
-
-    /// Compiles and measures; returns whether any of them is the best of its class.
-    fn try_out(
-        &mut self,
-        entrants: &[Entrant],
-        bench: &mut dyn Bench,
-        news: &mut MachineProfile,
-        model: &mut CostModel,
-        drift: &mut Drift,
-        deadline: Duration,
-    ) -> bool {
-        let problem = self.problem;
-        let mut jobs: Vec<_> = entrants.iter().map(|e| (e.class.spec(problem.k), e.schedule)).collect();
-        jobs.sort_unstable();
-        jobs.dedup();
-        jobs.retain(|job| !bench.is_ready(*job));
-        if !jobs.is_empty() {
-            self.search.refuse(bench.compile(&jobs), news, self.outcome);
-        }
-        let scale = drift.scale(problem, bench);
-        let (mut better, mut trials) = (false, Vec::new());
-        for entrant in entrants {
-            if self.search.stopwatch.elapsed() >= deadline {
-                break;
-            }
-            let Some(seconds) = trial(problem, *entrant, bench, self.best(entrant.class)) else { continue };
-            let seconds = seconds * scale;
-            drift.begin(*entrant, seconds);
-            better |= self.best(entrant.class).is_none_or(|best| seconds < 0.99 * best);
-            model.learn(problem, entrant.class, &entrant.schedule, self.search.threads, seconds);
-            self.tried.insert(*entrant, seconds);
-            let (Problem { m, k, .. }, Entrant { class, schedule }) = (*problem, *entrant);
-            trials.push(Trial { m, k, class, schedule, us: seconds * 1e6 });
-        }
-        (self.search.note)(&trials);
-        better
-    }
-
-    fn best(&self, class: Class) -> Option<f64> {
-        let times = self.tried.iter().filter(|(entrant, _)| entrant.class == class).map(|(_, seconds)| *seconds);
-        times.min_by(f64::total_cmp)
-    }
-
-    /// What to try next: half of the batch by what may be the fastest of its class, half by what may be the fastest of
-    /// its class in the layout that leads over all classes.
-    fn promising(&self, open: &BTreeSet<Entrant>, model: &CostModel) -> Vec<Schedule> {
-        let leader = self.layouts().first().map(|(_, layout)| *layout);
-        let best = Class::ALL.map(|class| self.best(class));
-        let mut ranked: Vec<(f64, Entrant)> = open
-            .iter()
-            .map(|entrant| {
-                let expected = model.predict(self.problem, entrant.class, &entrant.schedule, self.search.threads);
-                let ratio = expected / best[entrant.class.index()].unwrap_or(expected);
-                let known = model.samples(entrant.class, &entrant.schedule) >= LEAST_SAMPLES;
-                (if known { ratio } else { ratio.min(0.9) }, *entrant)
-            })
-            .collect();
-        ranked.sort_by(|(a, _), (b, _)| a.total_cmp(b));
-        let mut batch: Vec<Schedule> = Vec::new();
-        let of_leader = ranked.iter().filter(|(_, entrant)| Some(entrant.schedule.layout) == leader);
-        for (limit, candidates) in [
-            (BATCH / 2, of_leader.map(|(_, e)| e.schedule).collect::<Vec<_>>()),
-            (BATCH, ranked.iter().map(|(_, e)| e.schedule).collect()),
-        ] {
-            for schedule in candidates {
-                if batch.len() >= limit {
-                    break;
-                }
-                if !batch.contains(&schedule) {
-                    batch.push(schedule);
-                }
-            }
-        }
-        batch
-    }
-
-    /// The layouts that serve every class, by their weighted totals of what has been tried.
-    fn layouts(&self) -> Vec<(f64, Layout)> {
-        let weights = self.search.request.workload.weights();
-        let mut best: BTreeMap<Layout, [f64; 6]> = BTreeMap::new();
-        for (entrant, seconds) in &self.tried {
-            let best = best.entry(entrant.schedule.layout).or_insert([f64::INFINITY; 6]);
-            best[entrant.class.index()] = best[entrant.class.index()].min(*seconds);
-        }
-        let total = |times: [f64; 6]| times.iter().zip(weights).map(|(time, weight)| time * weight).sum::<f64>();
-        let mut layouts: Vec<(f64, Layout)> = best.into_iter().map(|(layout, times)| (total(times), layout)).collect();
-        layouts.retain(|(total, _)| total.is_finite());
-        layouts.sort_by(|a, b| a.0.total_cmp(&b.0));
-        layouts
     }
 
     /// Who races in the end: the fastest of each class in the best layouts, the guess, and with two copies the fastest of
@@ -380,7 +278,7 @@ impl ShapeSearch<'_, '_> {
         };
         for class in Class::ALL {
             self.layouts().iter().take(FINAL_LAYOUTS).for_each(|(_, layout)| add(class, Some(*layout)));
-            if self.search.request.second_copies > 0 {
+            if self.search.request.second_copies.is_some_and(|bytes| bytes > 0) {
                 add(class, None);
             }
         }
@@ -388,6 +286,54 @@ impl ShapeSearch<'_, '_> {
             finalists.extend(Class::ALL.map(|class| Entrant { class, schedule: guess.of(class) }));
         }
         finalists.into_iter().collect()
+    }
+
+    /// Lets the guess have what the winners have not beaten beyond noise in held-out rounds, until `deadline`: the layout,
+    /// if all classes together are not faster in another one, and in its layout every class that is not faster. With too
+    /// few rounds to say, the winners stay.
+    fn prefer_guess(&self, entrants: &[Entrant], verdict: &mut Verdict, bench: &mut dyn Bench, deadline: Duration) {
+        let Some(guess) = self.guess else { return };
+        let at = |entrant| entrants.iter().position(|other| *other == entrant);
+        let guess = Class::ALL.map(|class| at(Entrant { class, schedule: guess.of(class) }));
+        let layout = |set: &[Option<usize>; 6]| set.iter().flatten().next().map(|at| entrants[*at].schedule.layout);
+        let now = self.search.stopwatch.elapsed();
+        if layout(&verdict.one_copy.set) != layout(&guess) {
+            let half = now + deadline.saturating_sub(now) / 2;
+            let rounds = self.against(&guess, entrants, &verdict.one_copy.set, bench, half);
+            if total(&rounds, &self.search.request.workload.weights()).first_is_faster() != Some(false) {
+                return;
+            }
+            let Some(home) = layout(&guess) else { return };
+            verdict.one_copy.set = Class::ALL.map(|class| {
+                let rivals = entrants.iter().enumerate().filter(|(at, entrant)| {
+                    let raced = verdict.figures[*at].samples > 0;
+                    raced && entrant.class == class && entrant.schedule.layout == home
+                });
+                let time = |at: usize| verdict.figures[at].median_us;
+                rivals.map(|(at, _)| at).min_by(|a, b| time(*a).total_cmp(&time(*b)))
+            });
+        }
+        for (class, rounds) in self.against(&guess, entrants, &verdict.one_copy.set, bench, deadline) {
+            if rounds.first_is_faster() == Some(false) {
+                verdict.one_copy.set[class.index()] = guess[class.index()];
+            }
+        }
+    }
+
+    /// Held-out rounds of the `winners` against the guess, of every class where they are not the same.
+    fn against(
+        &self,
+        guess: &[Option<usize>; 6],
+        entrants: &[Entrant],
+        winners: &[Option<usize>; 6],
+        bench: &mut dyn Bench,
+        deadline: Duration,
+    ) -> Vec<(Class, Rounds)> {
+        let pairs = winners.iter().zip(guess).filter(|(winner, guess)| winner != guess);
+        let pairs: Vec<[Entrant; 2]> =
+            pairs.filter_map(|(winner, guess)| Some([entrants[(*winner)?], entrants[(*guess)?]])).collect();
+        let rounds = rounds(bench, self.problem, &pairs, HELD_OUT_SAMPLES, self.search.stopwatch, deadline);
+        pairs.iter().map(|[winner, _]| winner.class).zip(rounds).collect()
     }
 
     /// Of each class, replaces the winner by the finalist of its layout that takes least energy, if there is a meter.
@@ -478,35 +424,4 @@ fn complete(entrants: &[Entrant], standing: &Standing) -> Choice {
     };
     let of = |class: usize| if class == 0 { schedule(0).or_else(|| nearest(1)) } else { nearest(class) };
     Choice { schedules: std::array::from_fn(|class| of(class).unwrap_or(entrants[0].schedule)) }
-}
-
-/// The median of a few samples, in seconds; of one, if that is far slower than the `best` so far.
-fn trial(problem: &Problem, entrant: Entrant, bench: &mut dyn Bench, best: Option<f64>) -> Option<f64> {
-    let mut samples = [0.0; TRIAL_SAMPLES];
-    for sample in &mut samples {
-        *sample = bench.sample(problem, entrant.class, entrant.schedule)?.as_secs_f64();
-        if best.is_some_and(|best| *sample > HOPELESS * best) {
-            return Some(*sample);
-        }
-    }
-    samples.sort_by(f64::total_cmp);
-    Some(samples[TRIAL_SAMPLES / 2])
-}
-
-/// How much slower or faster the machine has become since the first trial: batches are minutes apart in a long search, and
-/// their trials must compare. The first schedule is measured again with each batch.
-#[derive(Default)]
-struct Drift(Option<(Entrant, f64)>);
-
-impl Drift {
-    fn begin(&mut self, entrant: Entrant, seconds: f64) {
-        self.0.get_or_insert((entrant, seconds));
-    }
-
-    /// What times are multiplied with to be those of the beginning.
-    fn scale(&self, problem: &Problem, bench: &mut dyn Bench) -> f64 {
-        let Some((entrant, first)) = self.0 else { return 1.0 };
-        // A moment's noise is not drift: only as much as a clock may change is believed.
-        trial(problem, entrant, bench, None).map_or(1.0, |now| (first / now).clamp(0.67, 1.5))
-    }
 }

@@ -35,9 +35,9 @@ fn find(profiles: &[MachineProfile], signature: &str, cpu: &Cpu, threads: usize,
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Class;
     use crate::profile::{ProfileKey, ShapeEntry};
     use crate::shortlist::Shortlist;
-    use crate::{Class, Workload};
 
     #[test]
     fn every_shipped_file_is_a_profile_and_its_schedules_parse() {
@@ -51,8 +51,7 @@ mod tests {
         let choice = Shortlist::new(256, &cpu, 8, &|_, _| false).guess().unwrap();
         let key = |threads| ProfileKey { cpu: "A".into(), features: "f".into(), compiler: "c".into(), threads };
         let mut profile = MachineProfile::new(key(2));
-        let (results, workload) = (Vec::new(), Workload::default());
-        let entry = ShapeEntry { m: 64, k: 256, choice, results, raced: 1, budget_ms: 1, workload };
+        let entry = ShapeEntry { choice, ..crate::profile::tests::entry(64, 256, 1) };
         profile.insert(entry.clone());
         let problem = Problem { m: 128, k: 256, count: 1 };
         let found = |profile: &MachineProfile, cpu: &str, problem| {

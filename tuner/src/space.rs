@@ -1,111 +1,78 @@
-//! What there is to search: every schedule that is legal for a kernel, as [`Schedule::check`] says.
+//! What there is to search.
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use ternion_compiler::{Columns, Cpu, Family, KernelSpec, Layout, MachineKind, Multiply, Schedule};
+use ternion_compiler::{Cpu, Family, KernelSpec, Schedule};
 
 use crate::request::{Budget, Effort};
 
-const UNROLLS: [u8; 8] = [1, 2, 4, 6, 8, 12, 16, 32];
-const NTILES: [u8; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
-const PREFETCHES: [u16; 4] = [0, 1024, 4096, 8192];
+/// Budgets from which a search draws on the whole space: listing it assigns the registers of every schedule, which takes
+/// about a second.
+pub(crate) const WHOLE_SPACE: Duration = Duration::from_secs(10);
 
-/// The schedules for `spec` on `cpu` that a search with this budget chooses from. Only an exhaustive one has time for the
-/// whole space: each check assigns registers, and all of them together take longer than an ordinary budget.
-pub(crate) fn legal(spec: &KernelSpec, cpu: &Cpu, budget: &Budget) -> Vec<Schedule> {
-    if budget.effort != Effort::Exhaustive {
-        return Schedule::candidates(spec, cpu);
+/// The families and the spec's columns, and its row length where that matters.
+type Key = (Vec<Family>, KernelSpec, Cpu);
+
+/// The schedules for `spec` on `cpu` that a search with this budget chooses from: all legal ones of `families`, or with
+/// little time only the compiler's candidates.
+///
+/// What is legal for one row length is nearly always legal for another, so a search lists the space of the first one
+/// that it meets and checks again what it is about to compile. An exhaustive search lists that of each.
+pub(crate) fn legal(families: &[Family], spec: &KernelSpec, cpu: &Cpu, budget: &Budget) -> Arc<[Schedule]> {
+    let exhaustive = budget.effort == Effort::Exhaustive;
+    if !exhaustive && budget.time < WHOLE_SPACE {
+        return Schedule::candidates(spec, cpu).into();
     }
     // Five classes of columns share a spec, and shapes with equal rows do.
-    static KNOWN: Mutex<BTreeMap<(KernelSpec, Cpu), Vec<Schedule>>> = Mutex::new(BTreeMap::new());
-    let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(schedules) = known().get(&(*spec, *cpu)) {
-        return schedules.clone();
+    static KNOWN: Mutex<Vec<(Key, Arc<[Schedule]>)>> = Mutex::new(Vec::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let like = |(of, other, host): &Key| {
+        let same_rows = if exhaustive { other.k == spec.k } else { true };
+        of == families && other.columns == spec.columns && same_rows && host == cpu
+    };
+    if let Some((_, schedules)) = known.iter().find(|(key, _)| like(key)) {
+        return Arc::clone(schedules);
     }
-    let schedules = whole(spec, cpu);
-    known().insert((*spec, *cpu), schedules.clone());
+    let schedules: Arc<[Schedule]> = Schedule::space_of(families, spec, cpu).into();
+    known.push(((families.to_vec(), *spec, *cpu), Arc::clone(&schedules)));
     schedules
 }
 
-fn whole(spec: &KernelSpec, cpu: &Cpu) -> Vec<Schedule> {
-    let mut schedules = Schedule::candidates(spec, cpu);
-    let combinations = combinations(spec);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let part = combinations.len().div_ceil(threads).max(1);
-    let legal = |part: &[Schedule]| -> Vec<Schedule> {
-        part.iter().filter(|schedule| schedule.check(spec, cpu).is_ok()).copied().collect()
-    };
-    std::thread::scope(|scope| {
-        let parts: Vec<_> = combinations.chunks(part).map(|part| scope.spawn(move || legal(part))).collect();
-        // A checker that panics has nothing legal to offer.
-        schedules.extend(parts.into_iter().flat_map(|part| part.join().unwrap_or_default()));
-    });
-    schedules.sort_unstable();
-    schedules.dedup();
-    schedules
-}
-
-/// Every value of every parameter, legal or not.
-fn combinations(spec: &KernelSpec) -> Vec<Schedule> {
-    // One column is one column, and where weights are used again and again they need not be asked for.
-    let (ntiles, prefetches): (&[u8], &[u16]) = match spec.columns {
-        Columns::One => (&NTILES[..1], &PREFETCHES),
-        Columns::Many => (&NTILES, &PREFETCHES[..1]),
-        // Their candidates are all there is to vary.
-        Columns::ListedRows | Columns::ListedColumns => return Vec::new(),
-    };
-    let mut all = Vec::new();
-    for family in Family::dense() {
-        for machine in MachineKind::ALL {
-            for layout in layouts() {
-                for multiply in [Multiply::Pairs, Multiply::Dot] {
-                    for unroll in UNROLLS {
-                        for ntile in ntiles.iter().copied() {
-                            all.extend(prefetches.iter().map(|prefetch| Schedule {
-                                family,
-                                machine,
-                                layout,
-                                multiply,
-                                unroll,
-                                ntile,
-                                prefetch: *prefetch,
-                            }));
-                        }
-                    }
-                }
-            }
-        }
-    }
-    all
-}
-
-fn layouts() -> impl Iterator<Item = Layout> {
-    let rows = [4u8, 8].into_iter().flat_map(|rows| [16, 32, 64].map(|chunk| Layout::Rows { rows, chunk }));
-    let lanes = [4u8, 8, 12, 16, 24, 32, 48, 64].into_iter().map(|rows| Layout::Lanes { rows, group: 4 });
-    let bytes = [16u8, 32, 48, 64, 128].into_iter().map(|rows| Layout::Lanes { rows, group: 1 });
-    let fives = [4u8, 8, 12, 16, 24, 32, 48, 64].into_iter().map(|rows| Layout::Fives { rows });
-    rows.chain(lanes).chain(bytes).chain(fives)
+/// In how many parameters two schedules differ.
+pub(crate) fn distance(a: &Schedule, b: &Schedule) -> usize {
+    [
+        a.family != b.family,
+        a.machine != b.machine,
+        a.layout != b.layout,
+        a.multiply != b.multiply,
+        a.unroll != b.unroll,
+        a.ntile != b.ntile,
+        a.prefetch != b.prefetch,
+    ]
+    .into_iter()
+    .filter(|differs| *differs)
+    .count()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Class;
-    use std::time::Duration;
 
     #[test]
-    fn the_whole_space_is_legal_has_no_doubles_and_holds_the_candidates() {
+    fn a_search_draws_on_the_whole_space_and_a_hasty_one_on_the_candidates() {
         let cpu: Cpu = "x86-64 +ssse3".parse().unwrap();
+        let long = Budget::search(Duration::from_secs(20));
+        let short = Budget::search(Duration::from_secs(2));
         for class in [Class::One, Class::Chunk] {
-            let spec = class.spec(256);
-            let space = legal(&spec, &cpu, &Budget::EXHAUSTIVE);
-            assert!(space.iter().all(|schedule| schedule.check(&spec, &cpu).is_ok()));
-            assert!(space.windows(2).all(|pair| pair[0] < pair[1]));
-            let candidates = Schedule::candidates(&spec, &cpu);
-            assert!(space.len() > 2 * candidates.len(), "{}", space.len());
-            assert!(candidates.iter().all(|candidate| space.contains(candidate)));
-            assert_eq!(legal(&spec, &cpu, &Budget::search(Duration::from_secs(20))), candidates);
+            let spec = class.spec(260);
+            let whole = Schedule::space(&spec, &cpu);
+            assert_eq!(*legal(&Family::ALL, &spec, &cpu, &Budget::EXHAUSTIVE), *whole);
+            assert_eq!(*legal(&Family::ALL, &spec, &cpu, &short), *Schedule::candidates(&spec, &cpu));
+            let searched = legal(&Family::ALL, &spec, &cpu, &long);
+            assert_eq!(searched.len(), whole.len());
+            assert!(Arc::ptr_eq(&searched, &legal(&Family::ALL, &class.spec(516), &cpu, &long)));
         }
     }
 }

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use ternion_compiler::{Columns, Cpu, Family, Kernel, KernelSpec, Layout, Schedule, compile};
-use ternion_tuner::{Choice, Choices, Class, Problem};
+use ternion_tuner::{Choice, Choices, Class, Problem, SparseChoice, SparseShape};
 
 use super::ModelError;
-use crate::formats::{ModelConfig, Projection};
+use crate::formats::{Activation, ModelConfig, Projection};
 
 /// Where the schedules come from. They change how fast a model runs and nothing else.
 #[derive(Clone, Debug)]
@@ -35,6 +35,22 @@ impl KernelChoice {
         };
         choice.filter(|choice| choice.layouts().len() <= COPIES).ok_or(ModelError::NotChosen { m, k })
     }
+}
+
+impl KernelChoice {
+    /// What the tuner found for lists of records.
+    pub(super) const fn sparse(&self) -> Option<&SparseChoice> {
+        match self {
+            Self::Tuned(choices) => choices.sparse.as_ref(),
+            Self::Family(_) | Self::Schedules(_) => None,
+        }
+    }
+}
+
+/// The feed-forwards of a model that makes zeros, for the tuner; `None` for others.
+#[must_use]
+pub fn sparse_shape(config: &ModelConfig) -> Option<SparseShape> {
+    (config.activation == Activation::Relu2).then_some(SparseShape { ffn: config.ffn, hidden: config.hidden })
 }
 
 /// Copies of a matrix, in different layouts, at most.

@@ -29,7 +29,7 @@ mod weights;
 pub use batch::{Batch, Part};
 pub use error::ModelError;
 pub use head::{Candidate, Head, HeadScratch, Query, Wanted};
-pub use kernels::{KernelChoice, problems};
+pub use kernels::{KernelChoice, problems, sparse_shape};
 pub use kv_cache::KvType;
 pub use observe::Observer;
 pub use sequence::Sequence;

@@ -15,7 +15,7 @@ use ternion_compiler::layout::transpose_columns;
 use ternion_compiler::listed::GROUP;
 use ternion_compiler::{Activations, Columns, Cpu, Kernel, KernelSpec, Layout, RecordList, Schedule, compile};
 use ternion_kernels_ref::PackedMatrix;
-use ternion_tuner::Workers;
+use ternion_tuner::{ListChoice, SparseChoice, Workers};
 
 use super::ModelError;
 use crate::formats::{Activation, Checkpoint, ModelConfig, Projection, TernaryTensor};
@@ -34,22 +34,36 @@ pub(super) struct SparseFfn {
     /// For every layer where its up-projection begins in `records`, and its down-projection.
     layers: Vec<[Range<usize>; 2]>,
     records: PageBuffer,
+    /// The largest shares of rows and of columns for which lists are read.
+    worth: [f64; 2],
 }
 
-/// The largest shares of rows and of columns for which reading them one by one is faster than reading the whole matrix:
-/// scattered records come at a half to a third of the speed of a stream.
-const ROWS_WORTH: f64 = 0.35;
-const COLUMNS_WORTH: f64 = 0.4;
+/// The largest shares of rows and of columns for which reading them one by one is faster than reading the whole matrix,
+/// where this machine has not been measured: scattered records come at a half to a third of the speed of a stream.
+const WORTH: [f64; 2] = [0.35, 0.4];
 
 impl SparseFfn {
-    /// For a checkpoint whose activation makes zeros; `None` for others.
-    pub(super) fn load(checkpoint: &Checkpoint, cpu: &Cpu, workers: &dyn Workers) -> Result<Option<Self>, ModelError> {
+    /// For a checkpoint whose activation makes zeros; `None` for others. Kernels and break-evens are those of `choice`, or
+    /// the best guess.
+    pub(super) fn load(
+        checkpoint: &Checkpoint,
+        choice: Option<&SparseChoice>,
+        cpu: &Cpu,
+        workers: &dyn Workers,
+    ) -> Result<Option<Self>, ModelError> {
         let config = checkpoint.config();
-        let job = |columns| {
+        let job = |columns, tuned: Option<&ListChoice>| {
             let spec = KernelSpec { k: config.hidden, columns };
-            Schedule::candidates(&spec, cpu).first().map(|schedule| (spec, *schedule))
+            let tuned = tuned.map(|choice| choice.schedule).filter(|schedule| schedule.check(&spec, cpu).is_ok());
+            let schedule = tuned.or_else(|| Schedule::candidates(&spec, cpu).first().copied());
+            schedule.map(|schedule| (spec, schedule))
         };
-        let jobs = [job(Columns::ListedRows), job(Columns::ListedColumns)];
+        let lists = choice.map(|choice| [&choice.rows, &choice.columns]);
+        let worth = lists.map_or(WORTH, |lists| lists.map(|list| list.worth));
+        let jobs = [
+            job(Columns::ListedRows, lists.map(|lists| lists[0])),
+            job(Columns::ListedColumns, lists.map(|lists| lists[1])),
+        ];
         let ([Some(rows), Some(columns)], Activation::Relu2) = (jobs, config.activation) else { return Ok(None) };
         let [rows, columns] = <[Kernel; 2]>::try_from(compile(&[rows, columns], cpu)?).expect("a kernel for each job");
         let (layers, bytes) = places(config, [rows.layout(), columns.layout()]);
@@ -71,7 +85,7 @@ impl SparseFfn {
         });
         match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
             Some(error) => Err(error.into()),
-            None => Ok(Some(Self { rows, columns, layers, records })),
+            None => Ok(Some(Self { rows, columns, layers, records, worth })),
         }
     }
 
@@ -104,7 +118,7 @@ impl SparseFfn {
         let SparseScratch { list, listed, gates, results, values, .. } = scratch;
         listed.clear();
         listed.extend((0..).zip(gate).filter(|(_, sum)| **sum > 0).map(|(neuron, _): (u32, _)| neuron));
-        if listed.len() as f64 > ROWS_WORTH * gate.len() as f64 {
+        if listed.len() as f64 > self.worth[0] * gate.len() as f64 {
             return false;
         }
         let record = self.rows.layout().row_bytes(self.rows.spec().k) as u32;
@@ -140,7 +154,7 @@ impl SparseFfn {
     ) -> bool {
         let SparseScratch { list, partial, .. } = scratch;
         let count = values.iter().filter(|value| **value != 0).count();
-        if count as f64 > COLUMNS_WORTH * values.len() as f64 {
+        if count as f64 > self.worth[1] * values.len() as f64 {
             return false;
         }
         let record = self.columns.layout().row_bytes(self.columns.spec().k) as u32;

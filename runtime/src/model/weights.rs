@@ -139,6 +139,7 @@ impl Model {
     ) -> Result<Self, ModelError> {
         let config = checkpoint.config().clone();
         let start = Instant::now();
+        let lists = kernels.sparse();
         let kernels = compile_all(&config, kernels, cpu)?;
         let compile = start.elapsed();
 
@@ -188,7 +189,7 @@ impl Model {
                 Place::Buffer(range) => report.packed_bytes += range.len(),
             }
         }
-        let sparse = SparseFfn::load(checkpoint, cpu, workers)?;
+        let sparse = SparseFfn::load(checkpoint, lists, cpu, workers)?;
         report.record_bytes = sparse.as_ref().map_or(0, SparseFfn::bytes);
         report.weights = start.elapsed();
         let start = Instant::now();

@@ -1,19 +1,23 @@
 use super::*;
+use crate::request::Trial;
 use crate::request::{Budget, Phase};
+use crate::shortlist::Shortlist;
+use crate::space::legal;
+use crate::sparse::SparseShape;
 use crate::stopwatch::scripted::{Noise, ScriptedStopwatch};
 use crate::workers::test_team::Scoped;
-use crate::{Class, ProfileKey};
+use crate::{Class, ProfileKey, Workload};
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::time::Duration;
 use ternion_compiler::check::Mismatch;
-use ternion_compiler::{CompileError, Family, KernelSpec, Schedule};
+use ternion_compiler::{Columns, CompileError, Family, KernelSpec, Layout, Schedule};
 
 /// Kernels whose times are a function, on a clock that only they move.
 struct ScriptedBench<'a> {
     clock: &'a ScriptedStopwatch,
     compiling: Duration,
-    time: &'a dyn Fn(&Problem, &Schedule) -> Duration,
+    time: &'a dyn Fn(&Problem, Class, &Schedule) -> Duration,
     wrong: &'a dyn Fn(&Schedule) -> bool,
     noise: Noise,
     ready: BTreeSet<(KernelSpec, Schedule)>,
@@ -21,6 +25,10 @@ struct ScriptedBench<'a> {
 }
 
 impl Bench for ScriptedBench<'_> {
+    fn sample_list(&mut self, _: &SparseShape, _: Columns, _: Schedule, _: f64) -> Option<Duration> {
+        None
+    }
+
     fn is_ready(&self, job: (KernelSpec, Schedule)) -> bool {
         self.ready.contains(&job)
     }
@@ -35,8 +43,15 @@ impl Bench for ScriptedBench<'_> {
         wrong.into_iter().map(refuse).collect()
     }
 
-    fn sample(&mut self, problem: &Problem, _: Class, schedule: Schedule) -> Option<Duration> {
-        let time = (self.time)(problem, &schedule).mul_f64(1.0 + 0.1 * self.noise.normal());
+    fn forget(&mut self, job: (KernelSpec, Schedule)) {
+        self.ready.remove(&job);
+    }
+
+    fn sample(&mut self, problem: &Problem, class: Class, schedule: Schedule) -> Option<Duration> {
+        if !self.is_ready((class.spec(problem.k), schedule)) {
+            return None;
+        }
+        let time = (self.time)(problem, class, &schedule).mul_f64(1.0 + 0.1 * self.noise.normal());
         self.clock.advance(time);
         Some(time)
     }
@@ -48,7 +63,8 @@ fn search<'a>(
     stopwatch: &'a ScriptedStopwatch,
     progress: &'a dyn Fn(Progress),
 ) -> Search<'a> {
-    Search { cpu, request, stopwatch, progress, threads: 1, batch: 2, note: &|_| {}, meter: None }
+    let families = &Family::ALL;
+    Search { cpu, request, families, stopwatch, progress, threads: 1, batch: 2, note: &|_| {}, meter: None }
 }
 
 const SHAPES: [Problem; 4] = [
@@ -83,11 +99,21 @@ impl Run {
     fn with(
         &self,
         known: &MachineProfile,
-        time: &dyn Fn(&Problem, &Schedule) -> Duration,
+        time: &dyn Fn(&Problem, Class, &Schedule) -> Duration,
+        wrong: &dyn Fn(&Schedule) -> bool,
+    ) -> Result {
+        let cpu: Cpu = "x86-64 +ssse3 +sse4.1 +avxvnni".parse().unwrap();
+        self.on(&cpu, known, time, wrong)
+    }
+
+    fn on(
+        &self,
+        cpu: &Cpu,
+        known: &MachineProfile,
+        time: &dyn Fn(&Problem, Class, &Schedule) -> Duration,
         wrong: &dyn Fn(&Schedule) -> bool,
     ) -> Result {
         let clock = ScriptedStopwatch::default();
-        let cpu: Cpu = "x86-64 +ssse3 +sse4.1 +avxvnni".parse().unwrap();
         let (noise, ready) = (Noise::new(self.seed), BTreeSet::new());
         let compiling = self.compiling;
         let mut bench = ScriptedBench { clock: &clock, compiling, time, wrong, noise, ready, compiled: 0 };
@@ -101,18 +127,18 @@ impl Run {
             calls.set(calls.get() + 1);
         };
         let request = Request::new(SHAPES.to_vec(), self.budget);
-        let search = search(&cpu, &request, &clock, &progress);
+        let search = search(cpu, &request, &clock, &progress);
         let mut found = look_up(&search, &probe(), known).unwrap();
         let mut news = MachineProfile::new(key());
         let Outcome { warnings, .. } = search.race_all(&mut found, known, &mut bench, &mut news, &[]);
-        remember(&found, &request, &mut news, &CacheDir::at(tempfile::tempdir().unwrap().path()), &mut Vec::new());
+        entries(&found, &BTreeMap::new(), &request, false).into_iter().for_each(|entry| news.insert(entry));
         assert!(calls.get() > 0 || news.shapes.is_empty());
         Result { found, news, warnings, spent: clock.elapsed(), compiled: bench.compiled }
     }
 }
 
 /// Times in proportion to the work; `tl1` is faster than everything else by a tenth.
-fn tl1_wins(problem: &Problem, schedule: &Schedule) -> Duration {
+fn tl1_wins(problem: &Problem, _: Class, schedule: &Schedule) -> Duration {
     let work = (problem.m * problem.k) as f64 / 60e9;
     let other = f64::from(schedule.unroll) * 0.02;
     Duration::from_secs_f64(work * if schedule.family == Family::Tl1 { 0.9 } else { 1.0 + other })
@@ -146,7 +172,7 @@ fn a_short_race_finds_the_faster_family_for_every_shape_within_its_budget() {
 fn slow_compiling_and_slow_kernels_do_not_break_the_budget() {
     for (compiling, slowness) in [(40, 1), (4, 30), (70, 30), (140, 1)] {
         let run = Run { compiling: Duration::from_millis(compiling), ..Run::RACE };
-        let run = run.with(&unknown(), &|p, s| tl1_wins(p, s) * slowness, &|_| false);
+        let run = run.with(&unknown(), &|p, c, s| tl1_wins(p, c, s) * slowness, &|_| false);
         assert!(run.spent <= Duration::from_millis(330), "{compiling} ms, {slowness}: {:?}", run.spent);
         assert!(run.found.iter().all(|found| found.choice.layouts().len() == 1));
     }
@@ -166,6 +192,195 @@ fn a_larger_budget_races_more_schedules_and_holds_as_well() {
     let run = Run { budget, ..Run::RACE }.with(&unknown(), &tl1_wins, &|_| false);
     assert!(run.found.iter().all(|found| found.raced > 30 && found.choice.of(Class::One).family == Family::Tl1));
     assert!(run.spent <= Duration::from_secs(22), "{:?}", run.spent);
+}
+
+#[test]
+fn a_search_is_over_in_time_however_slow_compiling_and_kernels_are() {
+    for (compiling, slowness) in [(4, 40), (300, 1), (900, 8)] {
+        let budget = Budget::search(Duration::from_secs(20));
+        let run = Run { budget, compiling: Duration::from_millis(compiling), ..Run::RACE };
+        let run = run.with(&unknown(), &|p, c, s| tl1_wins(p, c, s) * slowness, &|_| false);
+        assert!(run.spent <= Duration::from_secs(22), "{compiling} ms, {slowness}: {:?}", run.spent);
+    }
+}
+
+/// A machine on which every parameter's value, and some pairs of values, make a kernel faster or slower at random.
+fn rugged(seed: u64) -> impl Fn(&Problem, Class, &Schedule) -> Duration {
+    let random = move |what: &dyn std::fmt::Debug| {
+        let hash = format!("{what:?}")
+            .bytes()
+            .fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        2.0 * Noise::new(hash).uniform() - 1.0
+    };
+    move |problem, class, s| {
+        let many = class != Class::One;
+        let single = 0.3 * random(&(s.family, s.machine, many))
+            + 0.3 * random(&(s.layout, many))
+            + 0.1 * random(&(s.multiply, class))
+            + 0.15 * random(&(s.unroll, many))
+            + 0.15 * random(&("ntile", s.ntile, class))
+            + 0.1 * random(&("prefetch", s.prefetch));
+        let pairs = 0.1 * random(&(s.layout, s.unroll)) + 0.05 * random(&(s.family, s.ntile, s.layout));
+        // As much of a prompt as a sample takes.
+        let work = (problem.m * problem.k * class.measured()).min(1 << 24) as f64 / if many { 300e9 } else { 60e9 };
+        Duration::from_secs_f64(work * (single + pairs).exp())
+    }
+}
+
+#[test]
+fn a_search_comes_close_to_the_best_of_the_whole_space() {
+    // One machine only, whose space is listed at once.
+    let cpu: Cpu = "x86-64 +ssse3 +sse4.1".parse().unwrap();
+    let budget = Budget::search(Duration::from_secs(20));
+    let weights = Workload::default().weights();
+    let mut losses = Vec::new();
+    for seed in 0..2 {
+        let time = rugged(seed);
+        let run = Run { budget, seed, ..Run::RACE }.on(&cpu, &unknown(), &time, &|_| false);
+        assert!(run.spent <= Duration::from_secs(22), "{:?}", run.spent);
+        for Found { problem, choice, .. } in &run.found {
+            // The best set that shares a layout.
+            let mut best: BTreeMap<Layout, [f64; 6]> = BTreeMap::new();
+            for class in Class::ALL {
+                for schedule in legal(&Family::ALL, &class.spec(2560), &cpu, &budget).iter() {
+                    let best = &mut best.entry(schedule.layout).or_insert([f64::INFINITY; 6])[class.index()];
+                    *best = best.min(time(problem, class, schedule).as_secs_f64());
+                }
+            }
+            let total = |times: [f64; 6]| times.iter().zip(weights).map(|(time, weight)| time * weight).sum::<f64>();
+            let best = best.into_values().map(total).fold(f64::INFINITY, f64::min);
+            let found = total(Class::ALL.map(|class| time(problem, class, &choice.of(class)).as_secs_f64()));
+            losses.push(found / best);
+        }
+    }
+    losses.sort_by(f64::total_cmp);
+    assert!(losses[losses.len() * 3 / 4] < 1.05, "{losses:?}");
+}
+
+#[test]
+fn a_winner_that_does_not_beat_the_guess_in_held_out_rounds_gives_way_to_it() {
+    let cpu: Cpu = "x86-64 +ssse3 +sse4.1".parse().unwrap();
+    let budget = Budget::search(Duration::from_secs(5));
+    let guess = Shortlist::new(2560, &cpu, 8, &|_, _| false).guess().unwrap();
+    let equal =
+        |problem: &Problem, _: Class, _: &Schedule| Duration::from_secs_f64((problem.m * problem.k) as f64 / 60e9);
+    let run = Run { budget, ..Run::RACE }.on(&cpu, &unknown(), &equal, &|_| false);
+    // Twelve of a hundred intervals say too much, of six classes each.
+    let kept = run.found.iter().filter(|found| found.problem.k == 2560);
+    let kept: usize =
+        kept.map(|f| Class::ALL.iter().filter(|class| f.choice.of(**class) == guess.of(**class)).count()).sum();
+    assert!(kept >= 14, "{kept} of 18 classes keep the guess");
+    // And every result is that of the schedule that was chosen.
+    let far = |p: &Problem, c: Class, s: &Schedule| equal(p, c, s).mul_f64(if *s == guess.of(c) { 1.0 } else { 1.5 });
+    let run = Run { budget, ..Run::RACE }.on(&cpu, &unknown(), &far, &|_| false);
+    for found in run.found.iter().filter(|found| found.problem.k == 2560) {
+        assert_eq!(found.choice, guess);
+        for result in &found.results {
+            let truth = (found.problem.m * found.problem.k) as f64 / 60e3;
+            assert!((result.figures.median_us / truth - 1.0).abs() < 0.2, "{result:?}");
+        }
+    }
+}
+
+/// An exhaustive search of two small families, stopped when `kernels` have been compiled.
+fn exhaustive(journal: &Journal, kernels: usize, done: &[Trial]) -> (usize, Vec<Found>) {
+    let cpu: Cpu = "x86-64 +ssse3 +sse4.1".parse().unwrap();
+    let families = [Family::Tl1, Family::Vlut];
+    let request = Request::new(vec![SHAPES[0]], Budget::EXHAUSTIVE);
+    let clock = ScriptedStopwatch::default();
+    let left = Cell::new(kernels);
+    // Who is out of kernels is out of time: as if the process had ended.
+    let wrong = |_: &Schedule| {
+        left.set(left.get().saturating_sub(1));
+        if left.get() == 0 {
+            clock.advance(Budget::EXHAUSTIVE.time);
+        }
+        false
+    };
+    let (noise, ready, compiling) = (Noise::new(9), BTreeSet::new(), Duration::from_millis(1));
+    let mut bench =
+        ScriptedBench { clock: &clock, compiling, time: &tl1_wins, wrong: &wrong, noise, ready, compiled: 0 };
+    let note = |trials: &[Trial]| journal.note(trials);
+    let search = Search { families: &families, note: &note, ..search(&cpu, &request, &clock, &|_| {}) };
+    let mut found = look_up(&search, &probe(), &unknown()).unwrap();
+    search.race_all(&mut found, &unknown(), &mut bench, &mut unknown(), done);
+    (bench.compiled, found)
+}
+
+#[test]
+fn an_exhaustive_search_tries_everything_and_goes_on_where_it_stopped() {
+    let directory = tempfile::tempdir().unwrap();
+    let journal = Journal::of(&CacheDir::at(directory.path()), &key());
+    let cpu: Cpu = "x86-64 +ssse3 +sse4.1".parse().unwrap();
+    let space = |class: Class| Schedule::space_of(&[Family::Tl1, Family::Vlut], &class.spec(2560), &cpu);
+    let all: BTreeSet<(Class, Schedule)> = Class::ALL
+        .into_iter()
+        .flat_map(|class| space(class).into_iter().map(move |schedule| (class, schedule)))
+        .collect();
+    exhaustive(&journal, 60, &[]);
+    let first = journal.trials();
+    assert!(first.len() > 50 && first.len() < all.len(), "{} of {}", first.len(), all.len());
+    let (_, found) = exhaustive(&journal, usize::MAX, &first);
+    let trials = journal.trials();
+    let tried: BTreeSet<_> = trials.iter().map(|trial| (trial.class, trial.schedule)).collect();
+    assert!(all.iter().all(|entrant| tried.contains(entrant)), "{} of {}", tried.len(), all.len());
+    assert_eq!(trials.len(), tried.len(), "nothing is tried twice");
+    assert_eq!(found[0].choice.of(Class::One).family, Family::Tl1);
+}
+
+#[test]
+fn second_copies_go_where_memory_reaches_and_the_asked_workload_says_they_pay() {
+    let cpu: Cpu = "x86-64 +ssse3 +sse4.1".parse().unwrap();
+    let ones = Schedule::candidates(&Class::One.spec(2560), &cpu);
+    let many = Schedule::candidates(&Class::Chunk.spec(2560), &cpu);
+    let one = ones[0];
+    let other = *many.iter().find(|many| many.layout != one.layout).unwrap();
+    let same = *many.iter().find(|many| many.layout == one.layout).unwrap();
+    let (single, double) = (Choice::pair(one, same), Choice::pair(one, other));
+    let problem = Problem { m: 640, k: 2560, count: 10 };
+    let figures = |us| crate::Figures { minimum_us: us, median_us: us, samples: 9 };
+    let result = |class, us| crate::ClassResult {
+        class,
+        figures: figures(us),
+        joules: None,
+        tried: 1,
+        median_us: us,
+        worst_us: us,
+        guess_us: None,
+    };
+    let found = || {
+        let results = vec![result(Class::One, 100.0), result(Class::Chunk, 3200.0)];
+        vec![Found { problem, choice: single, source: Source::Raced, results, raced: 2 }]
+    };
+    let bytes = second_copy(&problem, &double).unwrap();
+    // Seconds per token and matrix, by 10 matrices: 4 % of what decoding alone takes.
+    let outcome = || Outcome { second: vec![(0, double, 10.0 * 4e-6)], ..Outcome::default() };
+    let spend = |prompt_share, copies| {
+        let workload = Workload { prompt_share, batch: 1 };
+        let request = Request { workload, second_copies: copies, ..Request::new(vec![problem], Budget::NONE) };
+        let mut found = found();
+        let kept = spend_copies(&mut found, &outcome(), &request);
+        (found[0].choice, kept)
+    };
+    assert_eq!(spend(1.0, Some(bytes)), (double, BTreeMap::from([(0, single)])));
+    assert_eq!(spend(1.0, Some(bytes - 1)), (single, BTreeMap::new()));
+    assert_eq!(spend(1.0, None), (single, BTreeMap::new()));
+    // Where a token takes 100 µs, the same saving is not worth a copy.
+    let costly = Request { second_copies: Some(bytes), ..Request::new(vec![problem], Budget::NONE) };
+    let mut slow = found();
+    slow[0].results[0] = result(Class::One, 1000.0);
+    assert!(spend_copies(&mut slow, &outcome(), &costly).is_empty());
+
+    // What is known with two copies is taken where memory reaches, and with one where it does not.
+    let mut known = unknown();
+    let entry = crate::profile::tests::entry(problem.m, problem.k, 20_000);
+    known.insert(ShapeEntry { choice: double, one_copy: Some(single), second_copies: bytes, ..entry });
+    let clock = ScriptedStopwatch::default();
+    for (copies, expected) in [(None, double), (Some(bytes), double), (Some(bytes - 1), single)] {
+        let request = Request { second_copies: copies, ..Request::new(vec![problem], Budget::RACE) };
+        let found = look_up(&search(&cpu, &request, &clock, &|_| {}), &probe(), &known).unwrap();
+        assert_eq!((found[0].choice, found[0].source), (expected, Source::Known));
+    }
 }
 
 #[test]

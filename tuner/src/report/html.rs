@@ -1,5 +1,6 @@
 //! The report as one self-contained page: no scripts, no references, charts in SVG.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use super::{Report, Row, explain, macs};
@@ -138,8 +139,9 @@ fn candidates(report: &Report, row: &Row) -> String {
         "<svg viewBox=\"0 0 960 44\" role=\"img\" aria-label=\"candidates\"><text x=\"4\" y=\"22\">n = {}</text><line x1=\"84\" y1=\"18\" x2=\"900\" y2=\"18\" stroke=\"var(--line)\"/>",
         escape(row.class.name())
     );
-    for us in &times {
-        let at = axis.at(*us);
+    // Of ticks at the same place, one: an exhaustive search has tens of thousands.
+    let places: BTreeSet<i64> = times.iter().map(|us| (10.0 * axis.at(*us)) as i64).collect();
+    for at in places.into_iter().map(|place| place as f64 / 10.0) {
         let _ = write!(
             svg,
             "<line x1=\"{at:.1}\" y1=\"9\" x2=\"{at:.1}\" y2=\"27\" stroke=\"var(--soft)\" stroke-opacity=\".45\"/>"

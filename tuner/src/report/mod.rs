@@ -206,6 +206,7 @@ mod tests {
             found: vec![found],
             spent: Duration::from_secs(1),
             phases: Phases { racing: Duration::from_millis(600), ..Phases::default() },
+            sparse: None,
             trials: vec![trial(100.0), trial(150.0), trial(400.0)],
             warnings: Vec::new(),
         };
