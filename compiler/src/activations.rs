@@ -106,7 +106,7 @@ fn pair_tables(values: &[i8], target: &mut [u8]) {
 pub const TRIPLE_BASE: i32 = 31;
 
 /// Trit j of every index of [`ActivationFormat::TripleTables`].
-const TRIPLES: [[i16; 16]; 3] = {
+pub(crate) const TRIPLES: [[i16; 16]; 3] = {
     let mut trits = [[0; 16]; 3];
     let mut index = 0;
     while index <= 13 {

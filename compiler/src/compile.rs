@@ -1,8 +1,8 @@
 //! From `(spec, schedule)` to checked machine code.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use cranelift_jit::{JITBuilder, JITModule};
 use cranelift_module::{Linkage, Module};
@@ -118,11 +118,7 @@ pub(crate) fn machine_code(&spec: &KernelSpec, &schedule: &Schedule, cpu: &Cpu) 
 }
 
 /// The code of what `emit` describes, by `machine`.
-pub(crate) fn emitted(
-    machine: MachineKind,
-    cpu: &Cpu,
-    emit: impl FnOnce(&mut dyn Machine),
-) -> Result<Code, String> {
+pub(crate) fn emitted(machine: MachineKind, cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<Code, String> {
     match wide::Target::new(machine, cpu) {
         None => clif::compile(cpu, emit).map_err(|error| error.to_string()),
         Some(target) => wide::compile(target, emit),

@@ -18,13 +18,14 @@ pub enum Step {
 
 impl Step {
     /// All of them, with the words they print to.
-    const WORDS: [(Self, &'static str); 6] = [
+    const WORDS: [(Self, &'static str); 7] = [
         (Self::Quantize, "quantize"),
         (Self::NormQuantize, "norm-quantize"),
         (Self::Prepare(ActivationFormat::Plain), "prepare-plain"),
         (Self::Prepare(ActivationFormat::Planes), "prepare-planes"),
         (Self::Prepare(ActivationFormat::FivePlanes), "prepare-five-planes"),
         (Self::Prepare(ActivationFormat::PairTables), "prepare-pair-tables"),
+        (Self::Prepare(ActivationFormat::TripleTables), "prepare-triple-tables"),
     ];
 
     /// All of them.

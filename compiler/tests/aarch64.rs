@@ -253,8 +253,24 @@ fn step_vectors(specs: &[StepSpec]) -> Vec<u8> {
             let epsilon = data.add(row.epsilon().to_le_bytes().to_vec());
             let expected = data.add(expected);
             let case: [usize; CASE_WORDS] = [
-                kernel, name.0, name.1, weights.0, weights.1, 0, input.0, input.1, input.1, epsilon.0, 1, expected.0,
-                words, words, words, StepSpec::SCRATCH, 0, 0,
+                kernel,
+                name.0,
+                name.1,
+                weights.0,
+                weights.1,
+                0,
+                input.0,
+                input.1,
+                input.1,
+                epsilon.0,
+                1,
+                expected.0,
+                words,
+                words,
+                words,
+                StepSpec::SCRATCH,
+                0,
+                0,
             ];
             cases.extend(case.map(|word| word as u64));
         }

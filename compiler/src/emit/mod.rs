@@ -15,6 +15,7 @@ mod sparse_rows;
 mod t5;
 mod tl1;
 pub(crate) mod tl2;
+mod triple_tables;
 pub(crate) mod vlut;
 
 use crate::machine::{Argument, Int, IntVariable, Machine, advance, while_at_least};
@@ -37,6 +38,7 @@ pub(crate) fn emit_step(m: &mut dyn Machine, spec: &StepSpec) {
         Step::Prepare(ActivationFormat::Planes) => planes::emit,
         Step::Prepare(ActivationFormat::FivePlanes) => five_planes::emit,
         Step::Prepare(ActivationFormat::PairTables) => pair_tables::emit,
+        Step::Prepare(ActivationFormat::TripleTables) => triple_tables::emit,
     };
     emit(m, spec.k);
 }

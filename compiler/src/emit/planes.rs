@@ -40,7 +40,6 @@ pub(super) fn emit(m: &mut dyn Machine, k: usize) {
 /// The bytes of four vectors, one after the other, dealt out by turns to four vectors.
 pub(super) fn deal(m: &mut dyn Machine, [a, b, c, d]: [Vector; 4]) -> [Vector; 4] {
     let ([even_low, odd_low], [even_high, odd_high]) = (m.deinterleave8(a, b), m.deinterleave8(c, d));
-    let ([first, third], [second, fourth]) =
-        (m.deinterleave8(even_low, even_high), m.deinterleave8(odd_low, odd_high));
+    let ([first, third], [second, fourth]) = (m.deinterleave8(even_low, even_high), m.deinterleave8(odd_low, odd_high));
     [first, second, third, fourth]
 }

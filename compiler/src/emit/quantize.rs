@@ -51,7 +51,8 @@ pub(super) fn quantize<const N: usize>(
                 m.round_float(scaled)
             });
             // The lowest byte of every number.
-            let ([low, _], [high, _]) = (m.deinterleave8(numbers[0], numbers[1]), m.deinterleave8(numbers[2], numbers[3]));
+            let ([low, _], [high, _]) =
+                (m.deinterleave8(numbers[0], numbers[1]), m.deinterleave8(numbers[2], numbers[3]));
             let [values, _] = m.deinterleave8(low, high);
             m.store(target, (group * m.vector_bytes()) as i32, values);
             let pairs = m.multiply_add_pairs(ones, values);

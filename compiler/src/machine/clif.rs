@@ -203,8 +203,7 @@ impl Clif<'_> {
         let error = self.builder.ins().fadd(lost_product, lost_c);
 
         // One step of the last bit towards the error, if there is an error (no NaN, as of an infinite sum) and the bit is 0.
-        let [sum_bits, error_bits] =
-            [sum, error].map(|v| self.builder.ins().bitcast(types::I64X2, cast_flags(), v));
+        let [sum_bits, error_bits] = [sum, error].map(|v| self.builder.ins().bitcast(types::I64X2, cast_flags(), v));
         let signs = self.builder.ins().bxor(sum_bits, error_bits);
         let differ = self.builder.ins().ushr_imm_u(signs, 63);
         let twice = self.builder.ins().iadd(differ, differ);

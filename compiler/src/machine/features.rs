@@ -6,7 +6,8 @@ use iced_x86::{CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction};
 
 use super::Code;
 use crate::compile::{in_parallel, machine_code};
-use crate::{Columns, Cpu, Family, Feature, KernelSpec, MachineKind, Schedule};
+use crate::step_kernel::step_code;
+use crate::{Columns, Cpu, Family, Feature, KernelSpec, MachineKind, Schedule, Step, StepSpec};
 
 /// What a CPU with `features` executes, in the decoder's terms.
 fn allowed(cpu: &Cpu) -> BTreeSet<CpuidFeature> {
@@ -90,6 +91,30 @@ fn no_instruction_needs_a_feature_that_the_cpu_lacks() {
 #[ignore = "takes minutes: every schedule of every CPU, but for distances of prefetches"]
 fn no_instruction_of_the_whole_space_needs_a_feature_that_the_cpu_lacks() {
     compile_and_read(1);
+}
+
+#[test]
+fn no_instruction_of_a_step_needs_a_feature_that_the_cpu_lacks() {
+    let mut seen = BTreeSet::new();
+    for cpu in CPUS {
+        let cpu: &Cpu = &cpu.parse().expect("a CPU");
+        let allowed = allowed(cpu);
+        for spec in Step::all().map(|step| StepSpec { step, k: 323 }) {
+            for machine in MachineKind::ALL.into_iter().filter(|machine| spec.check(*machine, cpu).is_ok()) {
+                let code = step_code(&spec, machine, cpu).unwrap_or_else(|error| panic!("{cpu}: {error}"));
+                for instruction in instructions(&code) {
+                    for feature in instruction.cpuid_features() {
+                        assert!(
+                            allowed.contains(feature),
+                            "{spec}, {machine} on {cpu}: {feature:?} for {instruction:?}"
+                        );
+                        seen.insert(*feature);
+                    }
+                }
+            }
+        }
+    }
+    assert!(seen.contains(&CpuidFeature::FMA) && seen.contains(&CpuidFeature::AVX512BW), "{seen:?}");
 }
 
 /// Compiles one of `stride` schedules for each of the [`CPUS`] and holds every instruction against what the CPU has.

@@ -98,8 +98,13 @@ impl ActivationWriter<'_> {
     pub(super) unsafe fn write(&self, token: usize, quantize: impl FnOnce(&mut [i8]) -> Quantized) {
         let row = |width: usize| token * width..(token + 1) * width;
         // SAFETY: rows of different tokens are disjoint, and this token is the caller's alone.
-        let (values, scale, sum) =
-            unsafe { (self.values.part(row(ActivationFormat::Plain.bytes(self.k))), self.scales.part(row(1)), self.sums.part(row(1))) };
+        let (values, scale, sum) = unsafe {
+            (
+                self.values.part(row(ActivationFormat::Plain.bytes(self.k))),
+                self.scales.part(row(1)),
+                self.sums.part(row(1)),
+            )
+        };
         let quantised = quantize(values);
         (scale[0], sum[0]) = (quantised.q, quantised.sum);
         for (format, kernel, bytes) in self.prepared.iter().flatten() {
