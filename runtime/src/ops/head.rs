@@ -174,7 +174,8 @@ mod tests {
 
         #[test]
         fn coded_rows_give_the_logits_of_the_values_they_stand_for(
-            x in floats(512), bytes in prop::collection::vec(any::<u8>(), 3 * 512 * 2),
+            // Without some bits every scale is a number below 1.
+            x in floats(512), bytes in prop::collection::vec(any::<u8>().prop_map(|byte| byte & 0x3b), 3 * 512 * 2),
         ) {
             for dtype in [RowType::Int8, RowType::Q4_0, RowType::Q8_0, RowType::Q4K, RowType::Q6K] {
                 let row_bytes = dtype.row_bytes(x.len());
@@ -183,7 +184,6 @@ mod tests {
                     dtype.widen_row(row, &mut wide);
                     wide
                 }).collect();
-                prop_assume!(rows.iter().flatten().all(|value| value.abs() < 1e30));
                 let expected = head::logits(&x, rows.iter().map(Vec::as_slice));
                 for dot_rows in [dot_rows as fn(&[f32], RowType, &[u8], &mut [f32]), dot_rows_body] {
                     let mut logits = vec![0.0; 3];

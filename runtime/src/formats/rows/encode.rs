@@ -129,9 +129,9 @@ mod tests {
         fn rounding_is_as_fine_as_the_type_promises(row in prop::collection::vec(-4f32..4.0, 512), e in -30i32..20) {
             let row: Vec<f32> = row.into_iter().map(|value| value * 2f32.powi(e)).collect();
             let largest = row.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
-            // Half a step: of 2⁻¹¹ of the value, of 1/127 and of 1/31 of the largest in reach, the latter with scales that
-            // are rounded themselves. Below f16's normal numbers, steps are absolute.
-            for (kind, step) in [(RowType::F32, 0.0), (RowType::Int8, 0.51 / 127.0), (RowType::Q6K, 0.75 / 31.0)] {
+            // Half a 127th of the largest; of Q6_K's 32 steps one, for a value as large as the largest with the other
+            // sign, and what rounding the scales adds. Below f16's normal numbers, its scales are too coarse to say.
+            for (kind, step) in [(RowType::F32, 0.0), (RowType::Int8, 0.51 / 127.0), (RowType::Q6K, 1.3 / 31.0)] {
                 if kind == RowType::Q6K && !(-8..8).contains(&e) {
                     continue;
                 }
