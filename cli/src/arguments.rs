@@ -16,6 +16,7 @@ use crate::embed::Embed;
 use crate::eval::Eval;
 use crate::export::Export;
 use crate::lab::Lab;
+use crate::prepare::HeadOption;
 use crate::pull::Pull;
 use crate::purpose::{Purpose, Room};
 use crate::synth::Synth;
@@ -220,6 +221,8 @@ pub(crate) struct Setup {
     #[arg(short, long, value_name = "FILE", requires = "model")]
     pub(crate) output: Option<PathBuf>,
     #[command(flatten)]
+    pub(crate) head: HeadOption,
+    #[command(flatten)]
     pub(crate) threads: Threads,
     #[command(flatten)]
     pub(crate) budget: TuningBudget,
@@ -236,6 +239,8 @@ pub(crate) struct Prepare {
     /// The prepared file to write
     #[arg(short, long, value_name = "FILE", required_unless_present = "dry_run")]
     pub(crate) output: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) head: HeadOption,
     /// Write nothing, but say what would be written and how large it would be
     #[arg(long)]
     pub(crate) dry_run: bool,

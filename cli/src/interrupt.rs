@@ -2,6 +2,9 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use ternion_hub::HubError;
+use ternion_runtime::formats::FormatError;
+
 static SIGNALS: AtomicUsize = AtomicUsize::new(0);
 
 /// The exit code that shells expect of an interrupted program.
@@ -20,6 +23,12 @@ pub(crate) fn watch() {
 /// Whether Ctrl-C has been pressed.
 pub(crate) fn requested() -> bool {
     SIGNALS.load(Ordering::SeqCst) > 0
+}
+
+/// Whether it is what ended the writing or fetching of a file.
+pub(crate) fn ended(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(FormatError::Cancelled { .. }))
+        || matches!(error.downcast_ref(), Some(HubError::Cancelled { .. }))
 }
 
 /// Forgets it, so that a chat can go on.

@@ -11,6 +11,7 @@ mod eval;
 mod export;
 mod interrupt;
 mod lab;
+mod memory;
 mod model;
 mod output;
 mod plot;
@@ -59,7 +60,7 @@ fn main() -> ExitCode {
             terminal::note(&format!("error: {}", one_line(&error)));
             match () {
                 () if error.is::<UsageError>() => ExitCode::from(USAGE),
-                () if tune::was_interrupted(&error) => ExitCode::from(interrupt::EXIT_CODE),
+                () if tune::was_interrupted(&error) || interrupt::ended(&error) => ExitCode::from(interrupt::EXIT_CODE),
                 () => ExitCode::FAILURE,
             }
         }

@@ -2,20 +2,56 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use anyhow::Result;
+use clap::{Args, ValueEnum};
 use ternion_compiler::Layout;
-use ternion_runtime::formats::{Checkpoint, Projection, tern};
+use ternion_runtime::formats::tern::{self, HeadType};
+use ternion_runtime::formats::{Checkpoint, FormatError, Projection};
 use ternion_tuner::{Budget, Choices, Class, Source};
 
 use crate::UsageError;
 use crate::arguments::{Prepare, Setup, Threads, TuningBudget};
 use crate::export::with_bar;
+use crate::memory::Watch;
 use crate::model::{cpu, open};
 use crate::output::print;
 use crate::purpose::Purpose;
 use crate::terminal::{bytes, note, time};
 use crate::tune::{per_token, request, search};
+
+/// How the rows of the head are stored, which are the embedding's in most models.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct HeadOption {
+    /// Store the head like this, which changes the model: the rounded rows are its head then
+    #[arg(long, value_name = "TYPE", default_value = "own")]
+    head: Head,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Head {
+    /// As the model has it, nothing is rounded
+    Own,
+    /// 16 bits per weight
+    F16,
+    /// 8 bits per weight
+    Int8,
+    /// 6.6 bits per weight
+    #[value(name = "q6_k")]
+    Q6K,
+}
+
+impl From<HeadOption> for HeadType {
+    fn from(option: HeadOption) -> Self {
+        match option.head {
+            Head::Own => Self::Own,
+            Head::F16 => Self::F16,
+            Head::Int8 => Self::Int8,
+            Head::Q6K => Self::Q6K,
+        }
+    }
+}
 
 pub(crate) fn prepare(options: &Prepare) -> Result<ExitCode> {
     let checkpoint = open(Some(&options.source), &options.read)?;
@@ -27,9 +63,9 @@ pub(crate) fn prepare(options: &Prepare) -> Result<ExitCode> {
         None
     };
     match output.filter(|_| !options.dry_run) {
-        Some(output) => write(&checkpoint, output, choices.as_ref())?,
+        Some(output) => write(&checkpoint, output, choices.as_ref(), options.head)?,
         None => {
-            let planned = tern::planned_bytes(&checkpoint, &layout_of(choices.as_ref()))?;
+            let planned = tern::planned_bytes(&checkpoint, &layout_of(choices.as_ref()), options.head.into())?;
             let config = checkpoint.config();
             print(&format!(
                 "{}: {}, {} layers, {} ternary matrices: a file of {}\n",
@@ -57,7 +93,7 @@ pub(crate) fn setup(options: &Setup) -> Result<ExitCode> {
     let choices = tune(&checkpoint, &options.threads, &options.budget, &options.purpose)?;
     match output {
         Some(output) => {
-            write(&checkpoint, &output, Some(&choices))?;
+            write(&checkpoint, &output, Some(&choices), options.head)?;
             note(&format!("next: ternion run {} -p \"Once upon a time\"", output.display()));
         }
         None => note("next: ternion run -p \"Once upon a time\""),
@@ -114,10 +150,15 @@ fn layout_of(choices: Option<&Choices>) -> impl Fn(usize, Projection, usize, usi
     move |_, _, m, k| choices.and_then(|choices| choices.get(m, k)).map_or(Layout::Canonical, |choice| choice.layout())
 }
 
-/// Writes the prepared file with the layouts of `choices`, or plain.
-fn write(checkpoint: &Checkpoint, output: &Path, choices: Option<&Choices>) -> Result<()> {
+/// Writes the prepared file with the layouts of `choices`, or plain, and says what that took.
+fn write(checkpoint: &Checkpoint, output: &Path, choices: Option<&Choices>, head: HeadOption) -> Result<()> {
     let layout = layout_of(choices);
-    let summary = with_bar(|progress| tern::write(checkpoint, output, &layout, progress))?;
+    let (start, memory) = (Instant::now(), Watch::start());
+    let summary = with_bar(|progress| tern::write_with(checkpoint, output, &layout, head.into(), progress));
+    if matches!(summary, Err(FormatError::Cancelled { .. })) {
+        note(&format!("what is done is kept in {}.part: the same command continues it", output.display()));
+    }
+    let (summary, spent) = (summary?, start.elapsed());
     note(&format!(
         "wrote {} ({}, {} ternary matrices, digest {:016x})",
         output.display(),
@@ -125,5 +166,19 @@ fn write(checkpoint: &Checkpoint, output: &Path, choices: Option<&Choices>) -> R
         summary.matrices,
         summary.digest
     ));
+    if summary.resumed > 0 {
+        note(&format!("{} of it were there already, from an interrupted run", bytes(summary.resumed)));
+    }
+    if summary.head_error > 0.0 {
+        note(&format!(
+            "head as {}: its rows are off by {:.3} % (relative root mean square); `ternion eval --text` measures what \
+             that means for the loss",
+            summary.head,
+            100.0 * summary.head_error
+        ));
+    }
+    let rate = (summary.bytes - summary.resumed) as f64 / spent.as_secs_f64() / 1e9;
+    let memory = memory.peak().map_or_else(String::new, |peak| format!(", at most {} of memory", bytes(peak)));
+    note(&format!("{} at {rate:.2} GB/s{memory}", time(spent)));
     Ok(())
 }

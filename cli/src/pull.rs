@@ -49,11 +49,12 @@ pub(crate) fn pull(options: &Pull) -> Result<ExitCode> {
     };
     let mut bar: Option<(String, Bar)> = None;
     let path = hub.pull(&options.name, &options.revision, options.file.as_deref(), &mut |file, done, total| {
-        if bar.as_ref().is_none_or(|(known, _)| known != file) {
+        // Nothing moves while the hub is waited for.
+        if total > 0 && bar.as_ref().is_none_or(|(known, _)| known != file) {
             note(&format!("{file} ({})", crate::terminal::bytes(total)));
             bar = Some((file.to_owned(), Bar::bytes("fetching", total)));
         }
-        if let Some((_, bar)) = &bar {
+        if let Some((_, bar)) = bar.as_ref().filter(|_| total > 0) {
             bar.set(done);
         }
         if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }

@@ -58,7 +58,7 @@ pub(crate) fn synth(options: &Synth) -> Result<ExitCode> {
     let config = recipe.config.clone();
     let model = Checkpoint::synthetic(recipe)?;
     let canonical = |_: usize, _, _: usize, _: usize| Layout::Canonical;
-    let planned = tern::planned_bytes(&model, &canonical)?;
+    let planned = tern::planned_bytes(&model, &canonical, tern::HeadType::Own)?;
     let Some(path) = options.output.as_deref().filter(|_| !options.dry_run) else {
         output::print(&format!(
             "{}: {} layers, hidden {}, ffn {}, {} heads ({} for keys), vocabulary {}: a file of {}\n",

@@ -24,7 +24,15 @@ pub enum HubError {
         /// What was asked for.
         url: String,
     },
-    /// The hub answered something else.
+    /// The hub answered with a status that asking again does not change.
+    #[error("{url}: the hub refuses this with status {status}: check the name and --endpoint")]
+    Refused {
+        /// What was asked for.
+        url: String,
+        /// The status.
+        status: u16,
+    },
+    /// The hub cannot be reached, or answered something else.
     #[error("{url}: {problem}: try again later")]
     Transfer {
         /// What was asked for.

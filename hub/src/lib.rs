@@ -23,7 +23,8 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use repository::{Repository, Revision};
 use ureq::Agent;
@@ -41,11 +42,20 @@ pub struct Hub {
     pub token: Option<String>,
     /// Whether to use the cache alone.
     pub offline: bool,
-    /// How often a connection that was cut is taken up again, per file.
+    /// How often in a row a request that brought nothing new is made again, if the trouble may pass: connections that are
+    /// cut or refused, timeouts, and statuses 408, 429 and from 500 on.
     pub retries: usize,
+    /// The time before the first of them; it doubles with each, up to [`LONGEST_WAIT`].
+    pub wait: Duration,
 }
 
-/// Told the file, its bytes that have arrived, and all of them; cancels by returning [`ControlFlow::Break`].
+/// The longest time between two requests.
+pub const LONGEST_WAIT: Duration = Duration::from_secs(16);
+
+/// How often waiting looks whether it is still wanted.
+const PULSE: Duration = Duration::from_millis(100);
+
+/// Told the file, its bytes that have arrived, and all of them (0 and 0 while nothing moves); cancels by returning [`ControlFlow::Break`].
 pub type Progress<'a> = dyn FnMut(&str, u64, u64) -> ControlFlow<()> + 'a;
 
 impl Hub {
@@ -63,9 +73,10 @@ impl Hub {
         Self {
             endpoint: text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned()),
             token: text("HF_TOKEN").or_else(login).map(|token| token.trim().to_owned()).filter(|t| !t.is_empty()),
-            offline: text("HF_HUB_OFFLINE").is_some_and(|value| !matches!(value.as_str(), "0" | "false" | "FALSE")),
+            offline: text("HF_HUB_OFFLINE").is_some_and(|value| is_true(&value)),
             cache: variable("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
             retries: 5,
+            wait: Duration::from_millis(500),
         }
     }
 
@@ -86,7 +97,7 @@ impl Hub {
             return repository.cached(file);
         }
         let client = Client { agent: agent(), hub: self };
-        let Revision { commit, files } = client.revision(&repository)?;
+        let Revision { commit, files } = client.revision(&repository, progress)?;
         let wanted = repository.choose(&files, file)?;
         for entry in &wanted {
             client.fetch(&repository, &commit, entry, progress)?;
@@ -98,6 +109,11 @@ impl Hub {
             _ => Ok(snapshot),
         }
     }
+}
+
+/// Whether a variable of the environment says yes, as Hugging Face's own programs read it.
+fn is_true(value: &str) -> bool {
+    ["1", "ON", "YES", "TRUE"].iter().any(|yes| value.trim().eq_ignore_ascii_case(yes))
 }
 
 /// Everything that talks to the hub.
@@ -137,11 +153,52 @@ impl Client<'_> {
             416 if from > 0 => Ok(response),
             status @ (401 | 403) => Err(HubError::Access { url: url.to_owned(), status }),
             404 => Err(HubError::NotFound { url: url.to_owned() }),
-            status => Err(transfer(format!("the hub answers with status {status}"))),
+            status @ (408 | 429 | 500..) => Err(transfer(format!("the hub answers with status {status}"))),
+            status => Err(HubError::Refused { url: url.to_owned(), status }),
         }
+    }
+
+    /// Tries again, after a while, what failed with trouble that may pass. `attempt` says how often in a row it did.
+    ///
+    /// # Errors
+    /// The trouble, if it has been tried often enough or lasts; [`HubError::Cancelled`] if `progress` says so.
+    fn wait_after(
+        &self,
+        trouble: HubError,
+        attempt: usize,
+        file: &str,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), HubError> {
+        if attempt >= self.hub.retries || !matches!(trouble, HubError::Transfer { .. }) {
+            return Err(trouble);
+        }
+        let doubled = self.hub.wait.saturating_mul(1 << attempt.min(16));
+        let until = Instant::now() + doubled.min(LONGEST_WAIT);
+        while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+            thread::sleep(left.min(PULSE));
+            if progress(file, 0, 0).is_break() {
+                return Err(HubError::Cancelled { file: file.to_owned() });
+            }
+        }
+        Ok(())
     }
 }
 
 fn cache_error(path: &Path) -> impl FnOnce(std::io::Error) -> HubError + '_ {
     move |source| HubError::Cache { path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_true;
+
+    #[test]
+    fn the_environment_says_yes_in_four_ways() {
+        for yes in ["1", "ON", "on", "YES", "Yes", "TRUE", "true", " true "] {
+            assert!(is_true(yes), "{yes}");
+        }
+        for no in ["", "0", "off", "no", "false", "2", "offline"] {
+            assert!(!is_true(no), "{no}");
+        }
+    }
 }

@@ -1,11 +1,12 @@
 //! A repository: its place in the cache, its files as the hub lists them, and which of them make a model.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::{Client, HubError, cache_error};
+use crate::{Client, HubError, Progress, cache_error};
 
 /// Longest accepted answer about a repository.
 const LONGEST_ANSWER: u64 = 32 << 20;
@@ -112,24 +113,24 @@ impl Repository {
         fs::create_dir_all(parent).and_then(|()| fs::write(&path, commit)).map_err(cache_error(&path))
     }
 
-    /// The model as an earlier pull left it. The revision is written down when all of its files are there.
+    /// The model as an earlier pull left it. A revision, a commit too, is written down when all of its files are there; other
+    /// programs write it down earlier, so weights, configuration and tokenizer have to be there as well.
     pub(crate) fn cached(&self, file: Option<&str>) -> Result<PathBuf, HubError> {
         let offline = || HubError::Offline {
             repository: self.name.clone(),
             revision: self.revision.clone(),
             cache: self.directory.clone(),
         };
-        let commit = match fs::read_to_string(self.reference()) {
-            Ok(commit) => commit.trim().to_owned(),
-            Err(_) => self.revision.clone(),
-        };
-        let snapshot = self.snapshot(&commit);
+        let known = fs::read_to_string(self.reference()).ok().map(|commit| commit.trim().to_owned());
+        // One file is whole if it is there: it gets its place when its checksum has been compared.
+        let commit = known.or_else(|| file.map(|_| self.revision.clone())).filter(|commit| is_hex(commit, 40));
+        let snapshot = self.snapshot(&commit.ok_or_else(offline)?);
         let path = match file {
-            Some(file) if stays_within(file) => snapshot.join(file),
-            Some(_) => return Err(offline()),
-            None => only_gguf(&snapshot).unwrap_or(snapshot),
+            Some(file) if stays_within(file) => Some(snapshot.join(file)).filter(|path| path.is_file()),
+            Some(_) => None,
+            None => only_gguf(&snapshot).or_else(|| Some(snapshot).filter(|snapshot| has_a_model(snapshot))),
         };
-        if is_hex(&commit, 40) && path.exists() { Ok(path) } else { Err(offline()) }
+        path.ok_or_else(offline)
     }
 
     /// The files that make a model, or the one that is named.
@@ -161,16 +162,47 @@ impl Repository {
     }
 }
 
+/// Whether a snapshot has what every model directory has, with all shards of its weights.
+fn has_a_model(snapshot: &Path) -> bool {
+    let has = |name: &str| snapshot.join(name).is_file();
+    let shards = || {
+        let index = fs::read(snapshot.join("model.safetensors.index.json")).ok()?;
+        let Index { weight_map } = serde_json::from_slice(&index).ok()?;
+        Some(weight_map.values().all(|shard| stays_within(shard) && has(shard)))
+    };
+    has("config.json")
+        && (has("tokenizer.json") || has("tokenizer.model"))
+        && (has("model.safetensors") || shards().unwrap_or(false))
+}
+
+/// Which shard a tensor lies in.
+#[derive(Deserialize)]
+struct Index {
+    weight_map: HashMap<String, String>,
+}
+
 /// The GGUF file of a snapshot that has nothing else.
 fn only_gguf(snapshot: &Path) -> Option<PathBuf> {
     let mut files = fs::read_dir(snapshot).ok()?.filter_map(|entry| entry.ok().map(|entry| entry.path()));
-    let only = files.next().filter(|path| path.extension().is_some_and(|extension| extension == "gguf"))?;
+    let is_gguf = |path: &PathBuf| path.is_file() && path.extension().is_some_and(|extension| extension == "gguf");
+    let only = files.next().filter(is_gguf)?;
     files.next().is_none().then_some(only)
 }
 
 impl Client<'_> {
-    /// Asks what a revision consists of.
-    pub(crate) fn revision(&self, repository: &Repository) -> Result<Revision, HubError> {
+    /// Asks what a revision consists of, again if need be.
+    pub(crate) fn revision(&self, repository: &Repository, progress: &mut Progress<'_>) -> Result<Revision, HubError> {
+        let mut attempt = 0;
+        loop {
+            match self.revision_once(repository) {
+                Err(trouble) => self.wait_after(trouble, attempt, &repository.name, progress)?,
+                revision => return revision,
+            }
+            attempt += 1;
+        }
+    }
+
+    fn revision_once(&self, repository: &Repository) -> Result<Revision, HubError> {
         let (endpoint, name) = (self.hub.endpoint.trim_end_matches('/'), &repository.name);
         // A revision is one segment of the path, whatever it contains.
         let revision = repository.revision.replace('/', "%2F");

@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
@@ -30,6 +31,8 @@ enum Trouble {
     Private,
     /// Lists a file that lies elsewhere.
     Escape,
+    /// Answers with this status, so many times.
+    Status(u16, usize),
 }
 
 #[derive(Default)]
@@ -75,7 +78,14 @@ impl Server {
     }
 
     fn hub(&self, cache: &tempfile::TempDir) -> Hub {
-        Hub { endpoint: self.endpoint.clone(), cache: cache.path().to_owned(), token: None, offline: false, retries: 2 }
+        Hub {
+            endpoint: self.endpoint.clone(),
+            cache: cache.path().to_owned(),
+            token: None,
+            offline: false,
+            retries: 2,
+            wait: Duration::from_millis(10),
+        }
     }
 
     fn requests(&self) -> Vec<[String; 3]> {
@@ -109,19 +119,26 @@ fn answer(mut stream: &TcpStream, state: &Mutex<State>, elsewhere: &str) -> Opti
     if trouble == Trouble::Private && !path.starts_with("/cdn") && header("authorization") != "Bearer secret" {
         return send("401 Unauthorized", "", b"");
     }
-    if path == "/api/models/someone/model/revision/main?blobs=true" {
+    if let Trouble::Status(status, times @ 1..) = trouble {
+        state.lock().unwrap().trouble = Trouble::Status(status, times - 1);
+        return send(&format!("{status} Trouble"), "", b"");
+    }
+    if ["main", COMMIT].iter().any(|it| path == format!("/api/models/someone/model/revision/{it}?blobs=true")) {
         let git = hex(Sha1::digest([format!("blob {}\0", CONFIG.len()).as_bytes(), CONFIG].concat()));
         let name = if trouble == Trouble::Escape { "../../config.json" } else { "config.json" };
         let json = format!(
             r#"{{"sha":"{COMMIT}","siblings":[{{"rfilename":"{name}","size":{},"blobId":"{git}"}},
             {{"rfilename":"model.safetensors","size":300000,"blobId":"{COMMIT}","lfs":{{"sha256":"{}","size":300000}}}},
-            {{"rfilename":"README.md","size":3,"blobId":"{COMMIT}"}}]}}"#,
+            {{"rfilename":"README.md","size":3,"blobId":"{COMMIT}"}},
+            {{"rfilename":"tokenizer.json","size":{},"blobId":"{git}"}}]}}"#,
             CONFIG.len(),
             hex(Sha256::digest(weights())),
+            CONFIG.len(),
         );
         return send("200 OK", "", json.as_bytes());
     }
-    if path == format!("/someone/model/resolve/{COMMIT}/config.json") {
+    // The tokenizer's content is of no interest here.
+    if ["config.json", "tokenizer.json"].iter().any(|it| path == format!("/someone/model/resolve/{COMMIT}/{it}")) {
         return send("200 OK", "", CONFIG);
     }
     if path == format!("/someone/model/resolve/{COMMIT}/model.safetensors") {
@@ -172,7 +189,7 @@ fn a_model_is_fetched_through_redirects_once_and_found_offline_afterwards() {
         ControlFlow::Continue(())
     };
     assert_complete(&hub.pull("someone/model", "main", None, &mut progress).unwrap());
-    assert_eq!(told.last().unwrap(), &("model.safetensors".to_owned(), 300_000, 300_000));
+    assert!(told.contains(&("model.safetensors".to_owned(), 300_000, 300_000)));
     let requests = server.requests().len();
     assert_complete(&pull(&hub).unwrap());
     assert_eq!(server.requests().len(), requests + 1, "only the list is asked for again");
@@ -200,7 +217,7 @@ fn what_arrived_before_giving_up_is_kept_for_the_next_time() {
     assert!(matches!(error, HubError::Transfer { .. }) && !error.to_string().contains('\n'), "{error}");
     assert!(matches!(pull(&Hub { offline: true, ..hub.clone() }), Err(HubError::Offline { .. })));
     assert_complete(&pull(&hub).unwrap());
-    assert_eq!(server.requests().last().unwrap()[1], "bytes=100000-");
+    assert!(server.requests().iter().any(|[path, range, _]| path == "/cdn/weights" && range == "bytes=100000-"));
 }
 
 #[test]
@@ -262,4 +279,88 @@ fn a_cancelled_pull_says_so() {
     let error = server.hub(&cache).pull("someone/model", "main", None, stop).unwrap_err();
     assert!(matches!(error, HubError::Cancelled { .. }), "{error}");
     assert_complete(&pull(&server.hub(&cache)).unwrap());
+}
+
+#[test]
+fn trouble_that_may_pass_is_waited_out() {
+    for status in [500, 503, 429, 408] {
+        let (server, cache) = (Server::start(Trouble::Status(status, 2)), tempfile::tempdir().unwrap());
+        let start = Instant::now();
+        assert_complete(&pull(&server.hub(&cache)).unwrap());
+        assert!(start.elapsed() >= Duration::from_millis(10 + 20), "{status}");
+    }
+    let (server, cache) = (Server::start(Trouble::Status(503, 3)), tempfile::tempdir().unwrap());
+    let error = pull(&server.hub(&cache)).unwrap_err();
+    assert!(matches!(error, HubError::Transfer { .. }) && error.to_string().contains("503"), "{error}");
+    assert_eq!(server.requests().len(), 3);
+    // Nobody listens.
+    let hub = Hub { endpoint: "http://127.0.0.1:1".to_owned(), ..server.hub(&cache) };
+    assert!(matches!(pull(&hub), Err(HubError::Transfer { .. })));
+}
+
+#[test]
+fn what_asking_again_does_not_change_is_asked_once() {
+    for status in [400, 401, 403, 404, 410, 451] {
+        let (server, cache) = (Server::start(Trouble::Status(status, 1)), tempfile::tempdir().unwrap());
+        let error = pull(&server.hub(&cache)).unwrap_err();
+        assert!(!matches!(error, HubError::Transfer { .. }) && !error.to_string().contains('\n'), "{status}: {error}");
+        assert_eq!(server.requests().len(), 1, "{status}");
+    }
+}
+
+#[test]
+fn waiting_can_be_cancelled() {
+    let (server, cache) = (Server::start(Trouble::Status(503, 9)), tempfile::tempdir().unwrap());
+    let hub = Hub { wait: Duration::from_secs(3600), ..server.hub(&cache) };
+    let error = hub.pull("someone/model", "main", None, &mut |_, _, _| ControlFlow::Break(())).unwrap_err();
+    assert!(matches!(error, HubError::Cancelled { .. }), "{error}");
+}
+
+#[test]
+fn a_commit_that_is_fetched_in_part_is_no_model_offline() {
+    let (server, cache) = (Server::start(Trouble::Cut(1)), tempfile::tempdir().unwrap());
+    let hub = Hub { retries: 0, ..server.hub(&cache) };
+    let offline = Hub { offline: true, ..hub.clone() };
+    let of_commit = |hub: &Hub| hub.pull("someone/model", COMMIT, None, &mut |_, _, _| ControlFlow::Continue(()));
+    of_commit(&hub).unwrap_err();
+    let snapshot = cache.path().join("models--someone--model/snapshots").join(COMMIT);
+    assert!(snapshot.join("config.json").exists());
+    assert!(matches!(of_commit(&offline), Err(HubError::Offline { .. })));
+    // Other programs write the revision down before everything is there.
+    let refs = cache.path().join("models--someone--model/refs");
+    fs::create_dir_all(&refs).unwrap();
+    fs::write(refs.join("main"), COMMIT).unwrap();
+    assert!(matches!(pull(&offline), Err(HubError::Offline { .. })));
+    // A file that is there is whole.
+    let config = offline.pull("someone/model", COMMIT, Some("config.json"), &mut |_, _, _| ControlFlow::Continue(()));
+    assert_eq!(config.unwrap(), snapshot.join("config.json"));
+
+    assert_complete(&of_commit(&hub).unwrap());
+    assert_complete(&of_commit(&offline).unwrap());
+    assert_complete(&pull(&offline).unwrap());
+}
+
+#[test]
+fn two_at_once_fetch_a_file_once() {
+    let (server, cache) = (Server::start(Trouble::None), tempfile::tempdir().unwrap());
+    let hub = server.hub(&cache);
+    thread::scope(|scope| {
+        let first = scope.spawn(|| {
+            hub.pull("someone/model", "main", None, &mut |file, done, total| {
+                // In the middle of the file, the other has time to come.
+                if file == "model.safetensors" && done < total {
+                    thread::sleep(Duration::from_millis(300));
+                }
+                ControlFlow::Continue(())
+            })
+        });
+        let second = scope.spawn(|| pull(&hub));
+        for pulled in [first, second] {
+            assert_complete(&pulled.join().unwrap().unwrap());
+        }
+    });
+    let fetched = server.requests().into_iter().filter(|[path, ..]| path == "/cdn/weights").count();
+    assert_eq!(fetched, 1);
+    let blobs = fs::read_dir(cache.path().join("models--someone--model/blobs")).unwrap();
+    assert!(blobs.flatten().all(|blob| !blob.file_name().to_string_lossy().ends_with(".incomplete")));
 }

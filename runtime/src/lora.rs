@@ -169,7 +169,7 @@ fn matrix(tensors: &Tensors, name: &str, (rows, columns): (usize, usize)) -> Res
         return Err(LoraError::Shape { path: tensor.path, tensor: tensor.name, found, expected });
     }
     tensor.floats(&[rows, columns])?;
-    Ok(FloatMatrix { rows, columns, dtype, bytes: tensor.bytes })
+    Ok(FloatMatrix { rows, columns, dtype: dtype.into(), bytes: tensor.bytes })
 }
 
 /// An `adapter_config.json`.

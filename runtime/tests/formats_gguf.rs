@@ -12,7 +12,7 @@ use ternion_compiler::Layout;
 use ternion_kernels_ref::Trit;
 use ternion_runtime::formats::gguf::{I2sLayout, TernaryType, TokenRowType, export};
 use ternion_runtime::formats::{
-    Activation, Bytes, Checkpoint, FloatType, FormatError, LayerNorm, OpenOptions, Projection, tern,
+    Activation, Bytes, Checkpoint, FloatType, FormatError, LayerNorm, OpenOptions, Projection, RowType, tern,
 };
 use ternion_runtime::text::Message;
 
@@ -82,10 +82,10 @@ fn fixture_trit(t: usize, i: usize) -> Trit {
 #[test]
 fn files_of_the_gguf_package_are_read_exactly() {
     for (name, token_types) in [
-        ("tq1_0-bf16", &[FloatType::Bf16][..]),
-        ("tq2_0-q4_k-q6_k", &[FloatType::F32, FloatType::F32]),
-        ("q4_0-q8_0", &[FloatType::F32]),
-        ("f16-q4_0", &[FloatType::F32]),
+        ("tq1_0-bf16", &[RowType::Bf16][..]),
+        ("tq2_0-q4_k-q6_k", &[RowType::Q4K, RowType::Q6K]),
+        ("q4_0-q8_0", &[RowType::Q8_0]),
+        ("f16-q4_0", &[RowType::Q4_0]),
     ] {
         let model = Checkpoint::open(&fixture(&format!("{name}.gguf"))).unwrap();
         assert_eq!(model.config().activation, Activation::Relu2);
@@ -106,7 +106,9 @@ fn files_of_the_gguf_package_are_read_exactly() {
             let mut expected = vec![0.0; matrix.rows * matrix.columns];
             FloatType::F32.widen(&golden, &mut expected);
             let mut values = vec![0.0; expected.len()];
-            matrix.dtype.widen(&matrix.bytes, &mut values);
+            for (at, values) in values.chunks_exact_mut(matrix.columns).enumerate() {
+                matrix.widen_row(at, values);
+            }
             assert_eq!(values, expected, "{name}, {tensor}");
         }
         let norm = model.norm(0, LayerNorm::FfnSub).unwrap();

@@ -10,7 +10,9 @@ use proptest::prelude::*;
 use serde_json::Value;
 use support::{Dress, HuggingFaceFixture, embedded, embedded_path};
 use ternion_compiler::Layout;
-use ternion_runtime::formats::{Bytes, Checkpoint, FormatError, LayerNorm, Projection, tern};
+use ternion_runtime::formats::synth::Recipe;
+use ternion_runtime::formats::tern::{self, HeadType};
+use ternion_runtime::formats::{Bytes, Checkpoint, FormatError, LayerNorm, ModelConfig, Projection, RowType};
 use xxhash_rust::xxh3::xxh3_64;
 
 static EMBEDDED: LazyLock<Vec<u8>> = LazyLock::new(|| std::fs::read(embedded_path()).unwrap());
@@ -166,6 +168,7 @@ fn a_write_that_fails_or_is_cancelled_leaves_what_was_there() {
     });
     assert!(matches!(cancelled, Err(FormatError::Cancelled { .. })));
     assert_eq!(std::fs::read(&output).unwrap(), b"before");
+    std::fs::remove_file(directory.path().join("out.tern.part")).unwrap();
     assert_eq!(names(directory.path()), ["out.tern"]);
 
     // A model that turns out to be damaged while it is read.
@@ -182,6 +185,150 @@ fn a_write_that_fails_or_is_cancelled_leaves_what_was_there() {
         let message = result.unwrap_err().to_string();
         assert!(message.starts_with("cannot write") && message.contains(unwritable.to_str().unwrap()), "{message}");
     }
+}
+
+/// Writes until `stop` bytes are there, and leaves it at that.
+fn interrupted(model: &Checkpoint, output: &Path, head: HeadType, stop: u64) {
+    let stopped = tern::write_with(model, output, &mixed_layouts, head, &mut |done, _| {
+        if done > stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    assert!(matches!(stopped, Err(FormatError::Cancelled { .. })), "{stopped:?}");
+}
+
+#[test]
+fn what_was_interrupted_is_continued_and_ends_with_the_same_bytes() {
+    let directory = tempfile::tempdir().unwrap();
+    let (whole, output) = (directory.path().join("whole.tern"), directory.path().join("out.tern"));
+    let part = directory.path().join("out.tern.part");
+    let model = embedded();
+    let write = |output: &Path, head| {
+        tern::write_with(&model, output, &mixed_layouts, head, &mut |_, _| ControlFlow::Continue(())).unwrap()
+    };
+    for head in [HeadType::Own, HeadType::Int8] {
+        let expected = write(&whole, head);
+        let mut before = 0;
+        for percent in [5, 40, 70, 97] {
+            interrupted(&model, &output, head, expected.bytes * percent / 100);
+            // An unfinished file is never taken for a model.
+            let message = Checkpoint::open(&part).map(drop).unwrap_err().to_string();
+            assert!(message.contains("unfinished") && !output.exists(), "{message}");
+        }
+        // What is damaged in the meantime, by a power failure, is not believed.
+        let mut bytes = std::fs::read(&part).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle..middle + 4096].fill(0x55);
+        std::fs::write(&part, bytes).unwrap();
+        let mut first = None;
+        let summary = tern::write_with(&model, &output, &mixed_layouts, head, &mut |done, _| {
+            first.get_or_insert(done);
+            before = done;
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        assert!(summary.resumed > expected.bytes / 2 && first == Some(summary.resumed), "{summary:?}");
+        assert_eq!(before, expected.bytes);
+        assert_eq!((summary.digest, summary.head_error), (expected.digest, expected.head_error));
+        assert!(std::fs::read(&output).unwrap() == std::fs::read(&whole).unwrap());
+        assert!(!part.exists());
+        std::fs::remove_file(&output).unwrap();
+    }
+}
+
+#[test]
+fn what_was_to_become_something_else_is_begun_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out.tern");
+    interrupted(&embedded(), &output, HeadType::Own, 5 << 20);
+    let summary =
+        tern::write_with(&embedded(), &output, &canonical, HeadType::Own, &mut |_, _| ControlFlow::Continue(()))
+            .unwrap();
+    assert_eq!(summary.resumed, 0);
+    assert!(std::fs::read(&output).unwrap() == *EMBEDDED);
+    // Nothing that happens to lie there does any harm.
+    for junk in [b"".to_vec(), b"\x89TERNPRT".to_vec(), vec![0xff; EMBEDDED.len()]] {
+        std::fs::write(directory.path().join("out.tern.part"), junk).unwrap();
+        tern::write(&embedded(), &output, &canonical, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        assert!(std::fs::read(&output).unwrap() == *EMBEDDED);
+        assert_eq!(names(directory.path()), ["out.tern"]);
+    }
+}
+
+#[test]
+fn one_process_at_a_time_writes_a_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out.tern");
+    let mut second = None;
+    tern::write(&embedded(), &output, &canonical, &mut |_, _| {
+        second.get_or_insert_with(|| {
+            tern::write(&embedded(), &output, &canonical, &mut |_, _| ControlFlow::Continue(()))
+                .unwrap_err()
+                .to_string()
+        });
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert!(second.unwrap().contains("another process is writing it"));
+    assert!(std::fs::read(&output).unwrap() == *EMBEDDED);
+}
+
+#[test]
+fn a_head_may_be_stored_in_fewer_bits_and_is_the_models_head_then() {
+    let directory = tempfile::tempdir().unwrap();
+    let original = embedded();
+    let own = original.embedding().unwrap();
+    let mut sizes = Vec::new();
+    for (head, kind, bound) in [
+        (HeadType::F16, RowType::F16, 1e-3),
+        (HeadType::Int8, RowType::Int8, 0.02),
+        (HeadType::Q6K, RowType::Q6K, 0.03),
+    ] {
+        let output = directory.path().join(format!("{kind}.tern"));
+        let planned = tern::planned_bytes(&original, &canonical, head).unwrap();
+        let written =
+            tern::write_with(&original, &output, &canonical, head, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        assert_eq!((written.head, written.bytes), (kind, planned));
+        assert_eq!(std::fs::metadata(&output).unwrap().len(), planned);
+        let model = Checkpoint::open(&output).unwrap();
+        model.verify_checksums().unwrap();
+        let rows = model.embedding().unwrap();
+        assert_eq!((rows.dtype, rows.bytes.len()), (kind, rows.rows * kind.row_bytes(rows.columns)));
+        // The error that is told is the error that was made.
+        let (mut error, mut whole) = (0.0f64, 0.0f64);
+        let (mut a, mut b) = (vec![0.0; own.columns], vec![0.0; own.columns]);
+        for at in 0..own.rows {
+            own.widen_row(at, &mut a);
+            rows.widen_row(at, &mut b);
+            error += a.iter().zip(&b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+            whole += a.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>();
+        }
+        let error = (error / whole).sqrt();
+        assert!((written.head_error - error).abs() <= 1e-6 * error && error < bound, "{kind}: {written:?}, {error}");
+        // Prepared again as it is, nothing is rounded again.
+        let again = directory.path().join("again.tern");
+        let summary = tern::write(&model, &again, &canonical, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        assert_eq!(summary.head_error, 0.0);
+        assert!(std::fs::read(&again).unwrap() == std::fs::read(&output).unwrap());
+        sizes.push(planned);
+    }
+    assert!(sizes.is_sorted_by(|a, b| a > b), "{sizes:?}");
+}
+
+#[test]
+fn a_head_whose_rows_no_whole_blocks_divide_is_refused_with_advice() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = ModelConfig { layers: 1, hidden: 96, heads: 3, kv_heads: 3, head_dim: 32, ..small_config() };
+    let recipe = Recipe { config, gate_sparsity: None, ..Recipe::preset("125M").unwrap() };
+    let model = Checkpoint::synthetic(recipe).unwrap();
+    let output = directory.path().join("out.tern");
+    let refused = tern::write_with(&model, &output, &canonical, HeadType::Q6K, &mut |_, _| ControlFlow::Continue(()));
+    let message = refused.unwrap_err().to_string();
+    assert!(message.contains("96 weights") && message.contains("choose int8 or f16"), "{message}");
+    assert_eq!(names(directory.path()), [""; 0]);
+    tern::write_with(&model, &output, &canonical, HeadType::Int8, &mut |_, _| ControlFlow::Continue(())).unwrap();
+}
+
+fn small_config() -> ModelConfig {
+    ModelConfig { ffn: 128, vocabulary: 300, ..Recipe::preset("125M").unwrap().config }
 }
 
 /// The file with another header, its length and checksum put right.

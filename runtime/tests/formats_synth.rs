@@ -22,7 +22,7 @@ fn the_same_recipe_gives_the_same_file_and_another_seed_another() {
     let write = |name: &str, recipe: Recipe| {
         let (model, path) = (Checkpoint::synthetic(recipe).unwrap(), directory.path().join(name));
         let summary = tern::write(&model, &path, &canonical, &mut |_, _| ControlFlow::Continue(())).unwrap();
-        assert_eq!(summary.bytes, tern::planned_bytes(&model, &canonical).unwrap());
+        assert_eq!(summary.bytes, tern::planned_bytes(&model, &canonical, tern::HeadType::Own).unwrap());
         (std::fs::read(&path).unwrap(), Checkpoint::open(&path).unwrap())
     };
     let (first, model) = write("first.tern", small());
@@ -50,7 +50,7 @@ fn the_same_recipe_gives_the_same_file_and_another_seed_another() {
 #[test]
 fn a_model_too_large_to_make_is_planned_all_the_same() {
     let model = Checkpoint::synthetic(Recipe::preset("100B").unwrap()).unwrap();
-    let bytes = tern::planned_bytes(&model, &canonical).unwrap();
+    let bytes = tern::planned_bytes(&model, &canonical, tern::HeadType::Own).unwrap();
     // 72 layers of 4·8192² + 3·8192·45568 weights at a quarter byte, and a bf16 embedding.
     let expected = 72u64 * (4 * 8192 * 8192 + 3 * 8192 * 45_568) / 4 + 2 * 128_256 * 8192;
     assert!((expected..expected + expected / 100).contains(&bytes), "{bytes}");

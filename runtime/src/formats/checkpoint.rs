@@ -1,7 +1,12 @@
 //! One opened model, whatever its source. Tensors are read one at a time when asked for, so that preparing a model
 //! streams and running a prepared one copies nothing.
 
+use std::fs::{self, Metadata};
+use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::gguf::container::MAGIC as GGUF_MAGIC;
 use super::gguf::{Gguf, I2sLayout};
@@ -9,7 +14,7 @@ use super::hf::HuggingFace;
 use super::synth::{Recipe, RecipeError, Synthetic};
 use super::tern::Prepared;
 use super::{
-    Activation, Bytes, FloatMatrix, FloatType, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection,
+    Activation, Bytes, FloatMatrix, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, RowType,
     TernaryTensor,
 };
 use crate::text::{ChatError, ChatTemplate, Tokenizer, TokenizerConfig};
@@ -53,7 +58,7 @@ impl Checkpoint {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Self, FormatError> {
-        let metadata = std::fs::metadata(path).map_err(|source| FormatError::Read { path: path.to_owned(), source })?;
+        let metadata = fs::metadata(path).map_err(|source| FormatError::Read { path: path.to_owned(), source })?;
         let source = if metadata.is_dir() {
             Source::HuggingFace(Box::new(HuggingFace::open(path)?))
         } else if metadata.is_file() {
@@ -262,10 +267,10 @@ impl Checkpoint {
         }
     }
 
-    /// Element type of the embedding, and of the head if it is not tied, without making them where that takes time.
-    pub(super) fn token_row_types(&self) -> Result<(FloatType, Option<FloatType>), FormatError> {
+    /// Type of the embedding's rows, and of the head's if it is not tied, without making them where that takes time.
+    pub(super) fn token_row_types(&self) -> Result<(RowType, Option<RowType>), FormatError> {
         match &self.source {
-            Source::Synthetic(model) => Ok((FloatType::Bf16, (!model.config().tied_head).then_some(FloatType::Bf16))),
+            Source::Synthetic(model) => Ok((RowType::Bf16, (!model.config().tied_head).then_some(RowType::Bf16))),
             _ => Ok((self.embedding()?.dtype, self.head()?.map(|head| head.dtype))),
         }
     }
@@ -309,6 +314,21 @@ impl Checkpoint {
         }
     }
 
+    /// Tells this model from others and from what its files were before they changed: by their names, sizes and times, as
+    /// build tools do. A model in memory without a checksum is like no other.
+    pub(super) fn identity(&self) -> u64 {
+        let facts = match &self.source {
+            Source::Prepared(model) => return model.digest(),
+            Source::Synthetic(model) => Ok(format!("{:?}", model.recipe())),
+            Source::HuggingFace(_) => facts_of_directory(&self.path),
+            Source::Gguf(model) => {
+                fs::metadata(&self.path).map(|metadata| format!("{:?} {:?}", facts_of(&metadata), model.options()))
+            }
+        };
+        let facts = facts.unwrap_or_else(|_| format!("{:?}", SystemTime::now()));
+        xxh3_64(facts.as_bytes())
+    }
+
     /// Whether this is a prepared file.
     #[must_use]
     pub fn is_prepared(&self) -> bool {
@@ -326,4 +346,19 @@ impl Checkpoint {
             Source::Prepared(model) => model.verify_checksums(),
         }
     }
+}
+
+fn facts_of(metadata: &Metadata) -> (u64, Option<SystemTime>) {
+    (metadata.len(), metadata.modified().ok())
+}
+
+fn facts_of_directory(path: &Path) -> io::Result<String> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        // Through links: the hub's cache has them.
+        files.push((entry.file_name(), facts_of(&fs::metadata(entry.path())?)));
+    }
+    files.sort_unstable();
+    Ok(format!("{files:?}"))
 }

@@ -14,6 +14,7 @@ use safetensors::Dtype;
 use ternion_compiler::Layout;
 use ternion_kernels_ref::matrix::ZERO_BYTE;
 use ternion_kernels_ref::quantize::{absmean_scale, absmean_trit};
+use ternion_kernels_ref::widen::{bf16_to_f32, f16_to_f32};
 use ternion_kernels_ref::{PackedMatrix, TernaryMatrix, Trit};
 
 use super::safetensors::RawTensor;
@@ -123,9 +124,23 @@ pub(super) fn ternary(
         return packed(weight, m, k).map(|matrix| tensor(matrix, scale));
     }
 
-    weight.float_type("U8, BF16, F16 or F32")?;
-    let values = weight.floats(&[m, k])?;
-    let matrix = |trit: &dyn Fn(f32) -> Trit| pack_rows(m, k, &values, trit);
+    let dtype = weight.float_type("U8, BF16, F16 or F32")?;
+    weight.check_shape(&[m, k])?;
+    let row_bytes = k * dtype.bytes();
+    let rows = || weight.bytes.chunks_exact(row_bytes.max(1));
+    let invalid = |is_valid: &dyn Fn(f32) -> bool, expected| {
+        let mut values = vec![0.0; k];
+        rows().enumerate().find_map(|(row, bytes)| {
+            dtype.widen(bytes, &mut values);
+            let column = values.iter().position(|value| !is_valid(*value))?;
+            Some(weight.invalid(row * k + column, k, values[column], expected))
+        })
+    };
+    let matrix = |trit: &dyn Fn(f32) -> Trit| pack_rows(m, k, dtype, rows(), trit);
+    let Magnitudes { smallest, largest, sound } = Magnitudes::of(dtype, &weight.bytes);
+    if !sound && let Some(error) = invalid(&f32::is_finite, "a finite number") {
+        return Err(error);
+    }
     if let Some(scale) = scale {
         if convention == ScaleConvention::Inverse {
             return Err(FormatError::Unsupported {
@@ -136,13 +151,13 @@ pub(super) fn ternary(
                 ),
             });
         }
-        return match values.iter().position(|value| Trit::from_value(*value).is_none()) {
+        let is_trit = |value| Trit::from_value(value).is_some();
+        return match invalid(&is_trit, "−1, 0 or 1, as weights beside a weight_scale are") {
             None => Ok(tensor(matrix(&sign), scale)),
-            Some(at) => Err(weight.invalid(at, k, values[at], "−1, 0 or 1, as weights beside a weight_scale are")),
+            Some(error) => Err(error),
         };
     }
-    let largest = values.iter().fold(0.0, |largest: f32, value| largest.max(value.abs()));
-    if largest > 0.0 && values.iter().all(|value| *value == 0.0 || value.abs() == largest) {
+    if largest > 0.0 && smallest == largest {
         return Ok(tensor(matrix(&sign), largest));
     }
     if masters == Masters::Refused {
@@ -152,9 +167,44 @@ pub(super) fn ternary(
             problem: "is neither ternary nor part of a BitNet model: ternion runs ternary models only".to_owned(),
         });
     }
-    let scale = absmean_scale(values.iter().copied());
+    let scale = absmean(dtype, &weight.bytes);
     let reciprocal = 1.0 / scale;
     Ok(tensor(matrix(&|value| absmean_trit(value, reciprocal)), scale))
+}
+
+/// The least and the largest magnitude of the values that are not 0, and whether all values are finite.
+struct Magnitudes {
+    smallest: f32,
+    largest: f32,
+    sound: bool,
+}
+
+impl Magnitudes {
+    fn of(dtype: FloatType, bytes: &[u8]) -> Self {
+        let mut all = Self { smallest: f32::INFINITY, largest: 0.0, sound: true };
+        let mut values = [0.0; 256];
+        for bytes in bytes.chunks(values.len() * dtype.bytes()) {
+            let values = &mut values[..bytes.len() / dtype.bytes()];
+            dtype.widen(bytes, values);
+            for magnitude in values.iter().map(|value| value.abs()) {
+                all.sound &= magnitude < f32::INFINITY;
+                all.largest = all.largest.max(magnitude);
+                all.smallest = all.smallest.min(if magnitude == 0.0 { f32::INFINITY } else { magnitude });
+            }
+        }
+        all
+    }
+}
+
+/// The absmean scale of all values, widened one by one: the largest matrices would take gigabytes as `f32`.
+fn absmean(dtype: FloatType, bytes: &[u8]) -> f32 {
+    match dtype {
+        FloatType::Bf16 => {
+            absmean_scale(bytes.as_chunks().0.iter().map(|bytes| bf16_to_f32(u16::from_le_bytes(*bytes))))
+        }
+        FloatType::F16 => absmean_scale(bytes.as_chunks().0.iter().map(|bytes| f16_to_f32(u16::from_le_bytes(*bytes)))),
+        FloatType::F32 => absmean_scale(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes))),
+    }
 }
 
 fn tensor(matrix: TernaryMatrix, scale: f32) -> TernaryTensor {
@@ -183,11 +233,19 @@ pub(super) fn weight_scale(tensor: &RawTensor) -> Result<f32, FormatError> {
     }
 }
 
-/// Packs `[m, k]` weights, byte by byte.
-fn pack_rows(m: usize, k: usize, values: &[f32], trit: impl Fn(f32) -> Trit) -> TernaryMatrix {
+/// Packs `[m, k]` weights, row by row.
+fn pack_rows<'a>(
+    m: usize,
+    k: usize,
+    dtype: FloatType,
+    rows: impl Iterator<Item = &'a [u8]>,
+    trit: impl Fn(f32) -> Trit,
+) -> TernaryMatrix {
     let mut bytes = vec![ZERO_BYTE; m * PackedMatrix::row_bytes(k)];
-    for (row, bytes) in values.chunks_exact(k).zip(bytes.chunks_exact_mut(PackedMatrix::row_bytes(k))) {
-        for (values, byte) in row.chunks(4).zip(bytes) {
+    let mut values = vec![0.0; k];
+    for (row, bytes) in rows.zip(bytes.chunks_exact_mut(PackedMatrix::row_bytes(k).max(1))) {
+        dtype.widen(row, &mut values);
+        for (values, byte) in values.chunks(4).zip(bytes) {
             for (place, value) in values.iter().enumerate() {
                 *byte ^= (Trit::Zero.code() ^ trit(*value).code()) << (2 * place);
             }

@@ -26,7 +26,7 @@ pub enum FormatError {
         source: io::Error,
     },
     /// Writing was stopped by its progress callback. Nothing is left under the file's name.
-    #[error("writing {} was cancelled; nothing was left behind", path.display())]
+    #[error("writing {} was cancelled", path.display())]
     Cancelled {
         /// The file that was to be written.
         path: PathBuf,
@@ -179,6 +179,12 @@ pub enum FormatError {
     /// A file that is not a prepared one.
     #[error("{} is not a prepared model: give a .tern file made by `ternion prepare`, or a Hugging Face model directory", path.display())]
     Foreign {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A prepared file whose writing was interrupted.
+    #[error("{} is unfinished: run the command that was interrupted again, it continues where it was", path.display())]
+    Unfinished {
         /// The file.
         path: PathBuf,
     },

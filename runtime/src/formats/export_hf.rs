@@ -13,7 +13,10 @@ use serde_json::{Map, Value, json};
 
 use super::dress::transpose_codes;
 use super::family::{self, Family};
-use super::{Activation, Checkpoint, FloatType, FormatError, LayerNorm, Projection, RopeScaling, TernaryTensor};
+use super::{
+    Activation, Bytes, Checkpoint, FloatMatrix, FloatType, FormatError, LayerNorm, Projection, RopeScaling, RowType,
+    TernaryTensor,
+};
 
 /// Writes `model` as a new directory at `path`; returns its size in bytes. `progress(done, total)` is told the bytes
 /// of the weights file written and all of them, and cancels by returning [`ControlFlow::Break`].
@@ -164,9 +167,11 @@ fn plan(model: &Checkpoint, family: &Family) -> Result<Vec<Tensor>, FormatError>
         let bytes = shape[0] * shape[1] * dtype.bytes();
         tensors.push(Tensor { name: name.to_owned(), content, dtype: type_name(dtype), shape: shape.into(), bytes });
     };
-    rows("model.embed_tokens.weight", Content::Embedding, embedding);
+    // What safetensors has no type for, f32 holds exactly.
+    let plain = |kind: RowType| kind.plain().unwrap_or(FloatType::F32);
+    rows("model.embed_tokens.weight", Content::Embedding, plain(embedding));
     if let Some(head) = head {
-        rows("lm_head.weight", Content::Head, head);
+        rows("lm_head.weight", Content::Head, plain(head));
     }
     let mut floats = |name: String, values: Vec<f32>| {
         let exact = values.iter().all(|value| bf16::from_f32(*value).to_f32() == *value);
@@ -253,8 +258,8 @@ fn write_safetensors(
     file.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| file.write_all(&header)).map_err(failed)?;
     for tensor in tensors {
         let bytes = match &tensor.content {
-            Content::Embedding => model.embedding()?.bytes,
-            Content::Head => model.head()?.map_or_else(|| Vec::new().into(), |head| head.bytes),
+            Content::Embedding => plain_bytes(&model.embedding()?),
+            Content::Head => model.head()?.map_or_else(|| Vec::new().into(), |head| plain_bytes(&head)),
             Content::Floats(values, dtype) => floats(values, *dtype).into(),
             Content::Packed(layer, projection) => {
                 pack(model, &tensor.name, &model.projection(*layer, *projection)?)?.into()
@@ -272,6 +277,16 @@ fn write_safetensors(
     }
     file.into_inner().map_err(|error| failed(error.into_error()))?.sync_all().map_err(failed)?;
     Ok(total)
+}
+
+/// All rows as plain numbers.
+fn plain_bytes(matrix: &FloatMatrix) -> Bytes {
+    if matrix.dtype.plain().is_some() {
+        return matrix.bytes.clone();
+    }
+    let mut bytes = Vec::new();
+    matrix.plain_rows(0..matrix.rows, &mut bytes);
+    Bytes::from(bytes)
 }
 
 fn floats(values: &[f32], dtype: FloatType) -> Vec<u8> {

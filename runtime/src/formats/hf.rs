@@ -188,7 +188,7 @@ impl HuggingFace {
         let dtype = tensor.float_type("BF16, F16 or F32")?;
         let (rows, columns) = (self.config.vocabulary, self.config.hidden);
         tensor.check_shape(&[rows, columns])?;
-        Ok(FloatMatrix { rows, columns, dtype, bytes: tensor.bytes })
+        Ok(FloatMatrix { rows, columns, dtype: dtype.into(), bytes: tensor.bytes })
     }
 
     /// `tokenizer.json`, unparsed, or one made of SentencePiece's `tokenizer.model`.

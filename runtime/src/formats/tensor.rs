@@ -1,13 +1,14 @@
-//! The two kinds of matrices a model has: ternary ones in a packed layout, and float ones in their file's own type.
+//! The two kinds of matrices a model has: ternary ones in a packed layout, and others, stored as in their file.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use ternion_compiler::Layout;
 use ternion_kernels_ref::widen::{bf16_to_f32, f16_to_f32};
 use ternion_kernels_ref::{InvalidCode, TernaryMatrix};
 
-use super::Bytes;
+use super::{Bytes, RowType};
 
 /// A ternary matrix `[m, k]`: `y = Σ T·a · (scale / q)`.
 #[derive(Clone, Debug)]
@@ -93,16 +94,16 @@ impl fmt::Display for FloatType {
     }
 }
 
-/// A float matrix `[rows, columns]`, row-major, in its file's own type.
+/// A float matrix `[rows, columns]`, row-major, stored as in its file.
 #[derive(Clone, Debug)]
 pub struct FloatMatrix {
     /// Number of rows.
     pub rows: usize,
     /// Length of a row in elements.
     pub columns: usize,
-    /// Type of the elements.
-    pub dtype: FloatType,
-    /// `rows · columns · dtype.bytes()` little-endian bytes; no alignment is promised.
+    /// How a row is stored; it holds rows of `columns`.
+    pub dtype: RowType,
+    /// `rows · dtype.row_bytes(columns)` bytes, numbers little-endian; no alignment is promised.
     pub bytes: Bytes,
 }
 
@@ -110,7 +111,7 @@ impl FloatMatrix {
     /// Bytes of one row.
     #[must_use]
     pub const fn row_bytes(&self) -> usize {
-        self.columns * self.dtype.bytes()
+        self.dtype.row_bytes(self.columns)
     }
 
     /// The bytes of one row.
@@ -127,7 +128,26 @@ impl FloatMatrix {
     /// # Panics
     /// If `row` is not below `rows`, or `target` has another length.
     pub fn widen_row(&self, row: usize, target: &mut [f32]) {
-        self.dtype.widen(self.row(row), target);
+        self.dtype.widen_row(self.row(row), target);
+    }
+
+    /// Some rows as plain numbers, and their type: where they lie, if they are that, else computed into `wide`.
+    ///
+    /// # Panics
+    /// If there are no such rows.
+    pub(crate) fn plain_rows<'a>(&'a self, rows: Range<usize>, wide: &'a mut Vec<u8>) -> (RowType, &'a [u8]) {
+        let row_bytes = self.row_bytes();
+        let bytes = &self.bytes[rows.start * row_bytes..rows.end * row_bytes];
+        if self.dtype.plain().is_some() {
+            return (self.dtype, bytes);
+        }
+        let mut values = vec![0.0; self.columns];
+        wide.clear();
+        for row in bytes.chunks_exact(row_bytes.max(1)) {
+            self.dtype.widen_row(row, &mut values);
+            wide.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        }
+        (RowType::F32, wide)
     }
 }
 
@@ -149,7 +169,7 @@ mod tests {
                 .collect()
         };
         for dtype in [FloatType::Bf16, FloatType::F16, FloatType::F32] {
-            let matrix = FloatMatrix { rows: 2, columns: 2, dtype, bytes: Bytes::from(encode(dtype)) };
+            let matrix = FloatMatrix { rows: 2, columns: 2, dtype: dtype.into(), bytes: Bytes::from(encode(dtype)) };
             let mut row = [0.0; 2];
             matrix.widen_row(1, &mut row);
             assert_eq!(row, values[2..], "{dtype}");

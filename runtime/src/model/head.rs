@@ -108,12 +108,13 @@ impl Head {
         assert_eq!(states.len() / hidden * vocabulary, logits.len(), "logits: one row per state");
         let shared = SharedSlice::new(logits);
         self.each_block(team, &|rows| {
-            let bytes = &self.rows.bytes[rows.start * self.rows.row_bytes()..rows.end * self.rows.row_bytes()];
+            let mut wide = Vec::new();
+            let (dtype, bytes) = self.rows.plain_rows(rows.clone(), &mut wide);
             for (n, state) in states.chunks_exact(hidden).enumerate() {
                 let at = n * vocabulary;
                 // SAFETY: every block of rows is in one part of the work.
                 let target = unsafe { shared.part(at + rows.start..at + rows.end) };
-                ops::dot_rows(state, self.rows.dtype, bytes, target);
+                ops::dot_rows(state, dtype, bytes, target);
             }
         });
     }
@@ -355,7 +356,7 @@ mod tests {
                 FloatType::Bf16 => ((w.to_bits() >> 16) as u16).to_le_bytes().to_vec(),
             })
             .collect();
-        FloatMatrix { rows: rows.len(), columns: rows[0].len(), dtype, bytes: bytes.into() }
+        FloatMatrix { rows: rows.len(), columns: rows[0].len(), dtype: dtype.into(), bytes: bytes.into() }
     }
 
     /// Full logits, and candidates with and without a screen.

@@ -148,7 +148,8 @@ impl Model {
         let head = checkpoint.head()?.unwrap_or_else(|| embedding.clone());
         for (what, matrix) in [("embedding", &embedding), ("head", &head)] {
             let (rows, columns) = (config.vocabulary, config.hidden);
-            check_elements(what, matrix.bytes.len() / matrix.dtype.bytes(), rows * columns)?;
+            check_elements(what, matrix.columns, columns)?;
+            check_elements(what, matrix.bytes.len(), rows * matrix.row_bytes())?;
             check_elements(what, matrix.rows, rows)?;
         }
         let final_norm = checkpoint.final_norm()?;

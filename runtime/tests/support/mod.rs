@@ -220,7 +220,7 @@ impl HuggingFaceFixture {
         let mut tensors = vec![
             Tensor {
                 name: "model.embed_tokens.weight".to_owned(),
-                dtype: safetensors_type(embedding.dtype),
+                dtype: safetensors_type(embedding.dtype.plain().expect("plain numbers")),
                 shape: vec![embedding.rows, embedding.columns],
                 bytes: embedding.bytes.to_vec(),
             },
@@ -230,7 +230,7 @@ impl HuggingFaceFixture {
             let rows = embedding.bytes.chunks(embedding.row_bytes()).rev();
             tensors.push(Tensor {
                 name: "lm_head.weight".to_owned(),
-                dtype: safetensors_type(embedding.dtype),
+                dtype: safetensors_type(embedding.dtype.plain().expect("plain numbers")),
                 shape: vec![embedding.rows, embedding.columns],
                 bytes: rows.flatten().copied().collect(),
             });

@@ -1,10 +1,9 @@
 //! GGUF files of bitnet.cpp and llama.cpp, versions 2 and 3, read as they lie in one mapped file.
 //!
 //! [`container`] checks the file's structure, [`architecture`] makes a configuration of its metadata,
-//! [`vocabulary`] a `tokenizer.json`, [`ternary`] and [`blocks`] decode tensors. [`export()`] writes such files.
+//! [`vocabulary`] a `tokenizer.json`, [`ternary`] decodes matrices. [`export()`] writes such files.
 
 mod architecture;
-mod blocks;
 pub(in crate::formats) mod container;
 mod export;
 mod ternary;
@@ -44,9 +43,6 @@ pub(super) struct Gguf {
     pub(super) notes: Vec<String>,
     options: OpenOptions,
     tokenizer_json: OnceLock<Bytes>,
-    /// Dequantising takes a while: it is done once.
-    embedding: OnceLock<FloatMatrix>,
-    head: OnceLock<FloatMatrix>,
 }
 
 impl Gguf {
@@ -76,8 +72,6 @@ impl Gguf {
             notes,
             options: options.clone(),
             tokenizer_json: OnceLock::new(),
-            embedding: OnceLock::new(),
-            head: OnceLock::new(),
         };
         Ok(Self { notes: [model.notes.clone(), model.implausible_scales()].concat(), ..model })
     }
@@ -107,6 +101,10 @@ impl Gguf {
         } else {
             Vec::new()
         }
+    }
+
+    pub(super) fn options(&self) -> &OpenOptions {
+        &self.options
     }
 
     fn tensor(&self, name: &str) -> Result<&TensorInfo, FormatError> {
@@ -210,17 +208,14 @@ impl Gguf {
     }
 
     pub(super) fn embedding(&self) -> Result<FloatMatrix, FormatError> {
-        self.token_rows("token_embd.weight", &self.embedding)
+        self.token_rows("token_embd.weight")
     }
 
     pub(super) fn head(&self) -> Result<Option<FloatMatrix>, FormatError> {
-        if self.config.tied_head { Ok(None) } else { self.token_rows("output.weight", &self.head).map(Some) }
+        if self.config.tied_head { Ok(None) } else { self.token_rows("output.weight").map(Some) }
     }
 
-    fn token_rows(&self, name: &str, once: &OnceLock<FloatMatrix>) -> Result<FloatMatrix, FormatError> {
-        if let Some(matrix) = once.get() {
-            return Ok(matrix.clone());
-        }
+    fn token_rows(&self, name: &str) -> Result<FloatMatrix, FormatError> {
         let info = self.tensor(name)?;
         let (rows, columns) = (self.config.vocabulary, self.config.hidden);
         if info.shape != [rows, columns] {
@@ -231,15 +226,13 @@ impl Gguf {
                 expected: vec![rows, columns],
             });
         }
-        let matrix = blocks::float_matrix(info.kind, rows, columns, info.bytes.clone()).map_err(|kind| {
-            FormatError::WrongType {
-                path: self.container.path.clone(),
-                tensor: name.to_owned(),
-                found: kind.to_string(),
-                expected: "F32, F16, BF16, Q4_0, Q8_0, Q4_K or Q6_K",
-            }
+        let dtype = info.kind.rows().ok_or_else(|| FormatError::WrongType {
+            path: self.container.path.clone(),
+            tensor: name.to_owned(),
+            found: info.kind.to_string(),
+            expected: "F32, F16, BF16, Q4_0, Q8_0, Q4_K or Q6_K",
         })?;
-        Ok(once.get_or_init(|| matrix).clone())
+        Ok(FloatMatrix { rows, columns, dtype, bytes: info.bytes.clone() })
     }
 
     /// A `tokenizer.json` made of the file's vocabulary.

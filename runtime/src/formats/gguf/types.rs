@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use crate::formats::{FloatType, FormatError};
+use crate::formats::{FloatType, FormatError, RowType};
 
 /// An element type that can be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -90,14 +90,31 @@ impl TensorType {
         READABLE.iter().find(|(_, kind)| *kind == self).map_or(0, |(id, _)| *id)
     }
 
+    /// How it stores rows of embeddings and heads; `None` if it holds ternary weights only.
+    pub(super) fn rows(self) -> Option<RowType> {
+        match self {
+            Self::Float(dtype) => Some(dtype.into()),
+            Self::Q4_0 => Some(RowType::Q4_0),
+            Self::Q8_0 => Some(RowType::Q8_0),
+            Self::Q4K => Some(RowType::Q4K),
+            Self::Q6K => Some(RowType::Q6K),
+            Self::Tq1_0 | Self::Tq2_0 | Self::I2S => None,
+        }
+    }
+
+    /// The type that stores rows like this; `None` if there is none.
+    pub(super) fn of_rows(rows: RowType) -> Option<Self> {
+        READABLE.iter().map(|(_, kind)| *kind).find(|kind| kind.rows() == Some(rows))
+    }
+
     /// Elements and bytes of a block.
     pub(super) const fn block(self) -> (usize, usize) {
         match self {
             Self::Float(dtype) => (1, dtype.bytes()),
-            Self::Q4_0 => (32, 2 + 16),
-            Self::Q8_0 => (32, 2 + 32),
-            Self::Q4K => (256, 2 + 2 + 12 + 128),
-            Self::Q6K => (256, 128 + 64 + 16 + 2),
+            Self::Q4_0 => RowType::Q4_0.block(),
+            Self::Q8_0 => RowType::Q8_0.block(),
+            Self::Q4K => RowType::Q4K.block(),
+            Self::Q6K => RowType::Q6K.block(),
             Self::Tq1_0 => (256, 48 + 4 + 2),
             Self::Tq2_0 => (256, 64 + 2),
             Self::I2S => (4, 1),

@@ -32,7 +32,8 @@ use ternion_kernels_ref::PackedMatrix;
 use ternion_kernels_ref::matrix::ZERO_BYTE;
 
 use super::{
-    Activation, Bytes, FloatMatrix, FloatType, GenerationDefaults, LayerNorm, ModelConfig, Projection, TernaryTensor,
+    Activation, Bytes, FloatMatrix, FloatType, GenerationDefaults, LayerNorm, ModelConfig, Projection, RowType,
+    TernaryTensor,
 };
 use crate::text::TokenizerConfig;
 
@@ -173,6 +174,10 @@ impl Synthetic {
         })
     }
 
+    pub(super) fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
     pub(super) fn config(&self) -> &ModelConfig {
         &self.recipe.config
     }
@@ -254,7 +259,7 @@ impl Synthetic {
                 });
             }
         });
-        FloatMatrix { rows, columns, dtype: FloatType::Bf16, bytes: Bytes::from(bytes) }
+        FloatMatrix { rows, columns, dtype: RowType::Bf16, bytes: Bytes::from(bytes) }
     }
 
     /// A byte-level `tokenizer.json`: special tokens, the 256 bytes, and, so that every id of the vocabulary is some

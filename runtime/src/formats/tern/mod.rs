@@ -4,9 +4,11 @@
 //! and every ternary matrix in a packed layout of its own. The book's chapter on the prepared file has every byte.
 
 mod read;
+mod sections;
+mod unfinished;
 mod write;
 
-pub use write::{WriteSummary, planned_bytes, write};
+pub use write::{ChooseLayout, HeadType, WriteSummary, planned_bytes, write, write_with};
 
 pub(super) use write::temporary_beside;
 
@@ -17,7 +19,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use ternion_compiler::Layout;
 
-use super::{FloatType, GenerationDefaults, LayerNorm, ModelConfig, Projection};
+use super::{GenerationDefaults, LayerNorm, ModelConfig, Projection, RowType};
 use crate::text::TokenizerConfig;
 
 /// First bytes of every prepared file. Like PNG's they expose a transfer that changed line ends or the eighth bit.
@@ -63,7 +65,7 @@ enum Content {
     Floats {
         rows: usize,
         columns: usize,
-        dtype: FloatType,
+        dtype: RowType,
     },
     Ternary {
         m: usize,

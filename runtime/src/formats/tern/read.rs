@@ -9,7 +9,8 @@ use super::{
 };
 use super::{norm_start, norms_len};
 use crate::formats::{
-    Bytes, FloatMatrix, FloatType, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, TernaryTensor,
+    Bytes, FloatMatrix, FloatType, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, RowType,
+    TernaryTensor,
 };
 use crate::text::TokenizerConfig;
 
@@ -29,6 +30,9 @@ impl Prepared {
     pub(in crate::formats) fn open(path: &Path, bytes: Bytes) -> Result<Self, FormatError> {
         let path = path.to_owned();
         let has = bytes.len() as u64;
+        if bytes.starts_with(&super::unfinished::MAGIC) {
+            return Err(FormatError::Unfinished { path });
+        }
         if !bytes.starts_with(&MAGIC) {
             return Err(FormatError::Foreign { path });
         }
@@ -208,18 +212,16 @@ fn check(header: &Header) -> Result<u64, String> {
 fn fits(part: Part, content: &Content, bytes: u64, config: &ModelConfig) -> bool {
     let needs = match (part, content) {
         (Part::Tokenizer, Content::Text {}) => return true,
-        (Part::Norms, Content::Floats { rows: 1, columns, dtype: FloatType::F32 }) if *columns == norms_len(config) => {
+        (Part::Norms, Content::Floats { rows: 1, columns, dtype: RowType::F32 }) if *columns == norms_len(config) => {
             columns.checked_mul(4)
         }
-        (Part::Biases, Content::Floats { rows: 1, columns, dtype: FloatType::F32 })
-            if *columns == biases_len(config) =>
-        {
+        (Part::Biases, Content::Floats { rows: 1, columns, dtype: RowType::F32 }) if *columns == biases_len(config) => {
             columns.checked_mul(4)
         }
         (Part::Embedding | Part::Head, Content::Floats { rows, columns, dtype })
-            if (*rows, *columns) == (config.vocabulary, config.hidden) =>
+            if (*rows, *columns) == (config.vocabulary, config.hidden) && dtype.holds(*columns) =>
         {
-            rows.checked_mul(*columns).and_then(|elements| elements.checked_mul(dtype.bytes()))
+            rows.checked_mul(dtype.row_bytes(*columns))
         }
         (Part::Projection(_, projection), Content::Ternary { m, k, layout, scale })
             if (*m, *k) == projection.shape(config) && *scale > 0.0 && scale.is_normal() =>

@@ -1,49 +1,98 @@
-//! Writing a prepared file: tensor by tensor, on all cores, under a temporary name until it is complete.
+//! Writing a prepared file: in blocks, on all cores, under another name until it is complete.
 //!
-//! Sizes and offsets follow from the configuration and the layouts, so every worker knows where its section goes
-//! before any tensor is read. The same model and layouts give the same bytes on every machine.
+//! Sizes and offsets follow from the configuration, the layouts and the head's type, so every worker knows where its
+//! block goes before anything is read. The same model and options give the same bytes on every machine, interrupted or
+//! not.
 
-use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
+use std::sync::Mutex;
 
 use tempfile::NamedTempFile;
 use ternion_compiler::Layout;
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use xxhash_rust::xxh3::Xxh3;
 
+use super::sections::{Job, Progress};
+use super::unfinished::{Done, Unfinished};
 use super::{CHECKSUM_AT, Content, Header, MAGIC, PAGE, PREAMBLE, Part, Section, VERSION, biases_len, norms_len};
-use crate::formats::{Bytes, Checkpoint, FloatType, FormatError, LayerNorm, Projection, TernaryTensor};
+use crate::formats::{Checkpoint, FormatError, Projection, RowType};
 
-/// Bytes written between two calls of the progress callback.
-const STEP: usize = 4 << 20;
+/// `layout(layer, projection, m, k)` chooses how a ternary matrix is packed.
+pub type ChooseLayout<'a> = dyn Fn(usize, Projection, usize, usize) -> Layout + 'a;
+
+/// How the head's rows are stored; where the head is the embedding, the embedding's.
+///
+/// Another type than the model's own is part of what results depend on: the rounded rows are the model's head then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum HeadType {
+    /// As the model has them: nothing is rounded.
+    #[default]
+    Own,
+    /// 16 bits per weight.
+    F16,
+    /// 8 bits per weight and a scale for each row.
+    Int8,
+    /// 6.6 bits per weight. Rows are multiples of 256.
+    Q6K,
+}
+
+impl HeadType {
+    const fn of(self, own: RowType) -> RowType {
+        match self {
+            Self::Own => own,
+            Self::F16 => RowType::F16,
+            Self::Int8 => RowType::Int8,
+            Self::Q6K => RowType::Q6K,
+        }
+    }
+}
 
 /// What was written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct WriteSummary {
     /// Length of the file.
     pub bytes: u64,
+    /// Bytes of it that an interrupted write had left.
+    pub resumed: u64,
     /// Number of ternary matrices.
     pub matrices: usize,
+    /// How the head's rows are stored.
+    pub head: RowType,
+    /// What rounding the head's rows to another type took: `‖w − w'‖ / ‖w‖` over all of them, 0 if nothing was rounded.
+    pub head_error: f64,
     /// The file's digest, as [`Checkpoint::digest`] gives it.
     pub digest: u64,
 }
 
-/// Writes `model` as a prepared file at `path`, replacing what is there.
-///
-/// `layout(layer, projection, m, k)` chooses how each ternary matrix is packed. `progress(done, total)` is told the
-/// bytes written and all bytes, from 0 to the total, and cancels by returning [`ControlFlow::Break`].
+/// Writes `model` as a prepared file at `path`, its head as it is: [`write_with`].
 ///
 /// # Errors
-/// If the model cannot be read or the file not be written. Then nothing is left behind, and a file that was there
-/// before is untouched.
+/// As [`write_with`].
 pub fn write(
     model: &Checkpoint,
     path: &Path,
-    layout: &dyn Fn(usize, Projection, usize, usize) -> Layout,
+    layout: &ChooseLayout<'_>,
+    progress: &mut (dyn FnMut(u64, u64) -> ControlFlow<()> + Send),
+) -> Result<WriteSummary, FormatError> {
+    write_with(model, path, layout, HeadType::Own, progress)
+}
+
+/// Writes `model` as a prepared file at `path`, replacing what is there.
+///
+/// The file grows under the name `path` with `.part`. `progress(done, total)` is told the bytes written and all bytes,
+/// up to the total, and cancels by returning [`ControlFlow::Break`]. Then, or if the process is killed, the unfinished
+/// file stays, and writing the same model with the same options goes on with it: the result has the same bytes as
+/// without the interruption.
+///
+/// # Errors
+/// If the model cannot be read, its head not be stored as asked for, or the file not be written. Then nothing is left
+/// behind, and a file that was there before is untouched.
+pub fn write_with(
+    model: &Checkpoint,
+    path: &Path,
+    layout: &ChooseLayout<'_>,
+    head: HeadType,
     progress: &mut (dyn FnMut(u64, u64) -> ControlFlow<()> + Send),
 ) -> Result<WriteSummary, FormatError> {
     // Damage must not be copied under new checksums, nor a tokenizer that cannot be used.
@@ -51,51 +100,80 @@ pub fn write(
     model.tokenizer()?;
 
     let parts = Part::all(model.config());
-    let mut header = plan(model, &parts, layout)?;
-    let data = (PREAMBLE + to_json(&header).len()).next_multiple_of(PAGE as usize) as u64;
-    let total = data + header.sections.last().map_or(0, |section| section.offset + section.bytes);
-
+    let mut header = plan(model, &parts, layout, head)?;
+    let (data, total) = extent(&header);
+    let ranges: Vec<_> = header.sections.iter().map(|s| data + s.offset..data + s.offset + s.bytes).collect();
     let failed = |source| FormatError::Write { path: path.to_owned(), source };
-    let mut temporary = temporary_beside(path).map_err(failed)?;
-    let mut output = Output { path, file: temporary.as_file_mut(), progress, done: 0, total };
-    output.advance(0)?;
-    let written = write_sections(model, &parts, &header.sections, data, &mut output)?;
-    for (section, (xxh3, scale)) in header.sections.iter_mut().zip(written) {
+    let (file, done) = Unfinished::open(path, digest_of_plan(model, &header), total, &ranges).map_err(failed)?;
+    let resumed = done.iter().zip(&ranges).filter_map(|(done, range)| done.map(|_| range.end - range.start)).sum();
+
+    let mut told = Progress { tell: progress, done: resumed, total };
+    let made = told.advance(0, path).and_then(|()| {
+        let (progress, sections) = (Mutex::new(told), &header.sections);
+        Job { model, path, parts: &parts, sections, data, file: &file, progress }.run(done)
+    });
+    let made = match made {
+        Ok(made) => made,
+        Err(error) => {
+            if !matches!(error, FormatError::Cancelled { .. }) {
+                file.discard();
+            }
+            return Err(error);
+        }
+    };
+    let mut summary =
+        WriteSummary { bytes: total, resumed, matrices: 0, head: RowType::F32, head_error: 0.0, digest: 0 };
+    for ((section, part), Done { xxh3, scale, error }) in header.sections.iter_mut().zip(&parts).zip(made) {
         section.xxh3 = xxh3;
-        if let (Content::Ternary { scale, .. }, Some(value)) = (&mut section.content, scale) {
-            *scale = value;
+        match &mut section.content {
+            Content::Ternary { scale: written, .. } => {
+                *written = scale;
+                summary.matrices += 1;
+            }
+            // The head comes after the embedding, if there is one of its own.
+            Content::Floats { dtype, .. } if matches!(part, Part::Embedding | Part::Head) => {
+                (summary.head, summary.head_error) = (*dtype, error.sqrt());
+            }
+            _ => {}
         }
     }
     let (front, digest) = front(&header, data);
-    output.write_at(0, &front)?;
+    summary.digest = digest;
+    file.finish(&front, path).map_err(failed)?;
     // The padding between sections was never written: it is a hole of zeros.
-    output.advance(total - output.done)?;
-
-    // Some file systems report a full disk only now.
-    temporary.as_file().sync_all().map_err(failed)?;
-    temporary.persist(path).map_err(|error| failed(error.error))?;
-    let matrices = parts.iter().filter(|part| matches!(part, Part::Projection(..))).count();
-    Ok(WriteSummary { bytes: total, matrices, digest })
+    let _ = progress(total, total);
+    Ok(summary)
 }
 
-/// Bytes that [`write`] would make of a model, without reading its weights.
+/// Bytes that [`write_with`] would make of a model, without reading its weights.
 ///
 /// # Errors
-/// If the model's texts cannot be read.
-pub fn planned_bytes(
-    model: &Checkpoint,
-    layout: &dyn Fn(usize, Projection, usize, usize) -> Layout,
-) -> Result<u64, FormatError> {
-    let header = plan(model, &Part::all(model.config()), layout)?;
-    let data = ((PREAMBLE + to_json(&header).len()) as u64).next_multiple_of(PAGE);
-    Ok(data + header.sections.last().map_or(0, |section| section.offset + section.bytes))
+/// If the model's texts cannot be read, or its head cannot be stored as asked for.
+pub fn planned_bytes(model: &Checkpoint, layout: &ChooseLayout<'_>, head: HeadType) -> Result<u64, FormatError> {
+    Ok(extent(&plan(model, &Part::all(model.config()), layout, head)?).1)
+}
+
+/// Where the first section starts, and where the file ends.
+fn extent(header: &Header) -> (u64, u64) {
+    let data = ((PREAMBLE + to_json(header).len()) as u64).next_multiple_of(PAGE);
+    (data, data + header.sections.last().map_or(0, |section| section.offset + section.bytes))
+}
+
+/// What an unfinished file must have been begun for to be continued: this model's very files, and this header.
+fn digest_of_plan(model: &Checkpoint, header: &Header) -> u64 {
+    let mut hash = Xxh3::new();
+    hash.update(&VERSION.to_le_bytes());
+    hash.update(&model.identity().to_le_bytes());
+    hash.update(&to_json(header));
+    hash.digest()
 }
 
 /// The header, with checksums and scales still to come.
 fn plan(
     model: &Checkpoint,
     parts: &[Part],
-    layout: &dyn Fn(usize, Projection, usize, usize) -> Layout,
+    layout: &ChooseLayout<'_>,
+    head_type: HeadType,
 ) -> Result<Header, FormatError> {
     let config = model.config();
     let (embedding, head) = model.token_row_types()?;
@@ -104,14 +182,28 @@ fn plan(
         let (content, bytes) = match *part {
             Part::Tokenizer => (Content::Text {}, model.tokenizer_json()?.len()),
             Part::Norms | Part::Biases => {
-                let columns = if *part == Part::Norms { norms_len(config) } else { biases_len(config) };
-                (Content::Floats { rows: 1, columns, dtype: FloatType::F32 }, columns * FloatType::F32.bytes())
+                let (columns, dtype) =
+                    (if *part == Part::Norms { norms_len(config) } else { biases_len(config) }, RowType::F32);
+                (Content::Floats { rows: 1, columns, dtype }, dtype.row_bytes(columns))
             }
             Part::Embedding | Part::Head => {
-                let dtype = if *part == Part::Head { head.unwrap_or(embedding) } else { embedding };
                 let (rows, columns) = (config.vocabulary, config.hidden);
+                let own = if *part == Part::Head { head.unwrap_or(embedding) } else { embedding };
+                let is_head = *part == Part::Head || config.tied_head;
+                let dtype = if is_head { head_type.of(own) } else { own };
+                if !dtype.holds(columns) {
+                    let (values, _) = dtype.block();
+                    let problem = format!(
+                        "has rows of {columns} weights and {dtype} needs multiples of {values}: choose int8 or f16"
+                    );
+                    return Err(FormatError::Tensor {
+                        path: model.path().to_owned(),
+                        tensor: part.to_string(),
+                        problem,
+                    });
+                }
                 // Bounded by `ModelConfig::check`, far below any overflow.
-                (Content::Floats { rows, columns, dtype }, rows * columns * dtype.bytes())
+                (Content::Floats { rows, columns, dtype }, rows * dtype.row_bytes(columns))
             }
             Part::Projection(layer, projection) => {
                 let (m, k) = projection.shape(config);
@@ -169,139 +261,4 @@ pub(in crate::formats) fn temporary_beside(path: &Path) -> io::Result<NamedTempF
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     builder.tempfile_in(directory)
-}
-
-/// Writes all sections; returns the checksum of each, and its scale if it is ternary.
-fn write_sections(
-    model: &Checkpoint,
-    parts: &[Part],
-    sections: &[Section],
-    data: u64,
-    output: &mut Output<'_>,
-) -> Result<Vec<(u64, Option<f32>)>, FormatError> {
-    let output = Mutex::new(output);
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut written = Vec::new();
-        loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some((part, section)) = parts.get(at).zip(sections.get(at)) else { return Ok(written) };
-            let result = section_bytes(model, *part, section).and_then(|(bytes, scale)| {
-                let xxh3 = xxh3_64(&bytes);
-                let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
-                output.write_at(data + section.offset, &bytes)?;
-                Ok((at, (xxh3, scale)))
-            });
-            match result {
-                Ok(section) => written.push(section),
-                Err(error) => {
-                    // No worker needs to start another section.
-                    next.store(parts.len(), Ordering::Relaxed);
-                    return Err(error);
-                }
-            }
-        }
-    };
-    let workers = thread::available_parallelism().map_or(1, usize::from).min(parts.len());
-    let mut written = thread::scope(|scope| {
-        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
-        let mut written = Vec::with_capacity(parts.len());
-        for worker in workers {
-            written.extend(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
-        }
-        Ok::<_, FormatError>(written)
-    })?;
-    written.sort_unstable_by_key(|(at, _)| *at);
-    Ok(written.into_iter().map(|(_, section)| section).collect())
-}
-
-/// The bytes of one section, as long as it was planned, and its scale if it is ternary.
-fn section_bytes(model: &Checkpoint, part: Part, section: &Section) -> Result<(Bytes, Option<f32>), FormatError> {
-    let (bytes, scale) = match part {
-        Part::Tokenizer => (model.tokenizer_json()?, None),
-        Part::Norms => (norms(model)?, None),
-        Part::Biases => (biases(model)?, None),
-        Part::Embedding => (model.embedding()?.bytes, None),
-        Part::Head => (model.head()?.map_or_else(|| Bytes::from(Vec::new()), |head| head.bytes), None),
-        Part::Projection(layer, projection) => {
-            let tensor = model.projection(layer, projection)?;
-            let scale = tensor.scale;
-            let Content::Ternary { layout, .. } = section.content else {
-                unreachable!("projections are planned as ternary")
-            };
-            (repack(model, &section.name, tensor, layout)?, Some(scale))
-        }
-    };
-    if bytes.len() as u64 == section.bytes {
-        Ok((bytes, scale))
-    } else {
-        let problem = format!("{} changed while it was read", section.name);
-        Err(FormatError::Corrupted { path: model.path().to_owned(), problem })
-    }
-}
-
-fn repack(model: &Checkpoint, name: &str, tensor: TernaryTensor, layout: Layout) -> Result<Bytes, FormatError> {
-    if tensor.layout == layout {
-        return Ok(tensor.bytes);
-    }
-    let matrix = tensor.to_matrix().map_err(|invalid| FormatError::InvalidCode {
-        path: model.path().to_owned(),
-        tensor: name.to_owned(),
-        row: invalid.row,
-        column: invalid.column,
-    })?;
-    Ok(Bytes::from(layout.pack(matrix.view())))
-}
-
-/// All norms as little-endian `f32`: each layer's in the order of [`LayerNorm::ALL`], then the final one.
-fn norms(model: &Checkpoint) -> Result<Bytes, FormatError> {
-    let mut values = Vec::with_capacity(norms_len(model.config()));
-    for layer in 0..model.config().layers {
-        for norm in LayerNorm::ALL {
-            values.extend(model.norm(layer, norm)?);
-        }
-    }
-    values.extend(model.final_norm()?);
-    Ok(Bytes::from(values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>()))
-}
-
-/// All biases as little-endian `f32`, each layer's in the order of [`Projection::ALL`].
-fn biases(model: &Checkpoint) -> Result<Bytes, FormatError> {
-    let mut values = Vec::with_capacity(biases_len(model.config()));
-    for layer in 0..model.config().layers {
-        for projection in Projection::ALL {
-            values.extend(model.bias(layer, projection)?);
-        }
-    }
-    Ok(Bytes::from(values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>()))
-}
-
-/// The temporary file, and who is told about it.
-struct Output<'a> {
-    /// Where the file will be, for messages.
-    path: &'a Path,
-    file: &'a mut File,
-    progress: &'a mut (dyn FnMut(u64, u64) -> ControlFlow<()> + Send),
-    done: u64,
-    total: u64,
-}
-
-impl Output<'_> {
-    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), FormatError> {
-        let failed = |source| FormatError::Write { path: self.path.to_owned(), source };
-        self.file.seek(SeekFrom::Start(offset)).map_err(failed)?;
-        for part in bytes.chunks(STEP) {
-            self.file.write_all(part).map_err(failed)?;
-            self.advance(part.len() as u64)?;
-        }
-        Ok(())
-    }
-
-    fn advance(&mut self, bytes: u64) -> Result<(), FormatError> {
-        self.done += bytes;
-        match (self.progress)(self.done, self.total) {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(()) => Err(FormatError::Cancelled { path: self.path.to_owned() }),
-        }
-    }
 }

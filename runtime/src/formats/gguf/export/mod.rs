@@ -7,6 +7,7 @@
 mod encode;
 mod metadata;
 
+use std::fmt;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::ops::ControlFlow;
@@ -20,9 +21,11 @@ use super::architecture::{self, Architecture, norm_name, projection_name};
 use super::container::{ALIGNMENT, MAGIC};
 use super::ternary::permuted_row;
 use super::types::TensorType;
+use crate::formats::rows::encode_row;
 use crate::formats::tern::temporary_beside;
 use crate::formats::{
-    Checkpoint, FloatMatrix, FloatType, FormatError, LayerNorm, ModelConfig, Projection, RopeScaling, TernaryTensor,
+    Checkpoint, FloatMatrix, FloatType, FormatError, LayerNorm, ModelConfig, Projection, RopeScaling, RowType,
+    TernaryTensor,
 };
 
 /// How ternary matrices are written.
@@ -62,13 +65,25 @@ impl TernaryType {
     fn refusal(self, m: usize, k: usize) -> Option<String> {
         match self {
             Self::Tq2_0 | Self::Tq1_0 if !k.is_multiple_of(256) => {
-                Some(format!("has rows of {k} weights and {self:?} needs multiples of 256: export as I2_S or F16"))
+                Some(format!("has rows of {k} weights and {self} needs multiples of 256: export as i2_s or f16"))
             }
             Self::I2S if !(m * k).is_multiple_of(128) || !k.is_multiple_of(4) => {
-                Some(format!("has {m} rows of {k} weights and I2_S needs multiples of 128: export as F16"))
+                Some(format!("has {m} rows of {k} weights and {self} needs multiples of 128: export as f16"))
             }
             _ => None,
         }
+    }
+}
+
+impl fmt::Display for TernaryType {
+    /// As the command line has it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tq2_0 => "tq2_0",
+            Self::Tq1_0 => "tq1_0",
+            Self::I2S => "i2_s",
+            Self::F16 => "f16",
+        })
     }
 }
 
@@ -132,7 +147,7 @@ pub fn export(
     };
     put(&mut file, &head)?;
     for tensor in &tensors {
-        let (bytes, rounded) = tensor.encode(model, architecture, ternary, token_rows)?;
+        let (bytes, rounded) = tensor.encode(model, architecture, ternary)?;
         rounded_scales += usize::from(rounded);
         if bytes.len() != tensor.bytes {
             let problem = "changed while it was read".to_owned();
@@ -210,7 +225,8 @@ fn plan(
     };
     let f32 = TensorType::Float(FloatType::F32);
     let token_type = |matrix: &FloatMatrix| match token_rows {
-        TokenRowType::Own => TensorType::Float(matrix.dtype),
+        // What GGUF has no type for, f32 holds exactly.
+        TokenRowType::Own => TensorType::of_rows(matrix.dtype).unwrap_or(f32),
         TokenRowType::F16 => TensorType::Float(FloatType::F16),
         TokenRowType::Q8_0 => TensorType::Q8_0,
     };
@@ -288,12 +304,11 @@ impl Tensor {
         model: &Checkpoint,
         architecture: &Architecture,
         ternary: TernaryType,
-        token_rows: TokenRowType,
     ) -> Result<(Vec<u8>, bool), FormatError> {
         let config = model.config();
         let bytes = match self.content {
-            Content::Embedding => encode_rows(&model.embedding()?, token_rows),
-            Content::Head => model.head()?.map_or_else(Vec::new, |head| encode_rows(&head, token_rows)),
+            Content::Embedding => self.encode_rows(&model.embedding()?, model)?,
+            Content::Head => model.head()?.map_or_else(|| Ok(Vec::new()), |head| self.encode_rows(&head, model))?,
             Content::FinalNorm => floats(&model.final_norm()?),
             Content::Norm(layer, norm) => floats(&model.norm(layer, norm)?),
             Content::RopeFactors => floats(&rope_factors(config)),
@@ -320,6 +335,28 @@ impl Tensor {
             }
         };
         Ok((bytes, false))
+    }
+
+    /// The rows of an embedding or head in this tensor's type.
+    fn encode_rows(&self, matrix: &FloatMatrix, model: &Checkpoint) -> Result<Vec<u8>, FormatError> {
+        let kind = self.kind.rows().unwrap_or(RowType::F32);
+        if kind == matrix.dtype {
+            return Ok(matrix.bytes.to_vec());
+        }
+        let mut bytes = Vec::with_capacity(matrix.rows * kind.row_bytes(matrix.columns));
+        let mut row = vec![0.0; matrix.columns];
+        for at in 0..matrix.rows {
+            matrix.widen_row(at, &mut row);
+            encode_row(kind, &row, &mut bytes).map_err(|column| FormatError::InvalidValue {
+                path: model.path().to_owned(),
+                tensor: self.name.clone(),
+                row: at,
+                column,
+                value: row[column],
+                expected: "a number that the chosen type can hold",
+            })?;
+        }
+        Ok(bytes)
     }
 }
 
@@ -364,33 +401,4 @@ fn rope_factors(config: &ModelConfig) -> Vec<f32> {
 
 fn floats(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
-}
-
-fn encode_rows(matrix: &FloatMatrix, kind: TokenRowType) -> Vec<u8> {
-    if kind == TokenRowType::Own {
-        return matrix.bytes.to_vec();
-    }
-    let mut bytes = Vec::new();
-    let mut row = vec![0.0; matrix.columns];
-    for at in 0..matrix.rows {
-        matrix.widen_row(at, &mut row);
-        match kind {
-            TokenRowType::Q8_0 => row.chunks_exact(32).for_each(|block| bytes.extend(q8_0(block))),
-            _ => bytes.extend(row.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes())),
-        }
-    }
-    bytes
-}
-
-/// ggml's Q8_0: `d = max |w| / 127`, codes `round(w / d)`, halves away from 0.
-fn q8_0(block: &[f32]) -> [u8; 34] {
-    let largest = block.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
-    let d = largest / 127.0;
-    let reciprocal = if d == 0.0 { 0.0 } else { 1.0 / d };
-    let mut bytes = [0; 34];
-    bytes[..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
-    for (byte, value) in bytes[2..].iter_mut().zip(block) {
-        *byte = ((value * reciprocal).round() as i8).to_le_bytes()[0];
-    }
-    bytes
 }

@@ -1,0 +1,202 @@
+//! The file that a prepared file grows in: `MODEL.tern.part`, beside where the result will be.
+//!
+//! Where the result has its header, this file has a journal: bytes that no reader takes for a model, what is being
+//! written, and one entry for each section that is complete. Whoever writes the same thing again, after an interruption,
+//! a killed process or a power failure, believes an entry if the section has its checksum, and goes on with the rest.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use xxhash_rust::xxh3::Xxh3;
+
+/// First bytes of an unfinished file.
+pub(super) const MAGIC: [u8; 8] = *b"\x89TERNPRT";
+/// Magic and the digest of what is being written.
+const PREFIX: usize = 16;
+/// Bytes of an entry. A header's row about a section is longer, so the journal fits in the header's place.
+const ENTRY: usize = 24;
+/// Bytes read at a time.
+const STEP: usize = 1 << 20;
+
+/// What is known of a section that is complete.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Done {
+    pub(super) xxh3: u64,
+    /// A ternary section's multiplier.
+    pub(super) scale: f32,
+    /// `‖w − w'‖² / ‖w‖²` of rows `w` that became `w'` because another type was asked for.
+    pub(super) error: f64,
+}
+
+impl Done {
+    fn to_bytes(self) -> [u8; ENTRY] {
+        let mut bytes = [0; ENTRY];
+        bytes[..8].copy_from_slice(&self.xxh3.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.error.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.scale.to_le_bytes());
+        bytes[20] = 1;
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8; ENTRY]) -> Option<Self> {
+        let (xxh3, rest) = bytes.split_first_chunk()?;
+        let (error, rest) = rest.split_first_chunk()?;
+        let (scale, rest) = rest.split_first_chunk()?;
+        let done = Self {
+            xxh3: u64::from_le_bytes(*xxh3),
+            scale: f32::from_le_bytes(*scale),
+            error: f64::from_le_bytes(*error),
+        };
+        (rest[0] == 1).then_some(done)
+    }
+}
+
+/// An open unfinished file, locked so that no other process writes it.
+#[derive(Debug)]
+pub(super) struct Unfinished {
+    file: File,
+    path: PathBuf,
+}
+
+impl Unfinished {
+    /// Where the file at `target` grows.
+    pub(super) fn path_for(target: &Path) -> PathBuf {
+        let mut name = target.as_os_str().to_owned();
+        name.push(".part");
+        name.into()
+    }
+
+    /// Opens the unfinished file for `target`, `total` bytes long, with the sections that are complete already: none
+    /// if there was no such file, or one that was to become something else than `plan`.
+    pub(super) fn open(
+        target: &Path,
+        plan: u64,
+        total: u64,
+        sections: &[Range<u64>],
+    ) -> io::Result<(Self, Vec<Option<Done>>)> {
+        // Renaming would replace a device as readily as a file.
+        if target.file_name().is_none() || target.exists() && !target.is_file() {
+            return Err(io::Error::other("there is something that is no ordinary file"));
+        }
+        let path = Self::path_for(target);
+        let file = open_locked(&path)?;
+        let unfinished = Self { file, path };
+        let mut front = vec![0; PREFIX + sections.len() * ENTRY];
+        let head = [MAGIC, plan.to_le_bytes()].concat();
+        let known = unfinished.file.metadata()?.len() == total && unfinished.read_at(&mut front, 0).is_ok();
+        if known && front.starts_with(&head) {
+            let entries = front[PREFIX..].as_chunks().0.iter().map(Done::from_bytes).zip(sections);
+            let done = entries.map(|(done, section)| done.filter(|done| unfinished.has(section, done.xxh3)));
+            let done = done.collect();
+            return Ok((unfinished, done));
+        }
+        unfinished.file.set_len(0)?;
+        unfinished.file.set_len(total)?;
+        unfinished.write_at(&head, 0)?;
+        Ok((unfinished, vec![None; sections.len()]))
+    }
+
+    fn has(&self, section: &Range<u64>, xxh3: u64) -> bool {
+        self.hash(section.clone()).is_ok_and(|found| found == xxh3)
+    }
+
+    /// Writes down that a section is complete.
+    pub(super) fn record(&self, section: usize, done: Done) -> io::Result<()> {
+        self.write_at(&done.to_bytes(), (PREFIX + section * ENTRY) as u64)
+    }
+
+    /// The checksum of a part of the file, read back from it.
+    pub(super) fn hash(&self, range: Range<u64>) -> io::Result<u64> {
+        let (mut hash, mut buffer) = (Xxh3::new(), vec![0; STEP]);
+        let mut at = range.start;
+        while at < range.end {
+            let part = &mut buffer[..(range.end - at).min(STEP as u64) as usize];
+            self.read_at(part, at)?;
+            hash.update(part);
+            at += part.len() as u64;
+        }
+        Ok(hash.digest())
+    }
+
+    /// Writes the header in the journal's place and gives the file its name.
+    pub(super) fn finish(self, front: &[u8], target: &Path) -> io::Result<()> {
+        self.write_at(front, 0)?;
+        // Some file systems report a full disk only now.
+        self.file.sync_all()?;
+        fs::rename(&self.path, target)
+    }
+
+    /// Deletes the file.
+    pub(super) fn discard(self) {
+        // It is the reason for failing that the user is told, not this.
+        let _ = fs::remove_file(&self.path);
+    }
+
+    #[cfg(unix)]
+    pub(super) fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        std::os::unix::fs::FileExt::write_all_at(&self.file, bytes, offset)
+    }
+
+    #[cfg(unix)]
+    fn read_at(&self, target: &mut [u8], offset: u64) -> io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(&self.file, target, offset)
+    }
+
+    #[cfg(windows)]
+    pub(super) fn write_at(&self, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let count = std::os::windows::fs::FileExt::seek_write(&self.file, bytes, offset)?;
+            if count == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            bytes = &bytes[count..];
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    #[cfg(windows)]
+    fn read_at(&self, mut target: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !target.is_empty() {
+            let count = std::os::windows::fs::FileExt::seek_read(&self.file, target, offset)?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            target = &mut target[count..];
+            offset += count as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Opens or creates the file at `path` for one writer at a time.
+fn open_locked(path: &Path) -> io::Result<File> {
+    loop {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        match file.try_lock() {
+            Ok(()) if is_still_at(&file, path) => return Ok(file),
+            // Another writer finished between the two calls, and the file has its final name: it is not ours to write.
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(io::Error::other("another process is writing it")),
+            // A file system without locks.
+            Err(TryLockError::Error(_)) => return Ok(file),
+        }
+    }
+}
+
+#[cfg(unix)]
+fn is_still_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let place = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    match (file.metadata(), fs::metadata(path)) {
+        (Ok(open), Ok(there)) => place(open) == place(there),
+        _ => false,
+    }
+}
+
+#[cfg(not(unix))]
+fn is_still_at(_: &File, path: &Path) -> bool {
+    path.exists()
+}
