@@ -86,7 +86,7 @@ impl Shape {
 }
 
 /// [`KEY_BLOCK`] positions of one layer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Page<E> {
     /// `[kv_heads, KEY_BLOCK / 16, head_dim, 16]`
     keys: Box<[E]>,
@@ -181,6 +181,20 @@ impl KvCache {
             Pages::F16(layers) => layers.iter_mut().for_each(|layer| layer.truncate(pages)),
             Pages::F32(layers) => layers.iter_mut().for_each(|layer| layer.truncate(pages)),
         }
+    }
+
+    /// A cache of its own that begins with the first `positions` positions of this one.
+    #[must_use]
+    pub fn fork(&self, positions: usize) -> Self {
+        fn begin<E: Copy + Default>(layers: &[Vec<Page<E>>], pages: usize) -> Vec<Vec<Page<E>>> {
+            layers.iter().map(|layer| layer[..pages.min(layer.len())].to_vec()).collect()
+        }
+        let pages = positions.div_ceil(KEY_BLOCK);
+        let pages = match &self.pages {
+            Pages::F16(layers) => Pages::F16(begin(layers, pages)),
+            Pages::F32(layers) => Pages::F32(begin(layers, pages)),
+        };
+        Self { shape: self.shape, pages, narrow: self.narrow.clone() }
     }
 
     /// Bytes that it takes.

@@ -70,6 +70,17 @@ impl Sequence {
         self.cache.release(self.tokens.len());
     }
 
+    /// A sequence of its own that has read the first `len` tokens of this one, or all if there are fewer: copying their
+    /// keys and values takes far less time than reading the tokens again.
+    #[must_use]
+    pub fn fork(&self, len: usize) -> Self {
+        let len = len.min(self.tokens.len());
+        let mut tokens = Vec::with_capacity(self.context);
+        tokens.extend_from_slice(&self.tokens[..len]);
+        let state = if len == self.tokens.len() { self.state.clone() } else { Vec::with_capacity(self.state.len()) };
+        Self { context: self.context, tokens, cache: self.cache.fork(len), state }
+    }
+
     /// Keeps as much of what has been read as `tokens` begins with, at least one token less than all of it; returns how
     /// many of `tokens` need not be read again. The next turn of a chat reads only what is new this way.
     pub fn reuse(&mut self, tokens: &[u32]) -> usize {
