@@ -2,6 +2,8 @@
 //!
 //! Benches report, they never judge: `cargo bench -p ternion-benches`.
 
+pub mod model;
+
 use std::ops::Range;
 
 use ternion_compiler::{Activations, Kernel, OutRows};
@@ -60,19 +62,24 @@ impl<'a> Matrix<'a> {
 
     /// Computes the product `times` times, each time on the next copy of the weights, on all threads.
     pub fn run(&mut self, workers: &dyn Workers, times: u64) {
+        for time in 0..times {
+            self.run_copy(workers, (time % self.copies as u64) as usize);
+        }
+    }
+
+    /// Computes the product once, on copy `copy` of the weights or the one that follows after the last, on all threads.
+    pub fn run_copy(&mut self, workers: &dyn Workers, copy: usize) {
         let bytes = self.weight_bytes();
-        let (kernel, weights, tiles, copies) = (self.kernel, self.weights, self.tiles, self.copies as u64);
+        let (kernel, tiles) = (self.kernel, self.tiles);
+        let copy = &self.weights[copy % self.copies * bytes..][..bytes];
         let activations = Activations { columns: &self.prepared, stride: self.stride, sums: &self.sums };
         let rows = self.results.len() / self.sums.len();
         let out = OutRows::new(&mut self.results, rows);
         let threads = workers.threads();
-        for time in 0..times {
-            let copy = &weights[(time % copies) as usize * bytes..][..bytes];
-            workers.run(&|thread| {
-                let part: Range<usize> = tiles * thread / threads..tiles * (thread + 1) / threads;
-                // SAFETY: each thread has its own tiles, and nobody reads the results meanwhile.
-                unsafe { kernel.run(copy, part, &activations, &out) }
-            });
-        }
+        workers.run(&|thread| {
+            let part: Range<usize> = tiles * thread / threads..tiles * (thread + 1) / threads;
+            // SAFETY: each thread has its own tiles, and nobody reads the results meanwhile.
+            unsafe { kernel.run(copy, part, &activations, &out) }
+        });
     }
 }

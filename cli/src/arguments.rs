@@ -15,6 +15,7 @@ use crate::bench::Bench;
 use crate::embed::Embed;
 use crate::eval::Eval;
 use crate::export::Export;
+use crate::lab::Lab;
 use crate::pull::Pull;
 use crate::purpose::Purpose;
 use crate::synth::Synth;
@@ -55,6 +56,8 @@ pub(crate) enum Command {
     /// Measures kernels for a parent process
     #[command(hide = true)]
     TuneWorker,
+    /// Study kernels: list them, and emit them as text, bytes or object files
+    Lab(Lab),
     /// Show what this machine offers and what would make it faster
     Doctor(Doctor),
 }

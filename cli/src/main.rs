@@ -10,6 +10,7 @@ mod embedded;
 mod eval;
 mod export;
 mod interrupt;
+mod lab;
 mod model;
 mod output;
 mod plot;
@@ -92,6 +93,7 @@ fn execute(command: &Command) -> Result<ExitCode> {
         Command::Tune(options) => tune::tune(options),
         Command::Bench(options) => bench::bench(options),
         Command::TuneWorker => tune::work(),
+        Command::Lab(options) => lab::lab(options).map(|()| ExitCode::SUCCESS),
         Command::Doctor(options) => doctor::doctor(options).map(|()| ExitCode::SUCCESS),
     }
 }

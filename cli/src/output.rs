@@ -9,8 +9,13 @@ use tempfile::NamedTempFile;
 
 /// Writes text as it is, at once.
 pub(crate) fn print(text: &str) -> Result<()> {
+    write(text.as_bytes())
+}
+
+/// Writes bytes as they are, at once.
+pub(crate) fn write(bytes: &[u8]) -> Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("standard output cannot be written")
+    out.write_all(bytes).and_then(|()| out.flush()).context("standard output cannot be written")
 }
 
 /// Writes one JSON value on a line of its own.

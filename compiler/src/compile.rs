@@ -151,6 +151,14 @@ pub fn asm_text(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Opt
     Ok((cpu.arch() == Arch::X86_64).then(|| disassembly::text(&code)))
 }
 
+/// The machine code of a kernel with its constants, not placed anywhere and not checked by running it.
+///
+/// # Errors
+/// If the schedule is not legal or the code generator refuses.
+pub fn code_bytes(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Vec<u8>, CompileError> {
+    machine_code(spec, schedule, cpu).map(|code| code.bytes)
+}
+
 /// Copies code into memory that becomes executable once it is no longer writable.
 fn load(codes: &[((KernelSpec, Schedule), Code)], cpu: &Cpu) -> Result<Vec<Kernel>, String> {
     if codes.is_empty() {

@@ -114,7 +114,7 @@ impl Kernel {
 
     /// The form of activations that it reads.
     #[must_use]
-    pub const fn activation_format(&self) -> ActivationFormat {
+    pub fn activation_format(&self) -> ActivationFormat {
         self.schedule.activation_format()
     }
 

@@ -183,3 +183,78 @@ impl Kernel {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ternion_kernels_ref::{QuantizedRow, TernaryMatrix, Trit};
+
+    use super::*;
+    use crate::{Cpu, KernelSpec, Schedule, compile};
+
+    const K: usize = 100;
+
+    /// A kernel, records for it, and their trits.
+    fn records(columns: Columns) -> (Kernel, Vec<u8>, TernaryMatrix) {
+        let (spec, cpu) = (KernelSpec { k: K, columns }, Cpu::host().expect("tests run where ternion emits code"));
+        let kernel = compile(&[(spec, Schedule::candidates(&spec, &cpu)[0])], &cpu).expect("a candidate").remove(0);
+        let matrix = TernaryMatrix::from_fn(5, K, |r, c| Trit::ALL[(r * r + 2 * r * c + c) % 3]);
+        (kernel.clone(), kernel.layout().pack(matrix.view()), matrix)
+    }
+
+    fn list(kernel: &Kernel, listed: &[(u32, i8)]) -> RecordList {
+        let record = kernel.layout().row_bytes(K) as u32;
+        let mut list = RecordList::default();
+        list.fill(listed.iter().map(|(at, factor)| (at * record, *factor)));
+        list
+    }
+
+    #[test]
+    fn columns_count_as_often_as_they_are_listed_and_parts_add_up() {
+        let (kernel, weights, matrix) = records(Columns::ListedColumns);
+        let listed: Vec<_> =
+            [3, 3, 0, 4, 1, 1, 2, 0, 3, 4].into_iter().zip([127, -127, 5, 0, 7, 7, -1, 2, 9, 1]).collect();
+        let list = list(&kernel, &listed);
+        assert_eq!((list.len(), list.groups()), (10, 2));
+        let run = |groups| {
+            let mut out = vec![i32::MIN; 4 * kernel.layout().row_bytes(K)];
+            kernel.run_listed_columns(&weights, &list, groups, &mut out);
+            out
+        };
+        let (whole, first, second, none) = (run(0..2), run(0..1), run(1..2), run(0..0));
+        for at in 0..K {
+            let expected: i32 =
+                listed.iter().map(|(record, a)| i32::from(*a) * matrix.trit(*record as usize, at) as i32).sum();
+            assert_eq!((whole[at], first[at] + second[at], none[at]), (expected, expected, 0));
+        }
+    }
+
+    #[test]
+    fn rows_come_in_the_order_of_the_list_as_often_as_they_are_listed() {
+        let (kernel, weights, matrix) = records(Columns::ListedRows);
+        let listed = [4, 0, 4, 2, 2, 1, 3, 0, 4];
+        let list = list(&kernel, &listed.map(|record| (record, 0)));
+        let column = QuantizedRow::new(&(0..K).map(|i| i as f32 - 40.0).collect::<Vec<_>>());
+        let mut prepared = vec![0; kernel.activation_format().bytes(K)];
+        kernel.activation_format().prepare(column.values(), &mut prepared);
+        let activations = Activations { columns: &prepared, stride: prepared.len(), sums: &[column.sum()] };
+        let mut out = [i32::MIN; 2 * GROUP];
+        kernel.run_listed_rows(&weights, &list, 0..2, &activations, &mut out);
+        for (record, found) in listed.into_iter().zip(out) {
+            let terms = column
+                .values()
+                .iter()
+                .enumerate()
+                .map(|(at, a)| i32::from(*a) * matrix.trit(record as usize, at) as i32);
+            assert_eq!(found, terms.sum::<i32>());
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "records within the weights")]
+    fn a_record_past_the_weights_is_refused() {
+        let (kernel, weights, _) = records(Columns::ListedColumns);
+        let list = list(&kernel, &[(1, 1), (5, 1), (0, 1)]);
+        let mut out = vec![0; 4 * kernel.layout().row_bytes(K)];
+        kernel.run_listed_columns(&weights, &list, 0..1, &mut out);
+    }
+}

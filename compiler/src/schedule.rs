@@ -6,78 +6,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::activations::ActivationFormat;
-use crate::emit::mad_lanes::max_pair_groups;
-use crate::emit::tl1::MAX_UNROLL;
-use crate::listed::GROUP;
 use crate::machine::wide;
-use crate::{Arch, Columns, Cpu, Feature, KernelSpec, Layout, RecordList, emit};
-
-/// The idea behind a kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Family {
-    /// Unpack two-bit codes, multiply-add bytes, subtract `Σa` once.
-    Mad,
-    /// Two trits are an index into a table of their sums, looked up by byte shuffles.
-    Tl1,
-    /// As [`Mad`](Self::Mad), with five trits in a byte.
-    T5,
-    /// For many columns at once: the weight byte is the row of a table of the sums of four activations.
-    Vlut,
-    /// One column times the rows that a list names.
-    SparseRows,
-    /// The weighted sum of the columns that a list names.
-    SparseColumns,
-}
-
-impl Family {
-    /// All families.
-    pub const ALL: [Self; 6] = [Self::Mad, Self::Tl1, Self::T5, Self::Vlut, Self::SparseRows, Self::SparseColumns];
-
-    /// Whether it multiplies, so that [`Multiply`] says how.
-    const fn multiplies(self) -> bool {
-        !matches!(self, Self::Tl1 | Self::Vlut)
-    }
-
-    /// The families that read whole matrices.
-    pub fn dense() -> impl Iterator<Item = Self> {
-        Self::ALL.into_iter().filter(|family| family.list().is_none())
-    }
-
-    /// What it is called with: `None` for one column and for many.
-    #[must_use]
-    pub const fn list(self) -> Option<Columns> {
-        match self {
-            Self::SparseRows => Some(Columns::ListedRows),
-            Self::SparseColumns => Some(Columns::ListedColumns),
-            Self::Mad | Self::Tl1 | Self::T5 | Self::Vlut => None,
-        }
-    }
-}
-
-impl fmt::Display for Family {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Mad => "mad",
-            Self::Tl1 => "tl1",
-            Self::T5 => "t5",
-            Self::Vlut => "vlut",
-            Self::SparseRows => "sparse-rows",
-            Self::SparseColumns => "sparse-columns",
-        })
-    }
-}
-
-impl FromStr for Family {
-    type Err = ParseScheduleError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let known = Self::ALL.into_iter().find(|family| family.to_string() == text);
-        known.ok_or_else(|| {
-            let names: Vec<_> = Self::ALL.iter().map(ToString::to_string).collect();
-            ParseScheduleError(format!("family `{text}`: expected one of {}", names.join(", ")))
-        })
-    }
-}
+use crate::{Arch, Columns, Cpu, Family, Feature, KernelSpec, Layout, RecordList, emit};
 
 /// The machine under the emitter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -269,6 +199,12 @@ impl Schedule {
     /// # Errors
     /// The first reason why not.
     pub fn check(&self, spec: &KernelSpec, cpu: &Cpu) -> Result<(), ScheduleError> {
+        self.check_rules(spec, cpu)?;
+        self.check_registers(spec, cpu)
+    }
+
+    /// All of [`check`](Self::check) but the registers, which take far longer to assign than all the rest.
+    pub(crate) fn check_rules(&self, spec: &KernelSpec, cpu: &Cpu) -> Result<(), ScheduleError> {
         if spec.k == 0 || spec.k > KernelSpec::MAX_K {
             return Err(ScheduleError::RowLength(spec.k));
         }
@@ -297,79 +233,7 @@ impl Schedule {
         if self.multiply != Multiply::Pairs && !self.family.multiplies() {
             return parameter("multiply", self.multiply as u8, "none: tl1 and vlut do not multiply");
         }
-        match self.family {
-            Family::Mad => {
-                // Vectors of codes whose products are summed in 16 bits before they are widened.
-                let vectors = match self.layout {
-                    Layout::Rows { rows: 4 | 8, chunk } => {
-                        self.check_width(chunk.into())?;
-                        4 * usize::from(chunk) / self.machine.vector_bytes() * usize::from(self.unroll)
-                    }
-                    Layout::Lanes { rows: rows @ 1..=64, group: 4 } => {
-                        self.check_width(4 * usize::from(rows))?;
-                        4 * max_pair_groups(4)
-                    }
-                    _ => return Err(self.layout_error("rows4x…, rows8x… or lanes4x4 to lanes64x4")),
-                };
-                self.check_multiply(vectors, cpu)?;
-            }
-            Family::SparseRows => {
-                let Layout::Rows { rows: 1, chunk: 64 } = self.layout else {
-                    return Err(self.layout_error("rows1x64"));
-                };
-                self.check_multiply(4 * usize::from(self.unroll), cpu)?;
-            }
-            Family::SparseColumns => {
-                let Layout::Columns { chunk } = self.layout else {
-                    return Err(self.layout_error("columns16, columns32 or columns64"));
-                };
-                if usize::from(chunk) != self.machine.vector_bytes() {
-                    return self.check_width(chunk.into()).and(Err(self.layout_error("columns<bytes of a vector>")));
-                }
-                if emit::sparse_columns::records(self) > GROUP {
-                    return parameter("unroll", self.unroll, "1 or 2 times four records");
-                }
-                self.check_multiply(self.unroll.into(), cpu)?;
-            }
-            Family::T5 => {
-                let Layout::Fives { rows: rows @ 1..=64 } = self.layout else {
-                    return Err(self.layout_error("fives4 to fives64"));
-                };
-                self.check_width(4 * usize::from(rows))?;
-                if self.machine != MachineKind::Avx512 {
-                    Self::check_lookup(cpu, "t5")?;
-                } else if !cpu.has(Feature::Avx512vbmi) {
-                    let needs = Feature::Avx512vbmi.name();
-                    return Err(ScheduleError::MissingFeature { what: "t5", needs, cpu: *cpu });
-                }
-                self.check_multiply(5 * max_pair_groups(5), cpu)?;
-            }
-            Family::Tl1 => {
-                let Layout::Lanes { rows: rows @ (16 | 32 | 48 | 64 | 128), group: 1 } = self.layout else {
-                    return Err(self.layout_error("lanes16, lanes32, lanes48, lanes64 or lanes128"));
-                };
-                self.check_width(rows.into())?;
-                Self::check_lookup(cpu, "tl1")?;
-                if self.unroll == 0 || !self.unroll.is_multiple_of(2) || usize::from(self.unroll) > MAX_UNROLL {
-                    return parameter("unroll", self.unroll, "an even number of bytes up to 18");
-                }
-                if self.ntile != 1 {
-                    return parameter("ntile", self.ntile, "1: a table serves one column");
-                }
-            }
-            Family::Vlut => {
-                let Layout::Lanes { rows: 1..=32, .. } = self.layout else {
-                    return Err(self.layout_error("lanes<R> or lanes<R>x4 with at most 32 rows"));
-                };
-                if usize::from(self.ntile) != self.machine.vector_bytes() / 2 {
-                    return parameter("ntile", self.ntile, "8, 16 or 32: the 16-bit lanes of the machine's vectors");
-                }
-                if !matches!(self.unroll, 4 | 8 | 16 | 32) {
-                    return parameter("unroll", self.unroll, "4, 8, 16 or 32 groups");
-                }
-            }
-        }
-        self.check_registers(spec, cpu)
+        self.family.rules().check(self, cpu)
     }
 
     /// Whether the machine runs on `cpu` and can do what every family asks of it.
@@ -390,7 +254,10 @@ impl Schedule {
     }
 
     /// Whether the products of `vectors` vectors of codes can be summed as this schedule does.
-    fn check_multiply(&self, vectors: usize, cpu: &Cpu) -> Result<(), ScheduleError> {
+    ///
+    /// # Errors
+    /// If `unroll` is out of range, 16 bits cannot hold the sum, or the CPU cannot multiply so.
+    pub fn check_multiply(&self, vectors: usize, cpu: &Cpu) -> Result<(), ScheduleError> {
         if !matches!(self.unroll, 1 | 2 | 4) {
             let (name, value) = ("unroll", self.unroll.into());
             return Err(ScheduleError::Parameter { name, value, expected: "1, 2 or 4 chunks or groups" });
@@ -404,7 +271,10 @@ impl Schedule {
     }
 
     /// Whether `bytes` that lie together fill whole vectors.
-    fn check_width(&self, bytes: usize) -> Result<(), ScheduleError> {
+    ///
+    /// # Errors
+    /// If they do not.
+    pub fn check_width(&self, bytes: usize) -> Result<(), ScheduleError> {
         let vector_bytes = self.machine.vector_bytes();
         if bytes.is_multiple_of(vector_bytes) {
             return Ok(());
@@ -413,7 +283,10 @@ impl Schedule {
     }
 
     /// Whether `cpu` looks bytes up in a vector, which `what` needs.
-    fn check_lookup(cpu: &Cpu, what: &'static str) -> Result<(), ScheduleError> {
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn check_lookup(cpu: &Cpu, what: &'static str) -> Result<(), ScheduleError> {
         let needs = Feature::Ssse3.name();
         if cpu.has_table_lookup() { Ok(()) } else { Err(ScheduleError::MissingFeature { what, needs, cpu: *cpu }) }
     }
@@ -429,35 +302,29 @@ impl Schedule {
     }
 
     /// Whether the wide machines have enough registers, by assigning them. Cranelift spills instead.
-    fn check_registers(&self, spec: &KernelSpec, cpu: &Cpu) -> Result<(), ScheduleError> {
+    pub(crate) fn check_registers(&self, spec: &KernelSpec, cpu: &Cpu) -> Result<(), ScheduleError> {
         let Some(target) = wide::Target::new(self.machine, cpu) else { return Ok(()) };
         wide::fits(target, |m| emit::emit(m, spec, self)).map_err(|wide::OutOfRegisters { kind, needed, available }| {
             ScheduleError::Registers { machine: self.machine, kind, needed, available }
         })
     }
 
-    fn layout_error(&self, needs: &'static str) -> ScheduleError {
+    /// The error for a layout that is not what the family reads.
+    #[must_use]
+    pub fn layout_error(&self, needs: &'static str) -> ScheduleError {
         ScheduleError::Layout { family: self.family, layout: self.layout, needs }
     }
 
     /// Bytes of scratch memory, aligned to 64, that a call for `tiles` tiles needs.
     #[must_use]
     pub fn scratch_bytes(&self, tiles: usize) -> usize {
-        match self.family {
-            Family::Mad | Family::Tl1 | Family::T5 | Family::SparseRows | Family::SparseColumns => 0,
-            Family::Vlut => emit::vlut::scratch_bytes(self, tiles),
-        }
+        self.family.rules().scratch_bytes(self, tiles)
     }
 
     /// How the activations of one column must be laid out for this schedule.
     #[must_use]
-    pub const fn activation_format(&self) -> ActivationFormat {
-        match self.family {
-            Family::Mad | Family::Vlut | Family::SparseRows => ActivationFormat::Planes,
-            Family::SparseColumns => ActivationFormat::Plain,
-            Family::T5 => ActivationFormat::FivePlanes,
-            Family::Tl1 => ActivationFormat::PairTables,
-        }
+    pub fn activation_format(&self) -> ActivationFormat {
+        self.family.rules().activation_format()
     }
 }
 
@@ -480,7 +347,7 @@ impl fmt::Display for Schedule {
 /// A line that describes no schedule.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("schedule: {0}")]
-pub struct ParseScheduleError(String);
+pub struct ParseScheduleError(pub(crate) String);
 
 impl FromStr for Schedule {
     type Err = ParseScheduleError;

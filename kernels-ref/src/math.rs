@@ -15,13 +15,15 @@ pub fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0;
 
     let x = x.clamp(-105.0, 90.0);
-    let n = x.mul_add(LOG2_E, ROUND) - ROUND;
+    let rounded = x.mul_add(LOG2_E, ROUND);
+    let n = rounded - ROUND;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
     let mut p: f32 = 1.0 / 5040.0;
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = p.mul_add(r, c);
     }
-    let n = n as i32;
+    // The integer is in the last bits of the rounded number: unlike a conversion, which saturates, a subtraction.
+    let n = rounded.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let half = n >> 1;
     p * power_of_two(half) * power_of_two(n - half)
 }
@@ -29,7 +31,7 @@ pub fn exp(x: f32) -> f32 {
 /// `2^n` for `n` in [−126, 127].
 #[inline(always)]
 fn power_of_two(n: i32) -> f32 {
-    f32::from_bits(((n + 127) as u32) << 23)
+    f32::from_bits((n.wrapping_add(127) as u32) << 23)
 }
 
 /// `1 / (1 + e^−x)`.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ternion_compiler::{Cpu, Family};
 use ternion_runtime::formats::Checkpoint;
 use ternion_runtime::model::reference::{Precision, Reference};
-use ternion_runtime::model::{KernelChoice, KvType, Model, ModelError, Session, SessionOptions};
+use ternion_runtime::model::{Batch, KernelChoice, KvType, Model, ModelError, Part, Sequence, Session, SessionOptions};
 use ternion_runtime::team::Team;
 
 const FAMILIES: [Family; 2] = [Family::Mad, Family::Tl1];
@@ -60,6 +60,65 @@ fn logits_are_those_of_the_reference_for_all_kernels_threads_chunks_and_caches()
                     assert_eq!(seen, tokens.len());
                 }
             }
+        }
+    }
+}
+
+/// Attention is shared out in two ways, and a long text of few tokens at a time by blocks: every split must give what one
+/// thread gives alone, for one sequence and for several of different lengths in one pass.
+#[test]
+fn long_texts_give_the_same_logits_however_threads_share_their_blocks() {
+    let checkpoint = support::embedded();
+    let model = model(&checkpoint, Family::Mad);
+    let text: Vec<u32> = (0..250).map(|i| i * 37 % 2000 + 1).collect();
+    for kv in KvType::ALL {
+        let options = SessionOptions { kv, ..SessionOptions::default() };
+        let mut alone = session(&model, 1, SessionOptions { chunk: 1, ..options });
+        let mut expected = Vec::new();
+        alone.prefill_all(&text, &mut |_, logits| expected.push(bits(logits))).unwrap();
+        for threads in [2, 3, 5, 7] {
+            let mut session = session(&model, threads, options);
+            session.prefill(&text[..180]).unwrap();
+            let mut position = 180;
+            // Few tokens, many, and numbers that end inside and on a block.
+            for count in [1, 2, 5, 4, 1, 8, 9, 31, 8] {
+                let logits = bits(session.prefill(&text[position..position + count]).unwrap());
+                position += count;
+                assert!(logits == expected[position - 1], "kv {kv}, {threads} threads, {count} to {position}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sequences_of_different_lengths_in_one_pass_do_not_show_however_threads_share_their_blocks() {
+    let checkpoint = support::embedded();
+    let model = model(&checkpoint, Family::Mad);
+    let text: Vec<u32> = (0..250).map(|i| i * 53 % 2000 + 1).collect();
+    for threads in [1, 2, 3, 5] {
+        let team = Arc::new(Team::new(threads).unwrap());
+        let mut batch = Batch::new(Arc::clone(&model), Arc::clone(&team), 64).unwrap();
+        let mut sequences: Vec<Sequence> = [3, 64, 65, 200]
+            .map(|length| {
+                let mut sequence = Sequence::new(&model, KvType::default(), None).unwrap();
+                for tokens in text[..length].chunks(64) {
+                    batch.forward(&mut [Part { sequence: &mut sequence, tokens }]).unwrap();
+                }
+                sequence
+            })
+            .into();
+        for counts in [[1, 1, 1, 1], [2, 1, 3, 2], [5, 4, 3, 7]] {
+            let starts: Vec<usize> = sequences.iter().map(|sequence| sequence.tokens().len()).collect();
+            let parts = sequences.iter_mut().zip(starts.iter().zip(counts));
+            let mut parts: Vec<Part<'_>> = parts
+                .map(|(sequence, (start, count))| Part { sequence, tokens: &text[*start..start + count] })
+                .collect();
+            batch.forward(&mut parts).unwrap();
+        }
+        for sequence in &sequences {
+            let mut alone = session(&model, 1, SessionOptions { chunk: 1, ..SessionOptions::default() });
+            alone.read(sequence.tokens()).unwrap();
+            assert_eq!(bits(sequence.state()), bits(alone.sequence().state()), "{threads} threads");
         }
     }
 }

@@ -11,14 +11,75 @@
 //!     add up lanes, subtract Σa, store
 //! ```
 
-use super::{Tile, for_each_tile};
+use super::{Rules, Tile, for_each_tile, mad_lanes};
 use crate::activations::plane_bytes;
 use crate::machine::Int;
 use crate::machine::{Machine, Vector, advance, repeat};
-use crate::{KernelSpec, Layout, Multiply, Schedule};
+use crate::{ActivationFormat, Cpu, KernelSpec, Layout, MachineKind, Multiply, Schedule, ScheduleError};
+
+/// The family.
+pub(super) struct Mad;
+
+impl Rules for Mad {
+    fn name(&self) -> &'static str {
+        "mad"
+    }
+
+    fn multiplies(&self) -> bool {
+        true
+    }
+
+    fn activation_format(&self) -> ActivationFormat {
+        ActivationFormat::Planes
+    }
+
+    fn check(&self, schedule: &Schedule, cpu: &Cpu) -> Result<(), ScheduleError> {
+        // Vectors of codes whose products are summed in 16 bits before they are widened.
+        let vectors = match schedule.layout {
+            Layout::Rows { rows: 4 | 8, chunk } => {
+                schedule.check_width(chunk.into())?;
+                4 * usize::from(chunk) / schedule.machine.vector_bytes() * usize::from(schedule.unroll)
+            }
+            Layout::Lanes { rows: rows @ 1..=64, group: 4 } => {
+                schedule.check_width(4 * usize::from(rows))?;
+                4 * mad_lanes::max_pair_groups(4)
+            }
+            _ => return Err(schedule.layout_error("rows4x…, rows8x… or lanes4x4 to lanes64x4")),
+        };
+        schedule.check_multiply(vectors, cpu)
+    }
+
+    fn layouts(&self, machine: MachineKind) -> Vec<Layout> {
+        let rows = [4, 8].into_iter().flat_map(|rows| [16, 32, 64].map(|chunk| Layout::Rows { rows, chunk }));
+        rows.chain(mad_lanes::heights(machine).map(|rows| Layout::Lanes { rows, group: 4 })).collect()
+    }
+
+    fn unrolls(&self) -> Vec<u8> {
+        vec![1, 2, 4]
+    }
+
+    fn ntiles(&self, _: MachineKind) -> Vec<u8> {
+        (1..=32).collect()
+    }
+
+    fn least_registers(&self, schedule: &Schedule) -> usize {
+        match schedule.layout {
+            Layout::Lanes { .. } => mad_lanes::least_registers(schedule),
+            // A sum for every row in every column, whose lanes are added up at the end.
+            _ => schedule.layout.tile_rows() * usize::from(schedule.ntile),
+        }
+    }
+
+    fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
+        match schedule.layout {
+            Layout::Lanes { .. } => mad_lanes::emit(m, spec, schedule),
+            _ => emit(m, spec, schedule),
+        }
+    }
+}
 
 /// The compile-time facts of one kernel.
-struct Mad {
+struct Facts {
     rows: usize,
     /// Bytes of one row in a chunk.
     chunk: usize,
@@ -33,9 +94,9 @@ struct Mad {
     column: usize,
 }
 
-pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
+fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
     let Layout::Rows { rows, chunk } = schedule.layout else { return };
-    let mad = Mad {
+    let mad = Facts {
         rows: rows.into(),
         chunk: chunk.into(),
         chunks: schedule.layout.row_bytes(spec.k) / usize::from(chunk),
@@ -48,7 +109,7 @@ pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) 
     for_each_tile(m, spec, schedule, |m, tile| mad.tile(m, tile));
 }
 
-impl Mad {
+impl Facts {
     /// One tile times a few columns.
     fn tile(&self, m: &mut dyn Machine, tile: &Tile) {
         let zero = m.zero();

@@ -20,11 +20,22 @@
 use super::{Tile, for_each_tile, t5};
 use crate::activations::plane_bytes;
 use crate::machine::{Int, Machine, Vector, advance, repeat};
-use crate::{KernelSpec, Layout, Multiply, Schedule};
+use crate::{KernelSpec, Layout, MachineKind, Multiply, Schedule};
 
 /// Groups of bytes whose products 16-bit sums of pairs can take: 64 times at most 2·2·127, `planes` times per group.
-pub(crate) const fn max_pair_groups(planes: usize) -> usize {
+pub(super) const fn max_pair_groups(planes: usize) -> usize {
     i16::MAX as usize / (2 * 2 * 127) / planes
+}
+
+/// Rows of a tile that fill whole vectors of a machine's 32-bit lanes.
+pub(super) fn heights(machine: MachineKind) -> impl Iterator<Item = u8> {
+    let lanes = machine.vector_bytes() / 4;
+    (lanes..=64).step_by(lanes).map(|rows| rows as u8)
+}
+
+/// Sums of every row in every column stay in registers.
+pub(super) fn least_registers(schedule: &Schedule) -> usize {
+    4 * schedule.layout.tile_rows() / schedule.machine.vector_bytes() * usize::from(schedule.ntile)
 }
 
 /// Sums that should be under way at once: a multiply-add takes some four cycles, and a CPU starts up to two per cycle.

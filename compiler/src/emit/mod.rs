@@ -1,45 +1,41 @@
 //! Kernel families, one file each, written once over the [`Machine`](crate::machine::Machine).
 
+mod family;
 mod mad;
-pub(crate) mod mad_lanes;
-pub(crate) mod sparse_columns;
+mod mad_lanes;
+mod sparse_columns;
 mod sparse_rows;
 mod t5;
-pub(crate) mod tl1;
+mod tl1;
 pub(crate) mod vlut;
 
 use crate::machine::{Argument, Int, IntVariable, Machine, advance, while_at_least};
-use crate::{Columns, Family, KernelSpec, Layout, Schedule};
+use crate::{Columns, KernelSpec, Schedule};
+
+pub use family::{Family, Rules};
 
 /// Emits the body of the kernel for a schedule that [`Schedule::check`] has found legal.
 pub(crate) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
-    match (schedule.family, schedule.layout) {
-        (Family::Mad, Layout::Lanes { .. }) | (Family::T5, _) => mad_lanes::emit(m, spec, schedule),
-        (Family::Mad, _) => mad::emit(m, spec, schedule),
-        (Family::Tl1, _) => tl1::emit(m, spec, schedule),
-        (Family::Vlut, _) => vlut::emit(m, spec, schedule),
-        (Family::SparseRows, _) => sparse_rows::emit(m, spec, schedule),
-        (Family::SparseColumns, _) => sparse_columns::emit(m, spec, schedule),
-    }
+    schedule.family.rules().emit(m, spec, schedule);
 }
 
 /// One tile of rows and a few columns: where they are while the kernel runs.
-struct Tile {
+pub struct Tile {
     /// Address of the tile's weights.
-    weights: Int,
+    pub weights: Int,
     /// Address of the first prepared column; the others follow, one right after the other.
-    activations: Int,
+    pub activations: Int,
     /// Address of `Σa` of the first column, `i32` each.
-    sums: Int,
+    pub sums: Int,
     /// Address of the result of the first row in the first column.
-    out: Int,
+    pub out: Int,
     /// Number of columns.
-    columns: usize,
+    pub columns: usize,
 }
 
 impl Tile {
     /// Emits `body` for every column with its number and the address of its first result.
-    fn for_each_column(&self, m: &mut dyn Machine, mut body: impl FnMut(&mut dyn Machine, usize, Int)) {
+    pub fn for_each_column(&self, m: &mut dyn Machine, mut body: impl FnMut(&mut dyn Machine, usize, Int)) {
         let mut out = self.out;
         for c in 0..self.columns {
             body(m, c, out);
@@ -52,7 +48,12 @@ impl Tile {
 }
 
 /// Emits the loops over the tiles of a call and, within a tile, over its columns: `ntile` at a time, then one by one.
-fn for_each_tile(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule, body: impl Fn(&mut dyn Machine, &Tile)) {
+pub fn for_each_tile(
+    m: &mut dyn Machine,
+    spec: &KernelSpec,
+    schedule: &Schedule,
+    body: impl Fn(&mut dyn Machine, &Tile),
+) {
     let (layout, ntile) = (schedule.layout, usize::from(schedule.ntile));
     let column_bytes = schedule.activation_format().bytes(spec.k);
     let weights = m.argument(Argument::Weights);

@@ -15,18 +15,72 @@
 //!     for vector, for place in byte: load results, (shift, and, multiply-add) per quad, store results
 //! ```
 
+use super::Rules;
+use crate::listed::GROUP;
 use crate::machine::{Argument, Machine, Vector, advance, repeat, while_at_least};
-use crate::{KernelSpec, Multiply, Schedule};
+use crate::{ActivationFormat, Columns, Cpu, KernelSpec, Layout, MachineKind, Multiply, Schedule, ScheduleError};
 
 /// Records that are interleaved.
 const QUAD: usize = 4;
 
 /// Records that are worked on at once.
-pub(crate) fn records(schedule: &Schedule) -> usize {
+fn records(schedule: &Schedule) -> usize {
     QUAD * usize::from(schedule.unroll)
 }
 
-pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
+/// The family.
+pub(super) struct SparseColumns;
+
+impl Rules for SparseColumns {
+    fn name(&self) -> &'static str {
+        "sparse-columns"
+    }
+
+    fn multiplies(&self) -> bool {
+        true
+    }
+
+    fn list(&self) -> Option<Columns> {
+        Some(Columns::ListedColumns)
+    }
+
+    fn activation_format(&self) -> ActivationFormat {
+        ActivationFormat::Plain
+    }
+
+    fn check(&self, schedule: &Schedule, cpu: &Cpu) -> Result<(), ScheduleError> {
+        let Layout::Columns { chunk } = schedule.layout else {
+            return Err(schedule.layout_error("columns16, columns32 or columns64"));
+        };
+        if usize::from(chunk) != schedule.machine.vector_bytes() {
+            let whole = schedule.layout_error("columns<bytes of a vector>");
+            return schedule.check_width(chunk.into()).and(Err(whole));
+        }
+        if records(schedule) > GROUP {
+            let (name, value) = ("unroll", schedule.unroll.into());
+            return Err(ScheduleError::Parameter { name, value, expected: "1 or 2 times four records" });
+        }
+        schedule.check_multiply(schedule.unroll.into(), cpu)
+    }
+
+    fn layouts(&self, machine: MachineKind) -> Vec<Layout> {
+        vec![Layout::Columns { chunk: machine.vector_bytes() as u8 }]
+    }
+
+    fn unrolls(&self) -> Vec<u8> {
+        vec![1, 2]
+    }
+
+    fn ntiles(&self, _: MachineKind) -> Vec<u8> {
+        vec![1]
+    }
+
+    fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
+        emit(m, spec, schedule);
+    }
+}
+
+fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
     let (record, width) = (schedule.layout.row_bytes(spec.k), m.vector_bytes());
     let (quads, records) = (usize::from(schedule.unroll), records(schedule));
     fill(m, record);

@@ -13,14 +13,59 @@
 //!   add up lanes, subtract Σa, store 4 results
 //! ```
 
+use super::Rules;
 use crate::activations::plane_bytes;
 use crate::machine::{Argument, Int, Machine, Vector, advance, repeat, while_at_least};
-use crate::{KernelSpec, Multiply, Schedule};
+use crate::{ActivationFormat, Columns, Cpu, KernelSpec, Layout, MachineKind, Multiply, Schedule, ScheduleError};
 
 /// Records whose lanes are added up at once.
 const RECORDS: usize = 4;
 
-pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
+/// The family.
+pub(super) struct SparseRows;
+
+impl Rules for SparseRows {
+    fn name(&self) -> &'static str {
+        "sparse-rows"
+    }
+
+    fn multiplies(&self) -> bool {
+        true
+    }
+
+    fn list(&self) -> Option<Columns> {
+        Some(Columns::ListedRows)
+    }
+
+    fn activation_format(&self) -> ActivationFormat {
+        ActivationFormat::Planes
+    }
+
+    fn check(&self, schedule: &Schedule, cpu: &Cpu) -> Result<(), ScheduleError> {
+        let Layout::Rows { rows: 1, chunk: 64 } = schedule.layout else {
+            return Err(schedule.layout_error("rows1x64"));
+        };
+        schedule.check_multiply(4 * usize::from(schedule.unroll), cpu)
+    }
+
+    fn layouts(&self, _: MachineKind) -> Vec<Layout> {
+        vec![Layout::Rows { rows: 1, chunk: 64 }]
+    }
+
+    fn unrolls(&self) -> Vec<u8> {
+        vec![1, 2, 4]
+    }
+
+    fn ntiles(&self, _: MachineKind) -> Vec<u8> {
+        vec![1]
+    }
+
+    fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
+        emit(m, spec, schedule);
+    }
+}
+
+fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
     let (record, width) = (schedule.layout.row_bytes(spec.k), m.vector_bytes());
     let (vectors, unroll) = (record / width, usize::from(schedule.unroll));
     let (list, out, left) = (m.argument(Argument::List), m.argument(Argument::Out), m.argument(Argument::Tiles));

@@ -5,7 +5,60 @@
 //! 81 entries turns r into the other four codes of two bits each, which go the way of `mad`. A byte over 242 gives some
 //! codes or other.
 
+use super::{Rules, mad_lanes};
 use crate::machine::{Machine, Vector};
+use crate::{ActivationFormat, Cpu, Feature, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
+
+/// The family.
+pub(super) struct T5;
+
+impl Rules for T5 {
+    fn name(&self) -> &'static str {
+        "t5"
+    }
+
+    fn multiplies(&self) -> bool {
+        true
+    }
+
+    fn activation_format(&self) -> ActivationFormat {
+        ActivationFormat::FivePlanes
+    }
+
+    fn check(&self, schedule: &Schedule, cpu: &Cpu) -> Result<(), ScheduleError> {
+        let Layout::Fives { rows: rows @ 1..=64 } = schedule.layout else {
+            return Err(schedule.layout_error("fives4 to fives64"));
+        };
+        schedule.check_width(4 * usize::from(rows))?;
+        if schedule.machine != MachineKind::Avx512 {
+            Schedule::check_lookup(cpu, "t5")?;
+        } else if !cpu.has(Feature::Avx512vbmi) {
+            let needs = Feature::Avx512vbmi.name();
+            return Err(ScheduleError::MissingFeature { what: "t5", needs, cpu: *cpu });
+        }
+        schedule.check_multiply(5 * mad_lanes::max_pair_groups(5), cpu)
+    }
+
+    fn layouts(&self, machine: MachineKind) -> Vec<Layout> {
+        mad_lanes::heights(machine).map(|rows| Layout::Fives { rows }).collect()
+    }
+
+    fn unrolls(&self) -> Vec<u8> {
+        vec![1, 2, 4]
+    }
+
+    fn ntiles(&self, _: MachineKind) -> Vec<u8> {
+        (1..=32).collect()
+    }
+
+    fn least_registers(&self, schedule: &Schedule) -> usize {
+        mad_lanes::least_registers(schedule)
+    }
+
+    fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
+        mad_lanes::emit(m, spec, schedule);
+    }
+}
 
 /// 81 times the fifth code of every byte, and the other four codes as [`mad`](super::mad) packs them.
 pub(super) fn split(m: &mut dyn Machine, bytes: Vector) -> [Vector; 2] {

@@ -11,18 +11,65 @@
 //!
 //! [`ActivationFormat::PairTables`]: crate::ActivationFormat::PairTables
 
+use super::Rules;
 use crate::activations::PAIR_BIAS;
 use crate::machine::{Argument, Int, Machine, Vector, VectorVariable, advance, repeat, while_at_least};
-use crate::{KernelSpec, Schedule};
+use crate::{ActivationFormat, Cpu, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
 
 /// Steps after which the byte sums of high parts must be widened: two lookups of at most 7 each.
-pub(crate) const MAX_UNROLL: usize = 255 / (2 * 7);
+const MAX_UNROLL: usize = 255 / (2 * 7);
 
 /// Groups of at most four lookups (two steps) whose low parts 16-bit sums can take: 4·63 each.
 const MAX_GROUPS: usize = 65535 / (4 * 63);
 
+/// The family.
+pub(super) struct Tl1;
+
+impl Rules for Tl1 {
+    fn name(&self) -> &'static str {
+        "tl1"
+    }
+
+    fn activation_format(&self) -> ActivationFormat {
+        ActivationFormat::PairTables
+    }
+
+    fn check(&self, schedule: &Schedule, cpu: &Cpu) -> Result<(), ScheduleError> {
+        let Layout::Lanes { rows: rows @ (16 | 32 | 48 | 64 | 128), group: 1 } = schedule.layout else {
+            return Err(schedule.layout_error("lanes16, lanes32, lanes48, lanes64 or lanes128"));
+        };
+        schedule.check_width(rows.into())?;
+        Schedule::check_lookup(cpu, "tl1")?;
+        let parameter = |name, value: u8, expected| ScheduleError::Parameter { name, value: value.into(), expected };
+        let unroll = schedule.unroll;
+        if unroll == 0 || !unroll.is_multiple_of(2) || usize::from(unroll) > MAX_UNROLL {
+            return Err(parameter("unroll", unroll, "an even number of bytes up to 18"));
+        }
+        if schedule.ntile != 1 {
+            return Err(parameter("ntile", schedule.ntile, "1: a table serves one column"));
+        }
+        Ok(())
+    }
+
+    fn layouts(&self, _: MachineKind) -> Vec<Layout> {
+        [16, 32, 48, 64, 128].map(|rows| Layout::Lanes { rows, group: 1 }).to_vec()
+    }
+
+    fn unrolls(&self) -> Vec<u8> {
+        (2..=MAX_UNROLL as u8).step_by(2).collect()
+    }
+
+    fn ntiles(&self, _: MachineKind) -> Vec<u8> {
+        vec![1]
+    }
+
+    fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
+        emit(m, spec, schedule);
+    }
+}
+
 /// The compile-time facts of one kernel.
-struct Tl1 {
+struct Facts {
     rows: usize,
     unroll: usize,
     /// Weight bytes of a row.
@@ -35,8 +82,8 @@ struct Tl1 {
 /// Bytes of the tables of one step: four activations, two pairs, low and high parts.
 const STEP_TABLE_BYTES: usize = 64;
 
-pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
-    let tl1 = Tl1 {
+fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
+    let tl1 = Facts {
         rows: schedule.layout.tile_rows(),
         unroll: schedule.unroll.into(),
         steps: schedule.layout.row_bytes(spec.k),
@@ -79,7 +126,7 @@ struct Sums {
     high_odd: VectorVariable,
 }
 
-impl Tl1 {
+impl Facts {
     /// One tile times one column.
     fn tile(&self, m: &mut dyn Machine, tile: Int, tables: Int, out: Int) {
         let width = m.vector_bytes();

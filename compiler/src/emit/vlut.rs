@@ -19,9 +19,10 @@
 //! The last vector of columns may have fewer columns; its other lanes repeat the last column and are not stored. A byte
 //! that is no code reads a row that nobody wrote, or the guard behind the last table: memory of this kernel in any case.
 
+use super::Rules;
 use crate::activations::plane_bytes;
 use crate::machine::{Argument, Int, IntVariable, Machine, Vector, advance, repeat, while_at_least};
-use crate::{KernelSpec, Layout, Schedule};
+use crate::{ActivationFormat, Cpu, KernelSpec, Layout, MachineKind, Schedule, ScheduleError};
 
 /// Groups that 16-bit sums can take: a sum of four products is at most 4·127.
 pub(crate) const MAX_GROUPS: usize = i16::MAX as usize / (4 * 127);
@@ -38,8 +39,59 @@ const ROWS_PER_TURN: usize = 4;
 /// Columns that are transposed together.
 const OCTET: usize = 8;
 
+/// The family.
+pub(super) struct Vlut;
+
+impl Rules for Vlut {
+    fn name(&self) -> &'static str {
+        "vlut"
+    }
+
+    fn activation_format(&self) -> ActivationFormat {
+        ActivationFormat::Planes
+    }
+
+    fn scratch_bytes(&self, schedule: &Schedule, tiles: usize) -> usize {
+        let (width, rows) = (schedule.machine.vector_bytes(), schedule.layout.tile_rows());
+        sums_offset(width, schedule.unroll.into()) + tiles * rows * 3 * width
+    }
+
+    fn check(&self, schedule: &Schedule, _: &Cpu) -> Result<(), ScheduleError> {
+        let Layout::Lanes { rows: 1..=32, .. } = schedule.layout else {
+            return Err(schedule.layout_error("lanes<R> or lanes<R>x4 with at most 32 rows"));
+        };
+        let parameter =
+            |name, value: u8, expected| Err(ScheduleError::Parameter { name, value: value.into(), expected });
+        if usize::from(schedule.ntile) != schedule.machine.vector_bytes() / 2 {
+            let expected = "8, 16 or 32: the 16-bit lanes of the machine's vectors";
+            return parameter("ntile", schedule.ntile, expected);
+        }
+        if !matches!(schedule.unroll, 4 | 8 | 16 | 32) {
+            return parameter("unroll", schedule.unroll, "4, 8, 16 or 32 groups");
+        }
+        Ok(())
+    }
+
+    fn layouts(&self, _: MachineKind) -> Vec<Layout> {
+        let groups = (4..=32).step_by(4).map(|rows| Layout::Lanes { rows, group: 4 });
+        groups.chain([16, 32].map(|rows| Layout::Lanes { rows, group: 1 })).collect()
+    }
+
+    fn unrolls(&self) -> Vec<u8> {
+        vec![4, 8, 16, 32]
+    }
+
+    fn ntiles(&self, machine: MachineKind) -> Vec<u8> {
+        vec![machine.vector_bytes() as u8 / 2]
+    }
+
+    fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
+        emit_with(m, spec, schedule, MAX_GROUPS);
+    }
+}
+
 /// The compile-time facts of one kernel.
-struct Vlut {
+struct Facts {
     /// Bytes of a vector.
     width: usize,
     /// Columns of a vector.
@@ -60,12 +112,6 @@ struct Vlut {
     column: usize,
 }
 
-/// Bytes of scratch that the kernel needs for a call with `tiles` tiles.
-pub(crate) fn scratch_bytes(schedule: &Schedule, tiles: usize) -> usize {
-    let (width, rows) = (schedule.machine.vector_bytes(), schedule.layout.tile_rows());
-    sums_offset(width, schedule.unroll.into()) + tiles * rows * 3 * width
-}
-
 /// Where the tables are in the scratch, behind 64 groups of transposed activations, four bytes for each column.
 const fn tables_offset(width: usize) -> usize {
     64 * 4 * (width / 2)
@@ -76,15 +122,11 @@ const fn sums_offset(width: usize, unroll: usize) -> usize {
     tables_offset(width) + (unroll * TABLE_ROWS + GUARD_ROWS) * width
 }
 
-pub(super) fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
-    emit_with(m, spec, schedule, MAX_GROUPS);
-}
-
-/// As [`emit`], with any number of groups between flushes.
+/// Emits the kernel with any number of groups between flushes.
 pub(crate) fn emit_with(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule, flush: usize) {
     let Layout::Lanes { rows, group } = schedule.layout else { return };
     let width = m.vector_bytes();
-    let vlut = Vlut {
+    let vlut = Facts {
         width,
         lanes: width / 2,
         rows: rows.into(),
@@ -116,7 +158,7 @@ struct Place<T> {
     sums: T,
 }
 
-impl Vlut {
+impl Facts {
     /// Bytes of the sums of one tile: 16-bit ones of all rows, then 32-bit ones.
     const fn tile_sums(&self) -> usize {
         3 * self.width * self.rows

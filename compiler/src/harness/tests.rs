@@ -61,6 +61,24 @@ fn sums_of_more_lookups_than_vlut_adds_up_in_16_bits_overflow() {
 }
 
 #[test]
+fn sums_of_listed_rows_overflow_beyond_their_bound() {
+    let spec = KernelSpec { k: 4096, columns: Columns::ListedRows };
+    let schedule =
+        |unroll| schedule(&format!("sparse-rows/clif128 layout=rows1x64 multiply=pairs unroll={unroll} ntile=1"));
+    // Which rows are listed follows from the seed: for some all of them, for some none.
+    let outcomes = |unroll, data| {
+        let kernel = compile_unchecked(spec, schedule(unroll), &host());
+        let outcome = move |seed| check(&kernel, &Problem::new(data, 9, spec.k, 1, seed), Placement::Heap);
+        (1..=8).map(outcome).collect::<Vec<_>>()
+    };
+    assert!(outcomes(16, Data::SameSign).iter().all(Result::is_ok));
+    assert!(outcomes(17, Data::SameSign).iter().any(|outcome| matches!(outcome, Err(Fault::Mismatch(_)))));
+    // Nothing but the size of the sums is wrong with it.
+    assert!(outcomes(17, Data::OneHot).iter().all(Result::is_ok));
+    assert!(schedule(17).check(&spec, &host()).is_err());
+}
+
+#[test]
 fn what_lies_beyond_a_bound_cannot_be_compiled() {
     for (text, fits) in BOUNDS {
         let refused = schedule(text).check(&SPEC, &host());

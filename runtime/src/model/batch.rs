@@ -68,7 +68,7 @@ impl Batch {
     ///
     /// # Errors
     /// If a part has no tokens, too many for its context, or one that the model does not have; or if there are more than
-    /// [`capacity`](Self::capacity) in all. Nothing has been read then.
+    /// [`capacity`](Self::capacity) in all; or if memory runs out. Nothing has been read then.
     pub fn forward(&mut self, parts: &mut [Part<'_>]) -> Result<(), ModelError> {
         self.forward_observed(parts, &mut None)
     }
@@ -94,6 +94,9 @@ impl Batch {
         self.n = n;
         if n == 0 {
             return Ok(());
+        }
+        for Part { sequence, tokens } in &mut *parts {
+            sequence.reserve(tokens.len())?;
         }
         let forward = Forward { model: &self.model, team: &self.team, n };
         forward.run(parts, &mut self.rope, &mut self.scratch, observer);

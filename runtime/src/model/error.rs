@@ -77,6 +77,14 @@ pub enum ModelError {
         /// What the system said.
         source: io::Error,
     },
+    /// There is not enough memory for keys and values.
+    #[error("no memory for the KV cache of {tokens} tokens ({source}): choose a shorter context or an int8 cache")]
+    CacheMemory {
+        /// Tokens of the sequence.
+        tokens: usize,
+        /// What the system said.
+        source: io::Error,
+    },
     /// A context length that the model does not have.
     #[error("a context of {asked} tokens: this model has 1 to {limit}")]
     Context {

@@ -1,7 +1,8 @@
 //! The forward pass on compiled kernels.
 //!
 //! The tokens of a batch, of one sequence or several, go through the layers together. Each step shares its work among the team in a way that does not
-//! show in the results: products by row tiles, attention by query heads and tokens, everything else by tokens. With one
+//! show in the results: products by row tiles, attention by
+//! heads, tokens or positions, everything else by tokens. With one
 //! token the small steps stay on the calling thread: waking the others would take longer.
 
 use std::ops::Range;
@@ -10,8 +11,8 @@ use ternion_compiler::{ActivationFormat, Kernel, OutRows};
 use ternion_tuner::Workers;
 
 use super::activations::ActivationBuffer;
+use super::attention::AttentionScratch;
 use super::general::GeneralScratch;
-use super::kv_cache::AttentionScratch;
 use super::rope::RopeTable;
 use super::sparse::{SparseFfn, SparseScratch};
 use super::weights::{Layer, Linear};
@@ -52,14 +53,13 @@ pub(super) struct Scratch {
     pub(super) sums: [Vec<i32>; 3],
     pub(super) activations: ActivationBuffer,
     sparse: SparseScratch,
-    /// One per part of the work.
-    pub(super) heads: Vec<AttentionScratch>,
+    pub(super) heads: AttentionScratch,
     /// For layers that need it, and for observed ones from the first time on.
     pub(super) general: Option<GeneralScratch>,
 }
 
 impl Scratch {
-    /// For passes of up to `tokens` tokens on `threads` threads.
+    /// For passes of up to `tokens` tokens.
     pub(super) fn new(model: &Model, tokens: usize, threads: usize) -> Result<Self, ModelError> {
         let config = model.config();
         let (all_heads, kv_heads) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
@@ -75,7 +75,6 @@ impl Scratch {
             model.linears().flat_map(Linear::activation_formats).chain(listed).collect();
         let longest = all_heads.max(config.hidden).max(config.ffn);
         let activations = ActivationBuffer::new(tokens, longest, formats.into_iter());
-        let group = config.heads / config.kv_heads;
         Ok(Self {
             places: Vec::with_capacity(tokens),
             hidden: floats(config.hidden),
@@ -92,7 +91,7 @@ impl Scratch {
             ],
             sparse: SparseScratch::new(config.ffn, model.sparse.as_ref().map_or(0, SparseFfn::results), threads),
             activations: activations.map_err(|source| ModelError::Memory { bytes: tokens * longest, source })?,
-            heads: vec![AttentionScratch::new(group, config.head_dim); threads],
+            heads: AttentionScratch::new(config, tokens),
             general: (!model.is_plain()).then(|| GeneralScratch::new(model, tokens)),
         })
     }
@@ -144,10 +143,10 @@ impl Forward<'_> {
     ) {
         let (model, config) = (self.model, self.config());
         scratch.places.clear();
-        for (index, Part { sequence, tokens }) in parts.iter_mut().enumerate() {
+        scratch.heads.begin(parts, config, self.team);
+        for (index, Part { sequence, tokens }) in parts.iter().enumerate() {
             let start = sequence.tokens.len();
             let end = start + tokens.len();
-            sequence.cache.reserve(end);
             rope.reserve(end, &model.frequencies);
             scratch.places.extend((start..end).map(|position| Place { part: index, position }));
         }
@@ -211,7 +210,7 @@ impl Forward<'_> {
             ops::dequantize(value.row(value_sums, token), value.step(q), values);
         });
         self.store(index, parts, places, keys, values);
-        self.attend((index, layer), parts, places, queries, attention, heads);
+        self.attend((index, layer), parts, queries, attention, heads);
 
         self.quantize(attention, all_heads, layer.norm(LayerNorm::AttentionSub), &[output], activations);
         self.project([(output, query_sums)], activations);
@@ -230,9 +229,9 @@ impl Forward<'_> {
         self.project([(gate, gate_sums)], activations);
         let q = activations.scale(0);
         let done = sparse.filter(|_| gate.step(q) > 0.0).is_some_and(|sparse| {
-            let gate = (gate.row(gate_sums, 0), gate.step(q));
+            let gate = (gate.row(gate_sums, 0), [gate.step(q), up.step(q)]);
             let column = activations.read(1, sparse.rows());
-            sparse.up(index, self.team, gate, up.step(q), &column, scratch, &mut gated[..config.ffn])
+            sparse.up(index, self.team, gate, &column, scratch, &mut gated[..config.ffn])
         });
         if !done {
             self.project([(up, up_sums)], activations);
@@ -334,41 +333,6 @@ impl Forward<'_> {
             // SAFETY: every token is in one part of the work, and rows of different tokens are disjoint.
             let hidden = unsafe { shared.part(token * width..(token + 1) * width) };
             ops::add_dequantized(linear.row(sums, token), linear.step(activations.scale(token)), hidden);
-        });
-    }
-
-    /// Attention of every query head of every token over the positions that its layer sees, up to its own.
-    ///
-    /// Work is shared query head by query head, ordered so that those of one token that read the same keys follow each
-    /// other: they are done together, and a thread stays with few key-value heads.
-    pub(super) fn attend(
-        &self,
-        (index, layer): (usize, &Layer),
-        parts: &[Part<'_>],
-        places: &[Place],
-        queries: &[f32],
-        output: &mut [f32],
-        scratch: &mut [AttentionScratch],
-    ) {
-        let ModelConfig { heads, kv_heads, head_dim, .. } = *self.config();
-        let group = heads / kv_heads;
-        let (shared, scratch) = (SharedSlice::new(output), SharedSlice::new(scratch));
-        self.team.divide(&|part| {
-            let mut items = share(heads * self.n, self.team.threads(), part);
-            while !items.is_empty() {
-                let (kv_head, token) = (items.start / group / self.n, items.start / group % self.n);
-                let first = items.start % group;
-                let count = (group - first).min(items.len());
-                let at = (token * heads + kv_head * group + first) * head_dim;
-                let range = at..at + count * head_dim;
-                let Place { part: of, position } = places[token];
-                let (cache, end) = (&parts[of].sequence.cache, position + 1);
-                let seen = end.saturating_sub(layer.window)..end;
-                // SAFETY: every item, so every head of every token, is in one part of the work, and each has its scratch.
-                let (output, scratch) = unsafe { (shared.part(range.clone()), &mut scratch.part(part..part + 1)[0]) };
-                cache.attend(index, kv_head, seen, &queries[range], output, scratch);
-                items.start += count;
-            }
         });
     }
 }

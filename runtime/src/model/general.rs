@@ -106,7 +106,7 @@ impl Forward<'_> {
             }
         });
         self.store(index, parts, places, keys, values);
-        self.attend((index, layer), parts, places, queries, attention, heads);
+        self.attend((index, layer), parts, queries, attention, heads);
 
         self.normalise(attention, layer.norm(LayerNorm::AttentionSub), all_heads, inputs);
         let targets = [(Projection::Output, &mut sums[0], &mut *result)];

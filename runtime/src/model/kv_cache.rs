@@ -1,19 +1,24 @@
 //! Keys and values of the positions so far, laid out for attention.
 //!
-//! A page holds [`KEY_BLOCK`] positions of one layer, so memory follows the length of the text and a page is one block
-//! of attention's fixed order. Within a page, per key-value head: keys transposed in groups of sixteen positions
+//! A page holds [`KEY_BLOCK`] positions of all layers, so memory follows the length of the text and a page is one block
+//! of attention's fixed order. Long contexts read hundreds of megabytes per token, so pages lie on the system's huge pages
+//! where they are large enough. Within a page, per layer and key-value head: keys transposed in groups of sixteen positions
 //! (`[4, head_dim, 16]`), so that attention works on sixteen positions at once, and values position by position,
-//! padded to whole groups of sixteen.
+//! padded to whole groups of sixteen. Keys and values of int8 have a step per position and head beside them.
 
-use std::fmt;
+use std::fmt::{self, Debug};
+use std::io;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use ternion_kernels_ref::attention::KEY_BLOCK;
 use ternion_kernels_ref::lanes::LANES;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::ops::{self, Running};
+use crate::memory::PageBuffer;
+use crate::ops::{self, CachedBlock, Running};
 
 /// The precision of cached keys and values. It is an input of a model's results, unlike kernels or threads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -24,18 +29,14 @@ pub enum KvType {
     F16,
     /// IEEE single: what the published models were trained and are judged with.
     F32,
+    /// Eight bits and a step per position and head: a vector is rounded as activations are before a projection
+    /// ([`ternion_kernels_ref::QuantizedRow`]), to `round(x · q)` with `q = 127 / max|x|`, and read as `element / q`.
+    Int8,
 }
 
 impl KvType {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::F16, Self::F32];
-
-    const fn bytes(self) -> usize {
-        match self {
-            Self::F16 => 2,
-            Self::F32 => 4,
-        }
-    }
+    pub const ALL: [Self; 3] = [Self::F16, Self::F32, Self::Int8];
 }
 
 impl fmt::Display for KvType {
@@ -43,13 +44,14 @@ impl fmt::Display for KvType {
         f.write_str(match self {
             Self::F16 => "f16",
             Self::F32 => "f32",
+            Self::Int8 => "int8",
         })
     }
 }
 
 /// A word that names no type of the cache.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no type of a KV cache: expected f16 or f32")]
+#[error("`{0}` is no type of a KV cache: expected f16, f32 or int8")]
 pub struct ParseKvTypeError(String);
 
 impl FromStr for KvType {
@@ -61,9 +63,10 @@ impl FromStr for KvType {
     }
 }
 
-/// Sizes of one layer's keys and values.
+/// Sizes of keys and values.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
+    layers: usize,
     kv_heads: usize,
     head_dim: usize,
 }
@@ -85,126 +88,241 @@ impl Shape {
     }
 }
 
-/// [`KEY_BLOCK`] positions of one layer.
-#[derive(Clone, Debug)]
-struct Page<E> {
-    /// `[kv_heads, KEY_BLOCK / 16, head_dim, 16]`
-    keys: Box<[E]>,
-    /// `[kv_heads, KEY_BLOCK, width]`
-    values: Box<[E]>,
+/// What a cache stores a number as.
+trait Element: FromBytes + IntoBytes + Immutable + Copy + Default + Debug + Send + Sync + 'static {
+    const KIND: KvType;
+    /// Whether a vector has a step beside its elements.
+    const STEPS: bool;
+
+    /// Rounds one vector; returns the step that its elements are to be multiplied with.
+    fn round(vector: &[f32], elements: &mut [Self]) -> f32;
+
+    fn attend(queries: &[f32], block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>);
 }
 
-impl<E: Copy + Default> Page<E> {
-    fn new(shape: Shape) -> Self {
-        let zeros = |len| vec![E::default(); len].into_boxed_slice();
-        Self { keys: zeros(shape.kv_heads * shape.keys()), values: zeros(shape.kv_heads * shape.values()) }
+impl Element for u16 {
+    const KIND: KvType = KvType::F16;
+    const STEPS: bool = false;
+
+    fn round(vector: &[f32], elements: &mut [Self]) -> f32 {
+        ops::narrow_f16(vector, elements);
+        1.0
     }
 
-    /// Stores the key and value (`[kv_heads, head_dim]`) of one position.
-    fn store(&mut self, shape: Shape, position: usize, key: &[E], value: &[E]) {
-        let head_dim = shape.head_dim;
-        let first = position / LANES * head_dim * LANES + position % LANES;
-        for (head, key) in key.chunks_exact(head_dim).enumerate() {
-            let places = self.keys[head * shape.keys() + first..].iter_mut().step_by(LANES);
-            places.zip(key).for_each(|(place, k)| *place = *k);
-        }
-        for (head, value) in value.chunks_exact(head_dim).enumerate() {
-            self.values[head * shape.values() + position * shape.width()..][..head_dim].copy_from_slice(value);
-        }
-    }
-
-    fn head(&self, shape: Shape, head: usize) -> (&[E], &[E]) {
-        (&self.keys[head * shape.keys()..][..shape.keys()], &self.values[head * shape.values()..][..shape.values()])
+    fn attend(queries: &[f32], block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>) {
+        ops::attend_block_f16(queries, block, scale, running);
     }
 }
 
-/// The pages of all layers.
+impl Element for f32 {
+    const KIND: KvType = KvType::F32;
+    const STEPS: bool = false;
+
+    fn round(vector: &[f32], elements: &mut [Self]) -> f32 {
+        elements.copy_from_slice(vector);
+        1.0
+    }
+
+    fn attend(queries: &[f32], block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>) {
+        ops::attend_block_f32(queries, block, scale, running);
+    }
+}
+
+impl Element for i8 {
+    const KIND: KvType = KvType::Int8;
+    const STEPS: bool = true;
+
+    fn round(vector: &[f32], elements: &mut [Self]) -> f32 {
+        1.0 / ops::quantize(vector, elements).q
+    }
+
+    fn attend(queries: &[f32], block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>) {
+        ops::attend_block_int8(queries, block, scale, running);
+    }
+}
+
+/// [`KEY_BLOCK`] positions of all layers.
 #[derive(Debug)]
-enum Pages {
-    F16(Vec<Vec<Page<u16>>>),
-    F32(Vec<Vec<Page<f32>>>),
+struct Page<E> {
+    /// Per layer and key-value head the keys, `[KEY_BLOCK / 16, head_dim, 16]`, and the values, `[KEY_BLOCK, width]`. Then,
+    /// for types that have them, the steps of keys and values as `f32`, `[layers, kv_heads, 2, KEY_BLOCK]`.
+    bytes: PageBuffer,
+    _elements: PhantomData<E>,
+}
+
+impl<E: Element> Page<E> {
+    fn new(shape: Shape) -> io::Result<Self> {
+        let heads = shape.layers * shape.kv_heads;
+        let steps = if E::STEPS { heads * 2 * KEY_BLOCK * size_of::<f32>() } else { 0 };
+        let bytes = PageBuffer::zeroed(heads * Self::head_bytes(shape) + steps)?;
+        Ok(Self { bytes, _elements: PhantomData })
+    }
+
+    /// Bytes of one head's keys and values.
+    const fn head_bytes(shape: Shape) -> usize {
+        (shape.keys() + shape.values()) * size_of::<E>()
+    }
+
+    /// Stores the key and value of one position of one head of all layers'.
+    fn store(&mut self, shape: Shape, head: usize, position: usize, [key, value]: [&[f32]; 2], rounded: &mut [E]) {
+        let (elements, steps) = self.bytes.split_at_mut(shape.layers * shape.kv_heads * Self::head_bytes(shape));
+        let elements = &mut elements[head * Self::head_bytes(shape)..][..Self::head_bytes(shape)];
+        let (keys, values) = elements_mut::<E>(elements).split_at_mut(shape.keys());
+        let key_step = E::round(key, rounded);
+        let first = position / LANES * shape.head_dim * LANES + position % LANES;
+        let places = keys[first..].iter_mut().step_by(LANES);
+        places.zip(&*rounded).for_each(|(place, k)| *place = *k);
+        let value_step = E::round(value, &mut values[position * shape.width()..][..shape.head_dim]);
+        if E::STEPS {
+            let steps = &mut elements_mut::<f32>(steps)[head * 2 * KEY_BLOCK..][..2 * KEY_BLOCK];
+            (steps[position], steps[KEY_BLOCK + position]) = (key_step, value_step);
+        }
+    }
+
+    /// Some positions of one head of all layers'.
+    fn block(&self, shape: Shape, head: usize, positions: Range<usize>) -> CachedBlock<'_, E> {
+        let (all, steps) = self.bytes.split_at(shape.layers * shape.kv_heads * Self::head_bytes(shape));
+        let (keys, values) =
+            elements::<E>(&all[head * Self::head_bytes(shape)..][..Self::head_bytes(shape)]).split_at(shape.keys());
+        let steps = if E::STEPS { &elements(steps)[head * 2 * KEY_BLOCK..][..2 * KEY_BLOCK] } else { &[][..] };
+        let (key_steps, value_steps) = steps.split_at(steps.len() / 2);
+        CachedBlock { keys, values, key_steps, value_steps, first: positions.start, positions: positions.end }
+    }
+}
+
+/// Part of a page as elements of one type.
+fn elements<T: FromBytes + IntoBytes + Immutable>(bytes: &[u8]) -> &[T] {
+    <[T]>::ref_from_bytes(bytes).expect("parts of a page are aligned and whole")
+}
+
+/// As [`elements`].
+fn elements_mut<T: FromBytes + IntoBytes>(bytes: &mut [u8]) -> &mut [T] {
+    <[T]>::mut_from_bytes(bytes).expect("parts of a page are aligned and whole")
+}
+
+/// The pages of a cache, whatever their elements are.
+trait Pages: Debug + Send + Sync {
+    fn kind(&self) -> KvType;
+    /// Has at least `pages` pages.
+    fn grow(&mut self, pages: usize) -> io::Result<()>;
+    /// Has at most `pages` pages.
+    fn shrink(&mut self, pages: usize);
+    fn bytes(&self) -> usize;
+    fn store(&mut self, layer: usize, position: usize, key: &[f32], value: &[f32]);
+    /// Merges some positions of a page: `of` is a layer and a head, `seen` the page and which positions.
+    fn attend(
+        &self,
+        of: (usize, usize),
+        seen: (usize, Range<usize>),
+        queries: &[f32],
+        scale: f32,
+        running: Running<'_>,
+    );
+}
+
+#[derive(Debug)]
+struct PagesOf<E> {
+    shape: Shape,
+    pages: Vec<Page<E>>,
+    /// One head's key, rounded, before it is stored.
+    key: Vec<E>,
+}
+
+impl<E: Element> PagesOf<E> {
+    fn boxed(shape: Shape) -> Box<dyn Pages> {
+        Box::new(Self { shape, pages: Vec::new(), key: vec![E::default(); shape.head_dim] })
+    }
+}
+
+impl<E: Element> Pages for PagesOf<E> {
+    fn kind(&self) -> KvType {
+        E::KIND
+    }
+
+    fn grow(&mut self, pages: usize) -> io::Result<()> {
+        while self.pages.len() < pages {
+            self.pages.push(Page::new(self.shape)?);
+        }
+        Ok(())
+    }
+
+    fn shrink(&mut self, pages: usize) {
+        self.pages.truncate(pages);
+    }
+
+    fn bytes(&self) -> usize {
+        self.pages.iter().map(|page| page.bytes.len()).sum()
+    }
+
+    fn store(&mut self, layer: usize, position: usize, key: &[f32], value: &[f32]) {
+        let Shape { layers, kv_heads, head_dim } = self.shape;
+        assert!(layer < layers, "store: one of the layers");
+        assert!([key, value].iter().all(|row| row.len() == kv_heads * head_dim), "store: a vector of every head");
+        let heads = key.chunks_exact(head_dim).zip(value.chunks_exact(head_dim));
+        for (head, (key, value)) in heads.enumerate() {
+            let (page, head) = (&mut self.pages[position / KEY_BLOCK], layer * kv_heads + head);
+            page.store(self.shape, head, position % KEY_BLOCK, [key, value], &mut self.key);
+        }
+    }
+
+    fn attend(
+        &self,
+        (layer, head): (usize, usize),
+        (page, positions): (usize, Range<usize>),
+        queries: &[f32],
+        scale: f32,
+        running: Running<'_>,
+    ) {
+        let Shape { layers, kv_heads, .. } = self.shape;
+        assert!(layer < layers && head < kv_heads, "attend: one of the layers and heads");
+        let block = self.pages[page].block(self.shape, layer * kv_heads + head, positions);
+        E::attend(queries, block, scale, running);
+    }
 }
 
 /// The cache of one sequence.
 #[derive(Debug)]
 pub struct KvCache {
-    shape: Shape,
-    pages: Pages,
-    /// One position's key and value as halves, before they are stored.
-    narrow: [Vec<u16>; 2],
+    head_dim: usize,
+    pages: Box<dyn Pages>,
 }
 
 impl KvCache {
     /// An empty cache for `layers` layers of `kv_heads` heads.
     #[must_use]
     pub fn new(kind: KvType, layers: usize, kv_heads: usize, head_dim: usize) -> Self {
+        let shape = Shape { layers, kv_heads, head_dim };
         let pages = match kind {
-            KvType::F16 => Pages::F16((0..layers).map(|_| Vec::new()).collect()),
-            KvType::F32 => Pages::F32((0..layers).map(|_| Vec::new()).collect()),
+            KvType::F16 => PagesOf::<u16>::boxed(shape),
+            KvType::F32 => PagesOf::<f32>::boxed(shape),
+            KvType::Int8 => PagesOf::<i8>::boxed(shape),
         };
-        let narrow = match kind {
-            KvType::F16 => [vec![0; kv_heads * head_dim], vec![0; kv_heads * head_dim]],
-            KvType::F32 => [Vec::new(), Vec::new()],
-        };
-        Self { shape: Shape { kv_heads, head_dim }, pages, narrow }
+        Self { head_dim, pages }
     }
 
     /// The precision of its elements.
     #[must_use]
-    pub const fn kind(&self) -> KvType {
-        match self.pages {
-            Pages::F16(_) => KvType::F16,
-            Pages::F32(_) => KvType::F32,
-        }
+    pub fn kind(&self) -> KvType {
+        self.pages.kind()
     }
 
     /// Makes room for `positions` positions in every layer.
-    pub fn reserve(&mut self, positions: usize) {
-        fn grow<E: Copy + Default>(layers: &mut [Vec<Page<E>>], shape: Shape, pages: usize) {
-            for layer in layers {
-                while layer.len() < pages {
-                    layer.push(Page::new(shape));
-                }
-            }
-        }
-        let pages = positions.div_ceil(KEY_BLOCK);
-        match &mut self.pages {
-            Pages::F16(layers) => grow(layers, self.shape, pages),
-            Pages::F32(layers) => grow(layers, self.shape, pages),
-        }
+    ///
+    /// # Errors
+    /// If memory runs out. What there was is still there.
+    pub fn reserve(&mut self, positions: usize) -> io::Result<()> {
+        self.pages.grow(positions.div_ceil(KEY_BLOCK))
     }
 
     /// Gives back the memory of what lies beyond `positions` positions.
     pub fn release(&mut self, positions: usize) {
-        let pages = positions.div_ceil(KEY_BLOCK);
-        match &mut self.pages {
-            Pages::F16(layers) => layers.iter_mut().for_each(|layer| layer.truncate(pages)),
-            Pages::F32(layers) => layers.iter_mut().for_each(|layer| layer.truncate(pages)),
-        }
-    }
-
-    /// A cache of its own that begins with the first `positions` positions of this one.
-    #[must_use]
-    pub fn fork(&self, positions: usize) -> Self {
-        fn begin<E: Copy + Default>(layers: &[Vec<Page<E>>], pages: usize) -> Vec<Vec<Page<E>>> {
-            layers.iter().map(|layer| layer[..pages.min(layer.len())].to_vec()).collect()
-        }
-        let pages = positions.div_ceil(KEY_BLOCK);
-        let pages = match &self.pages {
-            Pages::F16(layers) => Pages::F16(begin(layers, pages)),
-            Pages::F32(layers) => Pages::F32(begin(layers, pages)),
-        };
-        Self { shape: self.shape, pages, narrow: self.narrow.clone() }
+        self.pages.shrink(positions.div_ceil(KEY_BLOCK));
     }
 
     /// Bytes that it takes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let pages: usize = match &self.pages {
-            Pages::F16(layers) => layers.iter().map(Vec::len).sum(),
-            Pages::F32(layers) => layers.iter().map(Vec::len).sum(),
-        };
-        pages * self.shape.kv_heads * (self.shape.keys() + self.shape.values()) * self.kind().bytes()
+        self.pages.bytes()
     }
 
     /// Stores key and value of one position, `[kv_heads, head_dim]` each.
@@ -212,57 +330,26 @@ impl KvCache {
     /// # Panics
     /// If there is no such layer, no room for the position ([`reserve`](Self::reserve)), or a length is wrong.
     pub fn store(&mut self, layer: usize, position: usize, key: &[f32], value: &[f32]) {
-        let (page, within) = (position / KEY_BLOCK, position % KEY_BLOCK);
-        match &mut self.pages {
-            Pages::F16(layers) => {
-                let [narrow_key, narrow_value] = &mut self.narrow;
-                ops::narrow_f16(key, narrow_key);
-                ops::narrow_f16(value, narrow_value);
-                layers[layer][page].store(self.shape, within, narrow_key, narrow_value);
-            }
-            Pages::F32(layers) => layers[layer][page].store(self.shape, within, key, value),
-        }
+        self.pages.store(layer, position, key, value);
     }
 
-    /// Attention of `output.len() / head_dim` query heads that share the key-value head `head`, over `positions` of a
-    /// layer. `queries` and `output` are `[heads, head_dim]`.
+    /// Merges block `block`, that is positions `64 · block` on, into the attention of `running.max.len()` query heads that
+    /// share the key-value head `head` and see these `positions`. `queries` is `[heads, head_dim]`.
     ///
     /// # Panics
-    /// If there is no such layer or head, fewer positions have been stored, or `scratch` is for fewer heads.
+    /// If there is no such layer or head, none of the positions is in the block, or fewer have been reserved.
     pub fn attend(
         &self,
         layer: usize,
         head: usize,
+        block: usize,
         positions: Range<usize>,
         queries: &[f32],
-        output: &mut [f32],
-        scratch: &mut AttentionScratch,
+        running: Running<'_>,
     ) {
-        let head_dim = self.shape.head_dim;
-        let scale = attention_scale(head_dim);
-        let mut running = scratch.start(queries.len() / head_dim, self.shape.width());
-        let blocks = (positions.start / KEY_BLOCK..positions.end.div_ceil(KEY_BLOCK)).map(|page| {
-            let start = page * KEY_BLOCK;
-            (page, positions.start.saturating_sub(start)..KEY_BLOCK.min(positions.end - start))
-        });
-        match &self.pages {
-            Pages::F16(layers) => {
-                for (page, positions) in blocks {
-                    let (keys, values) = layers[layer][page].head(self.shape, head);
-                    ops::attend_block_f16(queries, keys, values, positions, scale, running.again());
-                }
-            }
-            Pages::F32(layers) => {
-                for (page, positions) in blocks {
-                    let (keys, values) = layers[layer][page].head(self.shape, head);
-                    ops::attend_block_f32(queries, keys, values, positions, scale, running.again());
-                }
-            }
-        }
-        let heads = output.chunks_exact_mut(head_dim).zip(running.values.chunks_exact(self.shape.width()));
-        for ((output, values), sum) in heads.zip(&*running.sum) {
-            ops::finish_attention(*sum, values, output);
-        }
+        let start = block * KEY_BLOCK;
+        let positions = positions.start.saturating_sub(start)..KEY_BLOCK.min(positions.end - start);
+        self.pages.attend((layer, head), (block, positions), queries, attention_scale(self.head_dim), running);
     }
 }
 
@@ -272,35 +359,11 @@ pub fn attention_scale(head_dim: usize) -> f32 {
     (1.0 / (head_dim as f64).sqrt()) as f32
 }
 
-/// What one thread needs for [`KvCache::attend`].
-#[derive(Clone, Debug)]
-pub struct AttentionScratch {
-    max: Vec<f32>,
-    sum: Vec<f32>,
-    values: Vec<f32>,
-}
-
-impl AttentionScratch {
-    /// For at most `heads` query heads at a time.
-    #[must_use]
-    pub fn new(heads: usize, head_dim: usize) -> Self {
-        let width = head_dim.next_multiple_of(LANES);
-        Self { max: vec![0.0; heads], sum: vec![0.0; heads], values: vec![0.0; heads * width] }
-    }
-
-    fn start(&mut self, heads: usize, width: usize) -> Running<'_> {
-        let (max, sum, values) = (&mut self.max[..heads], &mut self.sum[..heads], &mut self.values[..heads * width]);
-        max.fill(f32::NEG_INFINITY);
-        sum.fill(0.0);
-        values.fill(0.0);
-        Running { max, sum, values }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ternion_kernels_ref::{attention, widen};
+    use ternion_kernels_ref::attention::{Rows, attention_from};
+    use ternion_kernels_ref::{QuantizedRow, widen};
 
     const HEADS: usize = 2;
     const HEAD_DIM: usize = 6;
@@ -313,40 +376,60 @@ mod tests {
     fn filled(kind: KvType, positions: usize) -> KvCache {
         let mut cache = KvCache::new(kind, 2, HEADS, HEAD_DIM);
         for position in 0..positions {
-            cache.reserve(position + 1);
+            cache.reserve(position + 1).unwrap();
             cache.store(1, position, &row(position, 0), &row(position, 1));
         }
         cache
     }
 
     fn expected(kind: KvType, head: usize, seen: Range<usize>, queries: &[f32]) -> Vec<f32> {
-        let rounded = |x: f32| match kind {
-            KvType::F16 => widen::f16_to_f32(widen::f32_to_f16(x)),
-            KvType::F32 => x,
+        let rounded = |row: &[f32]| -> (Vec<f32>, f32) {
+            match kind {
+                KvType::F16 => (row.iter().map(|x| widen::f16_to_f32(widen::f32_to_f16(*x))).collect(), 1.0),
+                KvType::F32 => (row.to_vec(), 1.0),
+                KvType::Int8 => {
+                    let row = QuantizedRow::new(row);
+                    (row.values().iter().copied().map(f32::from).collect(), 1.0 / row.q())
+                }
+            }
         };
-        let all = |of: usize| -> Vec<f32> {
-            let rows = (0..seen.end).map(|position| row(position, of));
-            rows.flat_map(|row| row[head * HEAD_DIM..][..HEAD_DIM].to_vec()).map(rounded).collect()
+        let all = |of: usize| -> (Vec<Vec<f32>>, Vec<f32>) {
+            (0..seen.end).map(|position| rounded(&row(position, of)[head * HEAD_DIM..][..HEAD_DIM])).unzip()
         };
-        let (keys, values) = (all(0), all(1));
+        let ((keys, key_steps), (values, value_steps)) = (all(0), all(1));
+        let (keys, values) = (keys.concat(), values.concat());
+        let keys = Rows { elements: &keys, steps: &key_steps };
+        let values = Rows { elements: &values, steps: &value_steps };
         let scale = attention_scale(HEAD_DIM);
-        let heads = queries.chunks_exact(HEAD_DIM);
-        heads.flat_map(|q| attention::attention_from(q, &keys, &values, seen.start, scale)).collect()
+        queries.chunks_exact(HEAD_DIM).flat_map(|q| attention_from(q, keys, values, seen.start, scale)).collect()
+    }
+
+    fn attend(cache: &KvCache, head: usize, seen: Range<usize>, queries: &[f32]) -> Vec<f32> {
+        let heads = queries.len() / HEAD_DIM;
+        let (mut max, mut sum, mut values) = (vec![0.0; heads], vec![0.0; heads], vec![0.0; heads * LANES]);
+        let mut running = Running { max: &mut max, sum: &mut sum, values: &mut values };
+        running.clear(0.0);
+        for block in seen.start / KEY_BLOCK..seen.end.div_ceil(KEY_BLOCK) {
+            cache.attend(1, head, block, seen.clone(), queries, running.again());
+        }
+        let mut output = vec![0.0; queries.len()];
+        for ((output, values), sum) in output.chunks_exact_mut(HEAD_DIM).zip(values.chunks_exact(LANES)).zip(sum) {
+            ops::finish_attention(sum, values, output);
+        }
+        output
     }
 
     #[test]
     fn attention_over_pages_is_the_references_for_every_length_and_type() {
         let queries: Vec<f32> = (0..3 * HEAD_DIM).map(|i| i as f32 * 0.2 - 1.0).collect();
-        let mut scratch = AttentionScratch::new(3, HEAD_DIM);
         for kind in KvType::ALL {
             let cache = filled(kind, 200);
             let ends = [1, 2, 15, 16, 17, 63, 64, 65, 128, 199, 200];
             let windows = [3..4, 10..70, 63..64, 64..65, 64..200, 130..199].into_iter();
             for seen in ends.into_iter().map(|end| 0..end).chain(windows) {
                 for head in 0..HEADS {
-                    let mut output = vec![0.0; queries.len()];
-                    cache.attend(1, head, seen.clone(), &queries, &mut output, &mut scratch);
-                    assert_eq!(output, expected(kind, head, seen.clone(), &queries), "{kind} head {head} of {seen:?}");
+                    let found = attend(&cache, head, seen.clone(), &queries);
+                    assert_eq!(found, expected(kind, head, seen.clone(), &queries), "{kind} head {head} of {seen:?}");
                 }
             }
         }
@@ -361,6 +444,8 @@ mod tests {
         cache.release(64);
         assert_eq!(cache.bytes(), page);
         assert_eq!(filled(KvType::F32, 1).bytes(), 2 * page);
+        let steps = 2 * HEADS * KEY_BLOCK * 2 * 4;
+        assert_eq!(filled(KvType::Int8, 1).bytes(), page / 2 + steps);
     }
 
     #[test]

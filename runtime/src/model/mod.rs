@@ -8,6 +8,7 @@
 //! - [`reference`]: the same forward pass on `kernels-ref` alone, which every session must equal bit for bit.
 
 mod activations;
+mod attention;
 mod batch;
 mod error;
 mod forward;

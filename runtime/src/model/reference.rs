@@ -3,7 +3,7 @@
 //! It is what every [`Session`](super::Session) must equal bit for bit, so nothing clever may enter it: no threads, no
 //! chunks, no compiled kernels, no fast operations. It takes seconds per token on a model of billions of weights.
 
-use ternion_kernels_ref::attention::attention_from;
+use ternion_kernels_ref::attention::{Rows, attention_from};
 use ternion_kernels_ref::gemm::bit_linear;
 use ternion_kernels_ref::norm::rms_norm;
 use ternion_kernels_ref::rope::Rotation;
@@ -94,11 +94,40 @@ impl Reference {
     }
 }
 
-/// Keys and values of one head, `[positions, head_dim]`.
+/// Keys or values of one head, as the cache's type holds them.
+#[derive(Clone, Debug, Default)]
+struct CachedRows {
+    /// `[positions, head_dim]`
+    elements: Vec<f32>,
+    /// `[positions]`
+    steps: Vec<f32>,
+}
+
+impl CachedRows {
+    fn push(&mut self, kv: KvType, row: &[f32]) {
+        let mut step = 1.0;
+        match kv {
+            KvType::Int8 => {
+                let quantized = QuantizedRow::new(row);
+                self.elements.extend(quantized.values().iter().copied().map(f32::from));
+                step = 1.0 / quantized.q();
+            }
+            KvType::F16 => self.elements.extend(row.iter().map(|x| f16_to_f32(f32_to_f16(*x)))),
+            KvType::F32 => self.elements.extend(row),
+        }
+        self.steps.push(step);
+    }
+
+    fn rows(&self) -> Rows<'_> {
+        Rows { elements: &self.elements, steps: &self.steps }
+    }
+}
+
+/// What is cached of one head.
 #[derive(Clone, Debug, Default)]
 struct Cached {
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    keys: CachedRows,
+    values: CachedRows,
 }
 
 /// A sequence of tokens on the reference.
@@ -166,21 +195,18 @@ impl ReferenceSession<'_> {
             }
         }
 
-        let cached = |x: &f32| match self.kv {
-            KvType::F16 => f16_to_f32(f32_to_f16(*x)),
-            KvType::F32 => *x,
-        };
         let rows = keys.chunks_exact(head_dim).zip(values.chunks_exact(head_dim));
         for (cache, (key, value)) in self.layers[index].iter_mut().zip(rows) {
-            cache.keys.extend(key.iter().map(cached));
-            cache.values.extend(value.iter().map(cached));
+            cache.keys.push(self.kv, key);
+            cache.values.push(self.kv, value);
         }
         let seen = self.model.config.window(index).unwrap_or(usize::MAX);
         let first = (self.len + 1).saturating_sub(seen);
         let mut output = Vec::with_capacity(heads * head_dim);
         for (head, query) in queries.chunks_exact(head_dim).enumerate() {
             let cache = &self.layers[index][head / (heads / kv_heads)];
-            output.extend(attention_from(query, &cache.keys, &cache.values, first, attention_scale(head_dim)));
+            let (keys, values) = (cache.keys.rows(), cache.values.rows());
+            output.extend(attention_from(query, keys, values, first, attention_scale(head_dim)));
         }
         self.project(layer, Projection::Output, &self.norm(layer, LayerNorm::AttentionSub, &output))
     }

@@ -61,6 +61,12 @@ impl Sequence {
         self.cache.bytes()
     }
 
+    /// Makes room for keys and values of `more` tokens.
+    pub(super) fn reserve(&mut self, more: usize) -> Result<(), ModelError> {
+        let reserved = self.cache.reserve(self.tokens.len() + more);
+        reserved.map_err(|source| ModelError::CacheMemory { tokens: self.tokens.len() + more, source })
+    }
+
     /// Forgets all but the first `len` tokens.
     pub fn truncate(&mut self, len: usize) {
         if len < self.tokens.len() {

@@ -20,7 +20,7 @@ use ternion_tuner::Workers;
 use super::ModelError;
 use crate::formats::{Activation, Checkpoint, ModelConfig, Projection, TernaryTensor};
 use crate::memory::PageBuffer;
-use crate::ops::{self, Sums};
+use crate::ops;
 use crate::team::{SharedSlice, Team, share};
 
 /// Columns that are transposed at a time: a few pages of the source are read and as many written.
@@ -91,13 +91,12 @@ impl SparseFfn {
     }
 
     /// `activation(gate) · up` of one token into `gated`, `[ffn]`, reading the rows that count; false, with nothing done,
-    /// if that does not pay. The gate's step is above 0.
+    /// if that does not pay. The gate comes as integer sums, and with the steps of both; its own is above 0.
     pub(super) fn up(
         &self,
         layer: usize,
         team: &Team,
-        (gate, gate_step): Sums<'_>,
-        up_step: f32,
+        (gate, [gate_step, up_step]): (&[i32], [f32; 2]),
         activations: &Activations<'_>,
         scratch: &mut SparseScratch,
         gated: &mut [f32],

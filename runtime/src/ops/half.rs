@@ -57,6 +57,38 @@ pub(super) fn widen_lanes(bits: &[u16; LANES]) -> Lanes {
     lanes
 }
 
+/// As [`widen_lanes`], with the instruction for it.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx,f16c")]
+pub(super) fn widen_lanes_f16c(bits: &[u16; LANES]) -> Lanes {
+    use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_store_ps};
+
+    let mut lanes = Lanes::ZERO;
+    for half in 0..2 {
+        // SAFETY: both halves of `bits` are 16 bytes, those of `lanes` 32 bytes, aligned as `Lanes` is.
+        unsafe {
+            let bits = _mm_loadu_si128(bits.as_ptr().add(half * 8).cast());
+            _mm256_store_ps(lanes.0.as_mut_ptr().add(half * 8), _mm256_cvtph_ps(bits));
+        }
+    }
+    lanes
+}
+
+/// As [`widen_lanes`], with the instruction for it.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+pub(super) fn widen_lanes_avx512(bits: &[u16; LANES]) -> Lanes {
+    use std::arch::x86_64::{_mm256_loadu_si256, _mm512_cvtph_ps, _mm512_store_ps};
+
+    let mut lanes = Lanes::ZERO;
+    // SAFETY: `bits` is 32 bytes, `lanes` 64 bytes and aligned to as many.
+    unsafe {
+        let bits = _mm256_loadu_si256(bits.as_ptr().cast());
+        _mm512_store_ps(lanes.0.as_mut_ptr(), _mm512_cvtph_ps(bits));
+    }
+    lanes
+}
+
 #[inline(always)]
 fn widen_body(source: &[u16], target: &mut [f32]) {
     assert_eq!(source.len(), target.len(), "widen_f16: equal lengths");
@@ -102,6 +134,22 @@ mod tests {
         widen_f16(&all_halves(), &mut wide);
         for (bits, wide) in all_halves().into_iter().zip(wide) {
             assert_eq!(wide.to_bits(), widen::f16_to_f32(bits).to_bits(), "{bits:#06x}");
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn all_65536_halves_widen_the_same_by_instruction() {
+        for bits in all_halves().as_chunks().0 {
+            let expected = widen_lanes(bits).0.map(f32::to_bits);
+            if is_x86_feature_detected!("f16c") {
+                // SAFETY: the CPU has it.
+                assert_eq!(unsafe { widen_lanes_f16c(bits) }.0.map(f32::to_bits), expected, "{bits:x?}");
+            }
+            if is_x86_feature_detected!("avx512f") {
+                // SAFETY: the CPU has it.
+                assert_eq!(unsafe { widen_lanes_avx512(bits) }.0.map(f32::to_bits), expected, "{bits:x?}");
+            }
         }
     }
 

@@ -47,6 +47,21 @@ impl Lanes {
         result
     }
 
+    /// The largest lane, none of which may be NaN.
+    #[inline(always)]
+    pub(super) fn largest(self) -> f32 {
+        let mut lanes = self.0;
+        // In pairs rather than one after the other: fewer comparisons wait for each other.
+        let mut count = LANES / 2;
+        while count > 0 {
+            for i in 0..count {
+                lanes[i] = if lanes[i + count] > lanes[i] { lanes[i + count] } else { lanes[i] };
+            }
+            count /= 2;
+        }
+        lanes[0]
+    }
+
     /// Adds the lanes in the pairwise tree of [`ternion_kernels_ref::lanes::tree_sum`].
     #[inline(always)]
     pub(super) fn tree_sum(self) -> f32 {
@@ -64,6 +79,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_tree_is_the_references(lanes in prop::array::uniform16(-1e10f32..1e10)) {
+            prop_assert_eq!(Lanes(lanes).largest(), lanes.into_iter().fold(f32::NEG_INFINITY, f32::max));
             let expected = ternion_kernels_ref::lanes::tree_sum(lanes);
             prop_assert_eq!(Lanes(lanes).tree_sum().to_bits(), expected.to_bits());
         }

@@ -12,8 +12,8 @@ macro_rules! for_every_level {
     => {$(
         $(#[$meta])*
         #[multiversion::multiversion(targets(
-            "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma+bmi2",
-            "x86_64+avx2+fma+bmi2",
+            "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma+bmi2+f16c",
+            "x86_64+avx2+fma+bmi2+f16c",
             "aarch64+neon",
         ))]
         $vis fn $name($($argument: $type),*) $(-> $result)? {
@@ -31,7 +31,9 @@ mod projection;
 mod rope;
 mod screen;
 
-pub use attention::{Running, attend_block_f16, attend_block_f32, finish_attention};
+pub use attention::{
+    CachedBlock, Running, attend_block_f16, attend_block_f32, attend_block_int8, finish_attention, merge_attention,
+};
 pub use half::{f16_to_f32, f32_to_f16, narrow_f16, widen_f16};
 pub use head::dot_rows;
 pub use norm::{Quantized, quantize, rms_norm, rms_norm_in_place, rms_norm_quantize};

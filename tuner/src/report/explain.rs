@@ -31,22 +31,13 @@ pub fn explain(schedule: &Schedule, m: usize, k: usize) -> Vec<String> {
 }
 
 fn idea(family: Family) -> String {
-    match family {
-        Family::Mad => {
-            "multiply and add: unpack weights of -1, 0, 1 into bytes, multiply by the activations".to_owned()
-        }
-        Family::Tl1 => {
-            "look up: two weights are an index into a small table of ready sums; nothing is multiplied".to_owned()
-        }
-        Family::T5 => {
-            "multiply and add, with five weights in a byte: fewer bytes to read, more work to unpack".to_owned()
-        }
-        Family::Vlut => {
-            "look up for many columns: four weights pick a row of ready sums, one addition serves all columns"
-                .to_owned()
-        }
-        #[allow(unreachable_patterns, reason = "families may be added without an explanation of their own")]
-        other => other.to_string(),
+    match family.name() {
+        "mad" => "multiply and add: unpack weights of -1, 0, 1 into bytes, multiply by the activations".to_owned(),
+        "tl1" => "look up: two weights are an index into a small table of ready sums; nothing is multiplied".to_owned(),
+        "t5" => "multiply and add, with five weights in a byte: fewer bytes to read, more work to unpack".to_owned(),
+        "vlut" => "look up for many columns: four weights pick a row of ready sums, one addition serves all columns"
+            .to_owned(),
+        other => other.to_owned(),
     }
 }
 
@@ -71,18 +62,18 @@ fn body(schedule: &Schedule) -> Vec<String> {
         Multiply::Pairs => "multiply bytes in pairs into 16-bit sums, widen them to 32 bits before they could overflow",
         Multiply::Dot => "multiply four bytes at once and add to the 32-bit sums, in one instruction",
     };
-    let lines: &[&str] = match schedule.family {
-        Family::Tl1 => &[
+    let lines: &[&str] = match schedule.family.name() {
+        "tl1" => &[
             "take two weights of every row: an index from 0 to 8",
             "look the sum up in the table, for all rows of a vector at once",
             "add",
         ],
-        Family::Vlut => &[
+        "vlut" => &[
             "take one byte of a row: four weights",
             "load that row of the table: the sums for all columns",
             "add; widen now and then",
         ],
-        Family::T5 => &["take bytes of five weights and split them by table", multiply],
+        "t5" => &["take bytes of five weights and split them by table", multiply],
         _ => &["take bytes of four weights and split them by shift and mask", multiply],
     };
     lines.iter().map(|line| (*line).to_owned()).collect()

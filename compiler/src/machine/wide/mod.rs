@@ -51,6 +51,11 @@ impl Target {
             MachineKind::Avx512 => Some(Self { isa: Isa::Avx512, dot: X86::EVEX_Vpdpbusd_zmm_k1z_zmm_zmmm512b32 }),
         }
     }
+
+    /// Vector registers that there are.
+    pub(crate) const fn vector_registers(self) -> usize {
+        self.isa.registers()
+    }
 }
 
 /// Compiles the function that `emit` describes.
