@@ -321,6 +321,13 @@ impl Engine {
         &self.shared.team
     }
 
+    /// Whether its thread runs: it ends when it is told to, or by a bug.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
     /// Accepts nothing more from now on; what has been accepted goes on.
     pub fn drain(&self) {
         self.shared.draining.store(true, Ordering::SeqCst);
