@@ -144,7 +144,7 @@ fn where_there_are_keys_only_they_open() {
     let mut server = Server::start(&["--api-key-file", file, "--rate-limit", "20"]);
     server.get("/health").ok();
     let wrong = format!("{}0", &user[..user.len() - 1]);
-    for key in [None, Some(""), Some("tn-"), Some(wrong.as_str()), Some("é")] {
+    for key in [None, Some(""), Some("tn-"), Some(wrong.as_str())] {
         server.with_key(key);
         server.get("/v1/models").refused(401, "INVALID_API_KEY");
         server.get("/metrics").refused(401, "INVALID_API_KEY");
