@@ -19,6 +19,8 @@ use crate::lab::Lab;
 use crate::prepare::HeadOption;
 use crate::pull::Pull;
 use crate::purpose::{Purpose, Room};
+#[cfg(feature = "server")]
+use crate::serve::Serve;
 use crate::synth::Synth;
 use crate::tune::Tune;
 
@@ -34,6 +36,9 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Generate text, or chat
     Run(Box<Run>),
+    /// Serve models over HTTP, as OpenAI's clients expect
+    #[cfg(feature = "server")]
+    Serve(Box<Serve>),
     /// Prepare a model and tune its kernels for this machine: all that a model needs, in one command
     Setup(Setup),
     /// Turn a model directory into one prepared file (.tern)

@@ -52,7 +52,7 @@ pub fn embed(session: &mut Session, tokens: &[u32]) -> Result<Vec<f32>, ModelErr
 }
 
 /// Divides by `max(√Σx², 1e-12)`, the sum as [`lanes::dot`].
-fn normalise(x: &mut [f32]) {
+pub fn normalise(x: &mut [f32]) {
     let length = lanes::dot(x, x).sqrt().max(MIN_LENGTH);
     x.iter_mut().for_each(|x| *x /= length);
 }

@@ -63,7 +63,7 @@ impl Sequence {
 
     /// Makes room for keys and values of `more` tokens.
     pub(super) fn reserve(&mut self, more: usize) -> Result<(), ModelError> {
-        let reserved = self.cache.reserve(self.tokens.len() + more);
+        let reserved = self.cache.reserve(self.tokens.len()..self.tokens.len() + more);
         reserved.map_err(|source| ModelError::CacheMemory { tokens: self.tokens.len() + more, source })
     }
 
@@ -74,6 +74,17 @@ impl Sequence {
             self.state.clear();
         }
         self.cache.release(self.tokens.len());
+    }
+
+    /// A sequence of its own that has read the first `len` tokens of this one, or all if there are fewer. They share
+    /// keys and values as long as both go on behind them.
+    #[must_use]
+    pub fn fork(&self, len: usize) -> Self {
+        let len = len.min(self.tokens.len());
+        let mut tokens = Vec::with_capacity(self.context);
+        tokens.extend_from_slice(&self.tokens[..len]);
+        let state = if len == self.tokens.len() { self.state.clone() } else { Vec::with_capacity(self.state.len()) };
+        Self { context: self.context, tokens, cache: self.cache.fork(len), state }
     }
 
     /// Keeps as much of what has been read as `tokens` begins with, at least one token less than all of it; returns how
