@@ -71,7 +71,7 @@ export function watch(settings, onConnection) {
       cpu: percent(live.cpu_percent),
       cached: prompts > 0 ? percent(100 * model.cached_tokens / prompts) : "–",
       roofline: model.roofline_percent === null ? "–" : percent(model.roofline_percent),
-      "live-summary": `${speed} tokens/s · ${model.running} running · ${model.waiting} waiting`,
+      "live-summary": `${speed} tokens/s · ${model.running} running`,
     };
     for (const [name, text] of Object.entries(texts)) id(name).textContent = text;
     const share = Math.min(100, model.roofline_percent ?? 0);
