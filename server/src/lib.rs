@@ -15,6 +15,7 @@ pub mod engine;
 pub mod filter;
 pub mod keys;
 pub mod listen;
+mod live;
 pub mod metrics;
 pub mod monitor;
 pub mod process;
@@ -29,7 +30,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::http::HeaderValue;
 use tokio_rustls::TlsAcceptor;
@@ -39,8 +40,10 @@ use engine::{Engine, EngineOptions, Parts};
 use filter::Filter;
 use keys::Keys;
 use listen::ConnectionLimits;
+use live::Recent;
 use metrics::Metrics;
-use monitor::{Alert, Monitor, Thresholds};
+use monitor::{Alert, Monitor, Sample, Thresholds};
+use process::Usage;
 use responses::Responses;
 use security_log::{SecurityLog, now};
 pub use served::{Offer, Served};
@@ -87,8 +90,12 @@ pub struct Options {
     pub filter: Filter,
     /// Where requests are noted.
     pub log: SecurityLog,
-    /// Answers that are kept.
-    pub responses: usize,
+    /// Bytes that kept answers may take; 0 keeps none.
+    pub response_bytes: usize,
+    /// The seed of requests that name none; `None` draws one for each.
+    pub seed: Option<u64>,
+    /// Measured read bandwidth of main memory in bytes per second, for the live panel.
+    pub bandwidth: Option<f64>,
     /// When to raise alerts.
     pub thresholds: Thresholds,
     /// Where alerts are sent, as JSON by POST.
@@ -143,7 +150,11 @@ pub struct App {
     rate: RateLimit,
     log: SecurityLog,
     draining: AtomicBool,
-    started: u64,
+    recent: Recent,
+    processors: usize,
+    /// When it started, by a clock that never jumps, and by the one on the wall.
+    started: Instant,
+    created: u64,
     requests: AtomicU64,
     answers: AtomicU64,
     /// Makes digests of clients, and names of requests, those of this run.
@@ -165,7 +176,7 @@ impl App {
         getrandom::fill(&mut salt).map_err(|error| system("no random numbers", std::io::Error::other(error)))?;
         let metrics = Metrics::default();
         let filter = Arc::new(std::mem::take(&mut options.filter));
-        let responses = Arc::new(Responses::new(options.responses));
+        let responses = Arc::new(Responses::new(options.response_bytes, metrics.clone()));
         let mut models: Vec<Arc<Served>> = Vec::new();
         for (offer, engine) in offers {
             if models.iter().any(|served| served.name == offer.name) {
@@ -181,19 +192,23 @@ impl App {
                 tokenizer: Arc::clone(&offer.tokenizer),
                 stop_tokens: offer.stop_tokens.clone(),
                 filter: Arc::clone(&filter),
-                metrics: metrics.clone(),
+                metrics: metrics.engine(&offer.name),
                 responses: Arc::clone(&responses),
             };
             let engine = Engine::start(&offer.name, parts, engine).map_err(|error| system("no thread", error))?;
             models.push(Arc::new(Served::new(offer, engine)));
         }
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             rate: RateLimit::new(options.limits.per_minute),
-            monitor: Monitor::new(options.thresholds),
+            monitor: Monitor::new(options.thresholds, Usage::now(), processors),
+            recent: Recent::default(),
+            processors,
             log: std::mem::take(&mut options.log),
             run: keys::hex(&salt[..4]),
             draining: AtomicBool::new(false),
-            started: now() as u64,
+            started: Instant::now(),
+            created: now() as u64,
             requests: AtomicU64::new(0),
             answers: AtomicU64::new(0),
             options,
@@ -245,10 +260,11 @@ pub async fn serve(
     };
     let (router, limits) = (api::router(Arc::clone(&app)), app.options.connections);
     let tls = app.options.tls.clone();
-    let answered = listen::serve(listener, tls, router, limits, app.metrics.clone(), stopping).await;
+    let give_up = || app.models.iter().for_each(|served| served.engine.give_up());
+    let answered = listen::serve(listener, tls, router, limits, app.metrics.clone(), stopping, give_up).await;
     watching.abort();
-    // All requests have their answers or have been given up: what still runs has no reader.
-    app.models.iter().for_each(|served| served.engine.drain());
+    // All requests have their answers: what still runs has no reader.
+    give_up();
     let engines = Arc::clone(&app);
     let joined = tokio::task::spawn_blocking(move || {
         engines.models.iter().all(|served| served.engine.join(Duration::from_secs(5)))
@@ -258,9 +274,18 @@ pub async fn serve(
 
 /// Looks at the system every second, and raises alerts.
 async fn watch(app: Arc<App>, alert: impl Fn(&Alert) + Send + 'static) {
+    let mut seen = Duration::ZERO;
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        for raised in app.monitor.tick(&app.metrics) {
+        app.rate.forget_quiet();
+        let (time, usage) = (app.started.elapsed(), Usage::now());
+        app.metrics.memory.set(i64::try_from(usage.memory).unwrap_or(i64::MAX));
+        app.metrics.cpu.inc_by(usage.cpu.saturating_sub(seen).as_secs_f64());
+        seen = seen.max(usage.cpu);
+        let totals: Vec<_> = app.models.iter().map(|served| served.engine.metrics().totals()).collect();
+        let sample = Sample { time, usage, totals: totals.iter().copied().sum() };
+        app.recent.push(time, usage, totals);
+        for raised in app.monitor.tick(sample) {
             alert(&raised);
             if let Some(url) = app.options.webhook.clone() {
                 // A webhook that does not answer must not stop the watch.

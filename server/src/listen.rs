@@ -37,7 +37,7 @@ pub struct ConnectionLimits {
     pub connections: usize,
     /// Time for a request's head to arrive, for a handshake, and for a client to take what is sent.
     pub patience: Duration,
-    /// Time that is left for open requests when the server stops.
+    /// Time that open requests have to end by themselves when the server stops; then they end with an error.
     pub drain: Duration,
 }
 
@@ -57,8 +57,11 @@ pub fn tls(certificates: &Path, key: &Path) -> Result<TlsAcceptor, String> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// Serves until `stop` is ready, and then until all open requests are answered, at most for the time that is left to
-/// them. Returns whether they were.
+/// Time for errors to reach their clients, after everything has been given up.
+const LAST_WORDS: Duration = Duration::from_secs(3);
+
+/// Serves until `stop` is ready, and then until all open requests are answered. When the time that is left to them is
+/// over, `give_up` is to end what goes on. Returns whether all ended by themselves.
 pub async fn serve(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
@@ -66,6 +69,7 @@ pub async fn serve(
     limits: ConnectionLimits,
     metrics: Metrics,
     stop: impl Future<Output = ()>,
+    give_up: impl FnOnce(),
 ) -> bool {
     let room = Arc::new(Semaphore::new(limits.connections));
     let graceful = GracefulShutdown::new();
@@ -89,7 +93,8 @@ pub async fn serve(
         let _ = stream.set_nodelay(true);
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(limits.patience));
-        let connection = Connection { router: router.clone(), peer, patience: limits.patience, metrics: metrics.clone(), permit };
+        let connection =
+            Connection { router: router.clone(), peer, patience: limits.patience, metrics: metrics.clone(), permit };
         let watcher = graceful.watcher();
         let tls = tls.clone();
         tokio::spawn(async move {
@@ -105,7 +110,14 @@ pub async fn serve(
         });
     }
     drop(listener);
-    tokio::time::timeout(limits.drain, graceful.shutdown()).await.is_ok()
+    let mut ended = pin!(graceful.shutdown());
+    if tokio::time::timeout(limits.drain, &mut ended).await.is_ok() {
+        return true;
+    }
+    give_up();
+    // A client that does not take its error has had its chance.
+    let _ = tokio::time::timeout(LAST_WORDS, ended).await;
+    false
 }
 
 struct Connection {

@@ -2,17 +2,18 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 use ureq::Agent;
 use ureq::tls::{TlsConfig, TlsProvider};
 
-use crate::metrics::Metrics;
-use crate::process;
+use crate::metrics::Totals;
+use crate::process::Usage;
 
 /// Minutes that are remembered.
 const MINUTES: usize = 24 * 60;
+const MINUTE: Duration = Duration::from_secs(60);
 
 /// When to raise an alert. What is `None` raises none.
 #[derive(Clone, Copy, Debug)]
@@ -112,14 +113,24 @@ impl Minute {
     }
 }
 
+/// What is looked at.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sample {
+    /// Time since the monitor's start, by a clock that never jumps.
+    pub time: Duration,
+    /// This process.
+    pub usage: Usage,
+    /// All engines together.
+    pub totals: Totals,
+}
+
 #[derive(Debug)]
 struct History {
     minutes: VecDeque<Minute>,
     current: Minute,
-    begun: Instant,
-    cpu: Duration,
-    /// Counters when the minute began.
-    counters: [f64; 4],
+    /// When the minute began.
+    begun: Sample,
+    last: Sample,
 }
 
 /// Watches.
@@ -128,9 +139,8 @@ pub struct Monitor {
     thresholds: Thresholds,
     /// Bytes of memory at the start.
     baseline: u64,
-    started: Instant,
-    history: Mutex<History>,
     processors: f64,
+    history: Mutex<History>,
 }
 
 /// What `/admin/report.json` says.
@@ -149,23 +159,13 @@ pub struct Report {
 }
 
 impl Monitor {
-    /// Starts now; what memory there is is the baseline.
+    /// Starts with what there is now, on a machine of so many processors: its memory is the baseline.
     #[must_use]
-    pub fn new(thresholds: Thresholds) -> Self {
-        let history = History {
-            minutes: VecDeque::new(),
-            current: Minute::default(),
-            begun: Instant::now(),
-            cpu: process::cpu(),
-            counters: [0.0; 4],
-        };
-        Self {
-            thresholds,
-            baseline: process::memory(),
-            started: Instant::now(),
-            history: Mutex::new(history),
-            processors: std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64),
-        }
+    pub fn new(thresholds: Thresholds, usage: Usage, processors: usize) -> Self {
+        let begun = Sample { usage, ..Sample::default() };
+        let history = History { minutes: VecDeque::new(), current: Minute::default(), begun, last: begun };
+        let processors = processors.max(1) as f64;
+        Self { thresholds, baseline: usage.memory, processors, history: Mutex::new(history) }
     }
 
     /// Counts a request that has been answered.
@@ -176,31 +176,28 @@ impl Monitor {
         history.current.seconds += time.as_secs_f64();
     }
 
-    /// Looks at the system and closes the minute if it is over; returns the alerts of a minute that is.
-    pub fn tick(&self, metrics: &Metrics) -> Vec<Alert> {
-        let (memory, cpu) = (process::memory(), process::cpu());
-        metrics.memory.set(i64::try_from(memory).unwrap_or(i64::MAX));
-        metrics.cpu.set(i64::try_from(cpu.as_millis()).unwrap_or(i64::MAX));
-        let counters = [
-            metrics.prompt_tokens.get() as f64,
-            metrics.completion_tokens.get() as f64,
-            metrics.token_time.get_sample_sum(),
-            metrics.token_time.get_sample_count() as f64,
-        ];
+    /// Counts an answer that broke off with an error after it had begun.
+    pub fn broke_off(&self) {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner).current.errors += 1;
+    }
+
+    /// Takes a sample and closes the minute if it is over; returns the alerts of a minute that is.
+    pub fn tick(&self, sample: Sample) -> Vec<Alert> {
         let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
-        let since = history.begun.elapsed();
-        let [prompt, completion, seconds, steps] = std::array::from_fn(|at| counters[at] - history.counters[at]);
-        let used = cpu.saturating_sub(history.cpu).as_secs_f64();
+        let since = sample.time.saturating_sub(history.begun.time);
+        let totals = sample.totals - history.begun.totals;
+        let used = sample.usage.cpu.saturating_sub(history.begun.usage.cpu).as_secs_f64();
+        history.last = sample;
         let current = &mut history.current;
-        (current.prompt_tokens, current.completion_tokens) = (prompt as u64, completion as u64);
-        (current.token_seconds, current.token_steps) = (seconds, steps as u64);
-        current.memory_bytes = current.memory_bytes.max(memory);
+        (current.prompt_tokens, current.completion_tokens) = (totals.prompt_tokens, totals.completion_tokens);
+        (current.token_seconds, current.token_steps) = (totals.token_seconds, totals.token_steps);
+        current.memory_bytes = current.memory_bytes.max(sample.usage.memory);
         current.cpu_percent = 100.0 * used / since.as_secs_f64().max(1e-3) / self.processors;
-        if since < Duration::from_secs(60) {
+        if since < MINUTE {
             return Vec::new();
         }
         let minute = std::mem::take(&mut history.current);
-        (history.begun, history.cpu, history.counters) = (Instant::now(), cpu, counters);
+        history.begun = sample;
         if history.minutes.len() == MINUTES {
             history.minutes.pop_front();
         }
@@ -217,7 +214,7 @@ impl Monitor {
             total.add(minute, before);
         }
         Report {
-            uptime_seconds: self.started.elapsed().as_secs(),
+            uptime_seconds: history.last.time.as_secs(),
             baseline_memory_bytes: self.baseline,
             total,
             minutes: history.minutes.iter().copied().collect(),
@@ -245,7 +242,14 @@ mod tests {
     fn each_threshold_raises_its_alert_and_a_quiet_minute_none() {
         let thresholds = Thresholds::default();
         assert_eq!(Minute::default().alerts(&thresholds, 0), []);
-        let good = Minute { requests: 100, errors: 5, seconds: 400.0, token_steps: 60, token_seconds: 12.0, ..Minute::default() };
+        let good = Minute {
+            requests: 100,
+            errors: 5,
+            seconds: 400.0,
+            token_steps: 60,
+            token_seconds: 12.0,
+            ..Minute::default()
+        };
         assert_eq!(good.alerts(&thresholds, 0), []);
         let bad = Minute {
             requests: 100,
@@ -258,6 +262,39 @@ mod tests {
             ..Minute::default()
         };
         let what: Vec<_> = bad.alerts(&thresholds, 1_000_000_000).into_iter().map(|alert| alert.what).collect();
-        assert_eq!(what, ["memory_mb_over_baseline", "cpu_percent", "error_percent", "latency_ms", "tokens_per_second"]);
+        assert_eq!(
+            what,
+            ["memory_mb_over_baseline", "cpu_percent", "error_percent", "latency_ms", "tokens_per_second"]
+        );
+    }
+
+    #[test]
+    fn a_scripted_day_raises_alerts_when_they_are_due_and_is_remembered_for_24_hours() {
+        let start = Usage { memory: 1_000_000_000, cpu: Duration::ZERO };
+        let monitor = Monitor::new(Thresholds::default(), start, 2);
+        let mut alerts = Vec::new();
+        let mut sample = Sample { usage: start, ..Sample::default() };
+        // 25 hours: in minute 3 memory doubles for a while, in minute 5 both processors are busy, in minute 7 half of the
+        // requests fail and in minute 9 tokens take a second each.
+        for second in 1..=25 * 3600u64 {
+            let minute = (second - 1) / 60;
+            sample.time = Duration::from_secs(second);
+            sample.usage.memory = if minute == 3 { 2_100_000_000 } else { 1_000_000_000 };
+            sample.usage.cpu += Duration::from_millis(if minute == 5 { 1900 } else { 100 });
+            sample.totals.completion_tokens += 1;
+            sample.totals.token_steps += 1;
+            sample.totals.token_seconds += if minute == 9 { 1.0 } else { 0.01 };
+            monitor.request(if minute == 7 && second % 2 == 0 { 500 } else { 200 }, Duration::from_millis(20));
+            alerts.extend(monitor.tick(sample).into_iter().map(|alert| (minute, alert.what)));
+        }
+        let expected =
+            [(3, "memory_mb_over_baseline"), (5, "cpu_percent"), (7, "error_percent"), (9, "tokens_per_second")];
+        assert_eq!(alerts, expected);
+        let report = monitor.report();
+        assert_eq!((report.minutes.len(), report.uptime_seconds), (24 * 60, 25 * 3600));
+        assert_eq!((report.total.requests, report.total.completion_tokens), (24 * 3600, 24 * 3600));
+        // What happened in the first hour has been forgotten.
+        assert_eq!((report.total.errors, report.total.memory_bytes), (0, 1_000_000_000));
+        assert!(report.alerts.is_empty());
     }
 }

@@ -2,17 +2,30 @@
 
 use std::time::Duration;
 
-/// Bytes of memory that are in use; 0 where the system does not tell.
-#[must_use]
-pub fn memory() -> u64 {
+/// Memory and processor time of this process; 0 where the system does not tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes of memory that are in use.
+    pub memory: u64,
+    /// Processor time since the start.
+    pub cpu: Duration,
+}
+
+impl Usage {
+    /// As it is now.
+    #[must_use]
+    pub fn now() -> Self {
+        Self { memory: memory(), cpu: cpu() }
+    }
+}
+
+fn memory() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     line.and_then(|kb| kb.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
-/// Processor time since the start; 0 where the system does not tell.
-#[must_use]
-pub fn cpu() -> Duration {
+fn cpu() -> Duration {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     // The name in parentheses may hold anything; after it, user and system time are fields 12 and 13, in hundredths.
     let after = stat.rsplit(')').next().unwrap_or_default();

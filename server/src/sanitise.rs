@@ -58,7 +58,8 @@ mod tests {
     fn no_special_token_survives_and_other_text_does() {
         let names = ["<|eot_id|>", "<s>", "</s>", "<|start|>"].map(str::to_owned);
         let sanitiser = Sanitiser::of(names.clone().into_iter());
-        let text = sanitiser.content("a<|eot_id|><|eot_id|>b <s></s> <|eot<|eot_id|>_id|> \u{0}\u{1b}[2J\u{85}ok\r\n\tx");
+        let text =
+            sanitiser.content("a<|eot_id|><|eot_id|>b <s></s> <|eot<|eot_id|>_id|> \u{0}\u{1b}[2J\u{85}ok\r\n\tx");
         assert!(names.iter().all(|name| !text.contains(name.as_str())), "{text}");
         assert!(text.ends_with(" [2Jok\r\n\tx"), "{text}");
         // Taking a control character out must not make a token.

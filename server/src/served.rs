@@ -115,7 +115,8 @@ impl Served {
     /// If it is an embedding model.
     pub(crate) fn generates(&self) -> Result<(), ApiError> {
         if self.embeds_only {
-            let message = format!("{} is an embedding model, which has no words of its own: use /v1/embeddings", self.name);
+            let message =
+                format!("{} is an embedding model, which has no words of its own: use /v1/embeddings", self.name);
             return Err(ApiError::field("model", message));
         }
         Ok(())

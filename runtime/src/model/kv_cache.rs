@@ -5,12 +5,16 @@
 //! where they are large enough. Within a page, per layer and key-value head: keys transposed in groups of sixteen positions
 //! (`[4, head_dim, 16]`), so that attention works on sixteen positions at once, and values position by position,
 //! padded to whole groups of sixteen. Keys and values of int8 have a step per position and head beside them.
+//!
+//! Texts that begin alike share their pages: a fork takes no time and no memory, and a page that several caches hold is
+//! copied by the first of them that is to write into it.
 
 use std::fmt::{self, Debug};
 use std::io;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use ternion_kernels_ref::attention::KEY_BLOCK;
@@ -158,6 +162,13 @@ impl<E: Element> Page<E> {
         Ok(Self { bytes, _elements: PhantomData })
     }
 
+    /// One of the same content.
+    fn copy(&self) -> io::Result<Self> {
+        let mut bytes = PageBuffer::zeroed(self.bytes.len())?;
+        bytes.copy_from_slice(&self.bytes);
+        Ok(Self { bytes, _elements: PhantomData })
+    }
+
     /// Bytes of one head's keys and values.
     const fn head_bytes(shape: Shape) -> usize {
         (shape.keys() + shape.values()) * size_of::<E>()
@@ -203,8 +214,10 @@ fn elements_mut<T: FromBytes + IntoBytes>(bytes: &mut [u8]) -> &mut [T] {
 /// The pages of a cache, whatever their elements are.
 trait Pages: Debug + Send + Sync {
     fn kind(&self) -> KvType;
-    /// Has at least `pages` pages.
-    fn grow(&mut self, pages: usize) -> io::Result<()>;
+    /// Has these pages, and for itself.
+    fn own(&mut self, pages: Range<usize>) -> io::Result<()>;
+    /// The first `pages` pages, shared.
+    fn fork(&self, pages: usize) -> Box<dyn Pages>;
     /// Has at most `pages` pages.
     fn shrink(&mut self, pages: usize);
     fn bytes(&self) -> usize;
@@ -223,14 +236,14 @@ trait Pages: Debug + Send + Sync {
 #[derive(Debug)]
 struct PagesOf<E> {
     shape: Shape,
-    pages: Vec<Page<E>>,
+    pages: Vec<Arc<Page<E>>>,
     /// One head's key, rounded, before it is stored.
     key: Vec<E>,
 }
 
 impl<E: Element> PagesOf<E> {
-    fn boxed(shape: Shape) -> Box<dyn Pages> {
-        Box::new(Self { shape, pages: Vec::new(), key: vec![E::default(); shape.head_dim] })
+    fn boxed(shape: Shape, pages: &[Arc<Page<E>>]) -> Box<dyn Pages> {
+        Box::new(Self { shape, pages: pages.to_vec(), key: vec![E::default(); shape.head_dim] })
     }
 }
 
@@ -239,11 +252,20 @@ impl<E: Element> Pages for PagesOf<E> {
         E::KIND
     }
 
-    fn grow(&mut self, pages: usize) -> io::Result<()> {
-        while self.pages.len() < pages {
-            self.pages.push(Page::new(self.shape)?);
+    fn own(&mut self, pages: Range<usize>) -> io::Result<()> {
+        for page in self.pages.iter_mut().take(pages.end).skip(pages.start) {
+            if Arc::get_mut(page).is_none() {
+                *page = Arc::new(page.copy()?);
+            }
+        }
+        while self.pages.len() < pages.end {
+            self.pages.push(Arc::new(Page::new(self.shape)?));
         }
         Ok(())
+    }
+
+    fn fork(&self, pages: usize) -> Box<dyn Pages> {
+        Self::boxed(self.shape, &self.pages[..pages])
     }
 
     fn shrink(&mut self, pages: usize) {
@@ -261,6 +283,7 @@ impl<E: Element> Pages for PagesOf<E> {
         let heads = key.chunks_exact(head_dim).zip(value.chunks_exact(head_dim));
         for (head, (key, value)) in heads.enumerate() {
             let (page, head) = (&mut self.pages[position / KEY_BLOCK], layer * kv_heads + head);
+            let page = Arc::get_mut(page).expect("store: a reserved position");
             page.store(self.shape, head, position % KEY_BLOCK, [key, value], &mut self.key);
         }
     }
@@ -293,9 +316,9 @@ impl KvCache {
     pub fn new(kind: KvType, layers: usize, kv_heads: usize, head_dim: usize) -> Self {
         let shape = Shape { layers, kv_heads, head_dim };
         let pages = match kind {
-            KvType::F16 => PagesOf::<u16>::boxed(shape),
-            KvType::F32 => PagesOf::<f32>::boxed(shape),
-            KvType::Int8 => PagesOf::<i8>::boxed(shape),
+            KvType::F16 => PagesOf::<u16>::boxed(shape, &[]),
+            KvType::F32 => PagesOf::<f32>::boxed(shape, &[]),
+            KvType::Int8 => PagesOf::<i8>::boxed(shape, &[]),
         };
         Self { head_dim, pages }
     }
@@ -306,12 +329,21 @@ impl KvCache {
         self.pages.kind()
     }
 
-    /// Makes room for `positions` positions in every layer.
+    /// Makes room in every layer for `positions`, which are to be stored next.
     ///
     /// # Errors
     /// If memory runs out. What there was is still there.
-    pub fn reserve(&mut self, positions: usize) -> io::Result<()> {
-        self.pages.grow(positions.div_ceil(KEY_BLOCK))
+    pub fn reserve(&mut self, positions: Range<usize>) -> io::Result<()> {
+        self.pages.own(positions.start / KEY_BLOCK..positions.end.div_ceil(KEY_BLOCK))
+    }
+
+    /// A cache that begins with the first `positions` positions of this one and shares their pages.
+    ///
+    /// # Panics
+    /// If fewer have been reserved.
+    #[must_use]
+    pub fn fork(&self, positions: usize) -> Self {
+        Self { head_dim: self.head_dim, pages: self.pages.fork(positions.div_ceil(KEY_BLOCK)) }
     }
 
     /// Gives back the memory of what lies beyond `positions` positions.
@@ -319,7 +351,7 @@ impl KvCache {
         self.pages.shrink(positions.div_ceil(KEY_BLOCK));
     }
 
-    /// Bytes that it takes.
+    /// Bytes that it takes, with those that it shares.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.pages.bytes()
@@ -376,7 +408,7 @@ mod tests {
     fn filled(kind: KvType, positions: usize) -> KvCache {
         let mut cache = KvCache::new(kind, 2, HEADS, HEAD_DIM);
         for position in 0..positions {
-            cache.reserve(position + 1).unwrap();
+            cache.reserve(position..position + 1).unwrap();
             cache.store(1, position, &row(position, 0), &row(position, 1));
         }
         cache
@@ -430,6 +462,33 @@ mod tests {
                 for head in 0..HEADS {
                     let found = attend(&cache, head, seen.clone(), &queries);
                     assert_eq!(found, expected(kind, head, seen.clone(), &queries), "{kind} head {head} of {seen:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_written_into_a_fork_or_its_origin_stays_out_of_the_other() {
+        let queries: Vec<f32> = (0..3 * HEAD_DIM).map(|i| i as f32 * 0.2 - 1.0).collect();
+        let other = |position: usize, of| row(position + 1000, of);
+        for kind in KvType::ALL {
+            for common in [0, 1, 63, 64, 65, 100] {
+                let mut origin = filled(kind, 130);
+                let mut fork = origin.fork(common);
+                fork.reserve(common..110).unwrap();
+                origin.reserve(90..130).unwrap();
+                (common..110).for_each(|at| fork.store(1, at, &other(at, 0), &other(at, 1)));
+                (90..130).for_each(|at| origin.store(1, at, &row(at, 0), &row(at, 1)));
+                let mut alone = filled(kind, common);
+                alone.reserve(common..110).unwrap();
+                (common..110).for_each(|at| alone.store(1, at, &other(at, 0), &other(at, 1)));
+                for head in 0..HEADS {
+                    assert_eq!(attend(&fork, head, 0..110, &queries), attend(&alone, head, 0..110, &queries), "{kind}");
+                    assert_eq!(
+                        attend(&origin, head, 0..130, &queries),
+                        expected(kind, head, 0..130, &queries),
+                        "{kind}"
+                    );
                 }
             }
         }

@@ -63,7 +63,7 @@ impl Sequence {
 
     /// Makes room for keys and values of `more` tokens.
     pub(super) fn reserve(&mut self, more: usize) -> Result<(), ModelError> {
-        let reserved = self.cache.reserve(self.tokens.len() + more);
+        let reserved = self.cache.reserve(self.tokens.len()..self.tokens.len() + more);
         reserved.map_err(|source| ModelError::CacheMemory { tokens: self.tokens.len() + more, source })
     }
 
@@ -76,8 +76,8 @@ impl Sequence {
         self.cache.release(self.tokens.len());
     }
 
-    /// A sequence of its own that has read the first `len` tokens of this one, or all if there are fewer: copying their
-    /// keys and values takes far less time than reading the tokens again.
+    /// A sequence of its own that has read the first `len` tokens of this one, or all if there are fewer. They share
+    /// keys and values as long as both go on behind them.
     #[must_use]
     pub fn fork(&self, len: usize) -> Self {
         let len = len.min(self.tokens.len());

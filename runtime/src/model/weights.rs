@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use ternion_compiler::{Cpu, Layout};
+use ternion_compiler::{Cpu, Layout, Schedule};
 use ternion_kernels_ref::PackedMatrix;
 use ternion_tuner::Workers;
 
@@ -216,6 +216,15 @@ impl Model {
     #[must_use]
     pub const fn report(&self) -> LoadReport {
         self.report
+    }
+
+    /// The schedule of a projection's kernel for `n` tokens at once, the same in all layers.
+    ///
+    /// # Panics
+    /// If the model has no layers.
+    #[must_use]
+    pub fn schedule(&self, projection: Projection, n: usize) -> Schedule {
+        self.layers[0].linear(projection).kernels.of(n).schedule()
     }
 
     /// The head.

@@ -17,7 +17,7 @@ use crate::{App, Served};
 /// Most messages of a conversation.
 const MOST_MESSAGES: usize = 1024;
 
-pub async fn complete(
+pub(super) async fn complete(
     State(app): State<Arc<App>>,
     client: Client,
     JsonBody(fields): JsonBody,
@@ -31,15 +31,24 @@ pub async fn complete(
     }
     let settings = Settings::read(&app, &served, &fields, logprobs)?;
     let messages = messages(&app, &served, &fields)?;
-    let rendered = served.template.render(&messages, true).map_err(|error| ApiError::field("messages", error.to_string()))?;
+    let rendered =
+        served.template.render(&messages, true).map_err(|error| ApiError::field("messages", error.to_string()))?;
     // The template writes its own BOS.
     let prompt = served.encode(&rendered, false)?;
     let events = Merged::new(settings.submit(&app, &served, client, &prompt)?);
     let (id, created) = identity("chatcmpl", &app);
     let usage = Usage { prompt: prompt.len(), ..Usage::default() };
-    let mut answer = Answer { id, created, served, usage, logprobs: logprobs.is_some(), include_usage: settings.include_usage, begun: vec![false; settings.n] };
+    let mut answer = Answer {
+        id,
+        created,
+        served,
+        usage,
+        logprobs: logprobs.is_some(),
+        include_usage: settings.include_usage,
+        begun: vec![false; settings.n],
+    };
     if settings.stream {
-        return respond(events, answer).await;
+        return respond(app, events, answer).await;
     }
     let texts = collect(events).await?;
     let choices: Vec<Value> = texts
@@ -79,8 +88,9 @@ fn messages(app: &App, served: &Served, fields: &Fields) -> Result<Vec<Message>,
                     return Err(ApiError::field(format!("messages[{at}].role"), expected));
                 }
             };
-            let content = content(&message["content"])
-                .ok_or_else(|| ApiError::field(format!("messages[{at}].content"), "expected text or parts of type text"))?;
+            let content = content(&message["content"]).ok_or_else(|| {
+                ApiError::field(format!("messages[{at}].content"), "expected text or parts of type text")
+            })?;
             // Before and after, so that neither the filter nor the tokenizer sees something else than it should.
             let content = served.sanitiser.content(&content);
             if app.filter.find(&content).is_some() {
@@ -158,7 +168,8 @@ impl Encode for Answer {
         }
         match event {
             Event::Text { text, logprobs } => {
-                let logprobs = if self.logprobs { logprobs_json(&self.served.tokenizer, &logprobs) } else { Value::Null };
+                let logprobs =
+                    if self.logprobs { logprobs_json(&self.served.tokenizer, &logprobs) } else { Value::Null };
                 objects.push(self.chunk(at, &json!({"content": text}), &logprobs, None));
             }
             Event::Done(done) => {

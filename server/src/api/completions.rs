@@ -17,7 +17,7 @@ use crate::{App, Served};
 /// Most alternatives to a token, as this older interface has it.
 const MOST_ALTERNATIVES: usize = 5;
 
-pub async fn complete(
+pub(super) async fn complete(
     State(app): State<Arc<App>>,
     client: Client,
     JsonBody(fields): JsonBody,
@@ -36,10 +36,18 @@ pub async fn complete(
     let (id, created) = identity("cmpl", &app);
     let usage = Usage { prompt: prompts.iter().map(Vec::len).sum(), ..Usage::default() };
     let offsets = vec![0; receivers.len()];
-    let mut answer = Answer { id, created, served, usage, logprobs: logprobs.is_some(), include_usage: settings.include_usage, offsets };
+    let mut answer = Answer {
+        id,
+        created,
+        served,
+        usage,
+        logprobs: logprobs.is_some(),
+        include_usage: settings.include_usage,
+        offsets,
+    };
     let events = Merged::new(receivers);
     if settings.stream {
-        return respond(events, answer).await;
+        return respond(app, events, answer).await;
     }
     let texts = collect(events).await?;
     let choices: Vec<Value> = texts

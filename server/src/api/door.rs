@@ -1,5 +1,6 @@
 //! The door: every request passes here first. Who is it, may they, are they too many; and afterwards, how it went.
 
+use std::net::{IpAddr, Ipv6Addr};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,9 +20,6 @@ use crate::keys::Caller;
 use crate::listen::Peer;
 use crate::security_log::{Entry, now};
 
-/// Clients after which those that have been quiet are forgotten.
-const MANY_CLIENTS: usize = 10_000;
-
 /// A limit of requests per minute for each client.
 pub struct RateLimit(Option<DefaultKeyedRateLimiter<u64>>);
 
@@ -31,15 +29,19 @@ impl RateLimit {
         Self(per_minute.map(|limit| RateLimiter::keyed(Quota::per_minute(limit))))
     }
 
+    /// Forgets clients that have been quiet for so long that it makes no difference.
+    pub(crate) fn forget_quiet(&self) {
+        if let Some(limiter) = &self.0 {
+            limiter.retain_recent();
+        }
+    }
+
     /// Counts a request.
     ///
     /// # Errors
     /// The seconds to wait, if there were too many.
     fn count(&self, client: u64) -> Result<(), u64> {
         let Some(limiter) = &self.0 else { return Ok(()) };
-        if limiter.len() > MANY_CLIENTS {
-            limiter.retain_recent();
-        }
         limiter.check_key(&client).map_err(|until| until.wait_time_from(DefaultClock::default().now()).as_secs() + 1)
     }
 }
@@ -51,6 +53,8 @@ enum Needs {
     Nothing,
     /// A key, where there are keys.
     Key,
+    /// The same, but as often as wanted: what machines look at.
+    Watcher,
     /// A key with the role `admin`, or a local client where there are no keys.
     Admin,
 }
@@ -58,13 +62,14 @@ enum Needs {
 fn needs(path: &str) -> Needs {
     match path {
         _ if path.starts_with("/admin/") => Needs::Admin,
-        "/metrics" | "/tokenize" | "/detokenize" => Needs::Key,
+        "/metrics" => Needs::Watcher,
+        "/tokenize" | "/detokenize" => Needs::Key,
         _ if path.starts_with("/v1/") => Needs::Key,
         _ => Needs::Nothing,
     }
 }
 
-pub async fn pass(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let start = Instant::now();
     let number = format!("req-{}{:08x}", app.run, app.requests.fetch_add(1, Ordering::Relaxed));
     let route = request.extensions().get::<MatchedPath>().map_or("none".to_owned(), |path| path.as_str().to_owned());
@@ -111,7 +116,7 @@ pub async fn pass(State(app): State<Arc<App>>, mut request: Request, next: Next)
 
 /// Who asks, and whether they may.
 fn admit(app: &App, request: &Request, path: &str) -> (Client, Result<(), ApiError>) {
-    let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
+    let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip().to_canonical());
     let bearer = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let key = bearer.and_then(|value| value.strip_prefix("Bearer "));
     let caller = app.options.keys.as_ref().zip(key).and_then(|(keys, key)| keys.find(key.trim()));
@@ -119,23 +124,39 @@ fn admit(app: &App, request: &Request, path: &str) -> (Client, Result<(), ApiErr
     digest.update(app.salt);
     match caller {
         Some(Caller { index, .. }) => digest.update(format!("key {index}")),
-        None => digest.update(format!("peer {peer:?}")),
+        None => digest.update(format!("peer {:?}", peer.map(network))),
     }
     let digest: [u8; 32] = digest.finalize().into();
     let client = Client(u64::from_le_bytes(std::array::from_fn(|at| digest[at])));
     let needs = needs(path);
     let admitted = match (&app.options.keys, needs) {
         (_, Needs::Nothing) => Ok(()),
+        _ if app.options.cors.is_none() && is_foreign(request) => Err(ApiError::foreign()),
         (Some(_), _) if caller.is_none() => Err(ApiError::unauthorised()),
         (Some(_), Needs::Admin) if caller.is_some_and(|caller| !caller.admin) => Err(ApiError::forbidden()),
         (None, Needs::Admin) if peer.is_some_and(|peer| !peer.is_loopback()) => Err(ApiError::forbidden()),
         _ => Ok(()),
     };
-    // Wrong keys count too, so that nobody tries many.
+    // Those who watch are not counted; wrong keys are, so that nobody tries many.
     let counted = match needs {
         Needs::Nothing => Ok(()),
-        Needs::Admin | Needs::Key if path == "/metrics" && admitted.is_ok() => Ok(()),
-        Needs::Admin | Needs::Key => app.rate.count(client.0).map_err(ApiError::rate_limited),
+        Needs::Admin | Needs::Watcher if admitted.is_ok() => Ok(()),
+        _ => app.rate.count(client.0).map_err(ApiError::rate_limited),
     };
     (client, counted.and(admitted))
+}
+
+/// Whether a browser sends this on behalf of a page from elsewhere. It would not let that page read the answer, but the
+/// work would be done.
+fn is_foreign(request: &Request) -> bool {
+    let site = request.headers().get("sec-fetch-site").and_then(|value| value.to_str().ok());
+    matches!(site, Some("cross-site" | "same-site"))
+}
+
+/// What one client has of addresses: one of version 4, or 2^64 of version 6.
+fn network(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(_) => address,
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+    }
 }

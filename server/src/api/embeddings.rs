@@ -14,7 +14,7 @@ use super::{ApiError, Client, JsonBody};
 use crate::App;
 use crate::engine::Task;
 
-pub async fn embed(
+pub(super) async fn embed(
     State(app): State<Arc<App>>,
     client: Client,
     JsonBody(fields): JsonBody,

@@ -73,7 +73,16 @@ impl ApiError {
 
     /// The key does not open this.
     pub fn forbidden() -> Self {
-        Self::new(StatusCode::FORBIDDEN, "FORBIDDEN", "this needs a key with the role `admin`, or without keys a local client")
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "FORBIDDEN",
+            "this needs a key with the role `admin`, or without keys a local client",
+        )
+    }
+
+    /// A page from elsewhere asks.
+    pub fn foreign() -> Self {
+        Self::new(StatusCode::FORBIDDEN, "FORBIDDEN", "pages from other origins may not ask this server: see --cors")
     }
 
     /// Too many requests by this client.
@@ -88,6 +97,11 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, "CONTENT_FILTERED", "the request matches this server's content filter")
     }
 
+    /// A bug, or a system that does not do what it must.
+    pub fn internal() -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "INTERNAL", "the server made a mistake: please report it")
+    }
+
     fn kind(&self) -> &'static str {
         match self.status.as_u16() {
             401 => "authentication_error",
@@ -96,6 +110,12 @@ impl ApiError {
             400..=499 => "invalid_request_error",
             _ => "server_error",
         }
+    }
+
+    /// Its code.
+    #[must_use]
+    pub const fn code(&self) -> Code {
+        self.code
     }
 
     /// As JSON.
@@ -126,9 +146,12 @@ impl From<Failure> for ApiError {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "TIMEOUT", message)
             }
             Failure::Draining => Refused::Draining.into(),
-            Failure::Internal => {
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "INTERNAL", "the server made a mistake: please report it")
+            Failure::Memory => {
+                let message = "there is no memory for this text: try again, or ask for fewer tokens";
+                let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED", message);
+                Self { retry_after: Some(1), ..error }
             }
+            Failure::Internal => Self::internal(),
         }
     }
 }

@@ -45,6 +45,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/version", get(plain::version))
         .route("/openapi.json", get(plain::openapi))
         .route("/metrics", get(plain::metrics))
+        .route("/admin/live.json", get(plain::live_panel))
         .route("/admin/report.json", get(plain::report));
     if app.options.page {
         router = router.merge(crate::web::router());

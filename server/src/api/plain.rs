@@ -10,33 +10,37 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::{ApiError, JsonBody};
+use crate::live;
 use crate::monitor::Report;
 use crate::{App, Served};
 
 fn model_json(served: &Served, app: &App) -> Value {
     json!({
-        "id": served.name, "object": "model", "created": app.started, "owned_by": "ternion",
-        "context": served.engine.context(), "vocabulary": served.vocabulary, "kind": served.kind(),
+        "id": served.name, "object": "model", "created": app.created, "owned_by": "ternion",
+        "context": served.engine.options().context, "vocabulary": served.vocabulary, "kind": served.kind(),
     })
 }
 
-pub async fn models(State(app): State<Arc<App>>) -> Json<Value> {
+pub(super) async fn models(State(app): State<Arc<App>>) -> Json<Value> {
     let data: Vec<Value> = app.models.iter().map(|served| model_json(served, &app)).collect();
     Json(json!({"object": "list", "data": data}))
 }
 
-pub async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+pub(super) async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
     Ok(Json(model_json(&*app.model_named(Some(&name))?, &app)))
 }
 
-pub async fn tokenize(State(app): State<Arc<App>>, JsonBody(fields): JsonBody) -> Result<Json<Value>, ApiError> {
+pub(super) async fn tokenize(State(app): State<Arc<App>>, JsonBody(fields): JsonBody) -> Result<Json<Value>, ApiError> {
     let served = app.model(&fields)?;
     let text = fields.string("content")?.ok_or_else(|| ApiError::field("content", "is missing"))?;
     let tokens = served.encode(text, fields.boolean("add_special")? && served.tokenizer.adds_bos())?;
     Ok(Json(json!({"tokens": tokens, "count": tokens.len()})))
 }
 
-pub async fn detokenize(State(app): State<Arc<App>>, JsonBody(fields): JsonBody) -> Result<Json<Value>, ApiError> {
+pub(super) async fn detokenize(
+    State(app): State<Arc<App>>,
+    JsonBody(fields): JsonBody,
+) -> Result<Json<Value>, ApiError> {
     let served = app.model(&fields)?;
     let tokens = served.tokens(fields.required("tokens")?).ok_or_else(|| {
         let expected = format!("expected a list of token ids below {}", served.vocabulary);
@@ -45,11 +49,11 @@ pub async fn detokenize(State(app): State<Arc<App>>, JsonBody(fields): JsonBody)
     Ok(Json(json!({"content": served.tokenizer.decode(&tokens)})))
 }
 
-pub async fn live() -> Json<Value> {
+pub(super) async fn live() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
-pub async fn ready(State(app): State<Arc<App>>) -> Response {
+pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {
     if app.draining.load(Ordering::SeqCst) {
         return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "draining"}))).into_response();
     }
@@ -57,18 +61,22 @@ pub async fn ready(State(app): State<Arc<App>>) -> Response {
     Json(json!({"status": "ok", "models": names})).into_response()
 }
 
-pub async fn version() -> Json<Value> {
+pub(super) async fn version() -> Json<Value> {
     Json(json!({"name": "ternion", "version": env!("CARGO_PKG_VERSION")}))
 }
 
-pub async fn openapi() -> Response {
+pub(super) async fn openapi() -> Response {
     ([(header::CONTENT_TYPE, "application/json")], include_str!("openapi.json")).into_response()
 }
 
-pub async fn metrics(State(app): State<Arc<App>>) -> Response {
+pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.text()).into_response()
 }
 
-pub async fn report(State(app): State<Arc<App>>) -> Json<Report> {
+pub(super) async fn report(State(app): State<Arc<App>>) -> Json<Report> {
     Json(app.monitor.report())
+}
+
+pub(crate) async fn live_panel(State(app): State<Arc<App>>) -> Response {
+    Json(live::live(&app)).into_response()
 }

@@ -15,14 +15,14 @@ use crate::{App, Served};
 /// Most texts of one request.
 const MOST_CHOICES: usize = 16;
 /// Most alternatives to a token.
-pub const MOST_ALTERNATIVES: usize = 20;
+pub(super) const MOST_ALTERNATIVES: usize = 20;
 /// Most stop texts, and the longest one in bytes.
 const MOST_STOPS: usize = 16;
 const LONGEST_STOP: usize = 256;
 
 /// How a request wants its texts to be generated and sent.
 #[derive(Debug)]
-pub struct Settings {
+pub(super) struct Settings {
     generation: Generation,
     /// The JSON schema that the texts conform to, written out.
     schema: String,
@@ -39,13 +39,16 @@ impl Settings {
     ///
     /// # Errors
     /// The first field that is out of its range or not supported.
-    pub fn read(app: &App, served: &Served, fields: &Fields, logprobs: Option<usize>) -> Result<Self, ApiError> {
-        for name in ["tools", "functions", "logit_bias", "suffix", "audio", "echo", "prediction", "web_search_options"] {
+    pub(super) fn read(app: &App, served: &Served, fields: &Fields, logprobs: Option<usize>) -> Result<Self, ApiError> {
+        for name in ["tools", "functions", "logit_bias", "suffix", "audio", "echo", "prediction", "web_search_options"]
+        {
             fields.unsupported(name)?;
         }
         let most = app.options.limits.output_tokens;
         let old = fields.integer("max_tokens", 1..=most)?;
         let limit = fields.integer("max_completion_tokens", 1..=most)?.or(old).unwrap_or(most);
+        let named = fields.seed("seed")?.or(app.options.seed);
+        let seed = named.map_or_else(getrandom::u64, Ok).map_err(|_| ApiError::internal())?;
         let options = SamplingOptions {
             temperature: fields.number("temperature", 0.0..=2.0)?,
             top_k: fields.integer("top_k", 0..=1_000_000)?,
@@ -54,10 +57,13 @@ impl Settings {
             repetition_penalty: fields.number("repetition_penalty", 0.01..=100.0)?,
             frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0),
             presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
-            seed: fields.seed("seed")?.unwrap_or(0),
+            seed,
         };
         let sampling = Sampling::new(&options, &served.generation).map_err(|error| {
-            ApiError::field(error.name.replace([' ', '-'], "_"), format!("{}: expected {}", error.value, error.expected))
+            ApiError::field(
+                error.name.replace([' ', '-'], "_"),
+                format!("{}: expected {}", error.value, error.expected),
+            )
         })?;
         let stream = fields.boolean("stream")?;
         let include_usage = fields.get("stream_options").map(|options| options["include_usage"].clone());
@@ -85,14 +91,20 @@ impl Settings {
         if fields.integer("best_of", 1..=n)?.is_some_and(|best_of| best_of != n) {
             return Err(ApiError::field("best_of", "is not supported unless it is n"));
         }
-        Ok(Self { generation, schema: schema.map_or(String::new(), |schema| schema.to_string()), n, stream, include_usage })
+        Ok(Self {
+            generation,
+            schema: schema.map_or(String::new(), |schema| schema.to_string()),
+            n,
+            stream,
+            include_usage,
+        })
     }
 
     /// Hands in `n` jobs for a prompt.
     ///
     /// # Errors
     /// If the prompt is empty or too long, or the queue is full.
-    pub fn submit(
+    pub(super) fn submit(
         &self,
         app: &App,
         served: &Arc<Served>,
@@ -100,7 +112,7 @@ impl Settings {
         prompt: &[u32],
     ) -> Result<Vec<UnboundedReceiver<Event>>, ApiError> {
         check_prompt(app, served, prompt)?;
-        let room = served.engine.context() - prompt.len();
+        let room = served.engine.options().context - prompt.len();
         if room == 0 {
             return Err(ApiError::invalid("the prompt fills the model's context: nothing can follow it"));
         }
@@ -125,7 +137,7 @@ impl Settings {
 ///
 /// # Errors
 /// If the queue is full.
-pub fn submit(
+pub(super) fn submit(
     app: &App,
     served: &Served,
     client: Client,
@@ -142,8 +154,8 @@ pub fn submit(
 ///
 /// # Errors
 /// If it is empty, too long, or has tokens that the model does not have.
-pub fn check_prompt(app: &App, served: &Served, prompt: &[u32]) -> Result<(), ApiError> {
-    let most = app.options.limits.input_tokens.min(served.engine.context());
+pub(super) fn check_prompt(app: &App, served: &Served, prompt: &[u32]) -> Result<(), ApiError> {
+    let most = app.options.limits.input_tokens.min(served.engine.options().context);
     if prompt.is_empty() {
         return Err(ApiError::invalid("the prompt is empty: give at least one token"));
     }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use axum::body::{Body, Bytes};
@@ -14,18 +15,19 @@ use serde_json::Value;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::ApiError;
+use crate::App;
 use crate::engine::{Done, Event, Failure, TokenLogprob};
 
 /// Many texts' events as they come. Dropping it cancels what is not finished.
 #[derive(Debug)]
-pub struct Merged {
+pub(super) struct Merged {
     receivers: Vec<Option<UnboundedReceiver<Event>>>,
 }
 
 impl Merged {
     /// Of texts that are numbered in this order.
     #[must_use]
-    pub fn new(receivers: Vec<UnboundedReceiver<Event>>) -> Self {
+    pub(super) fn new(receivers: Vec<UnboundedReceiver<Event>>) -> Self {
         Self { receivers: receivers.into_iter().map(Some).collect() }
     }
 
@@ -53,14 +55,14 @@ impl Merged {
     }
 
     /// As [`poll`](Self::poll).
-    pub async fn next(&mut self) -> Option<(usize, Event)> {
+    pub(super) async fn next(&mut self) -> Option<(usize, Event)> {
         poll_fn(|context| self.poll(context)).await
     }
 }
 
 /// A finished text.
 #[derive(Clone, Debug)]
-pub struct Text {
+pub(super) struct Text {
     /// The text.
     pub text: String,
     /// Its tokens' probabilities, if asked for.
@@ -75,7 +77,7 @@ pub struct Text {
 ///
 /// # Errors
 /// If one of them fails; the others are cancelled then.
-pub async fn collect(mut events: Merged) -> Result<Vec<Text>, ApiError> {
+pub(super) async fn collect(mut events: Merged) -> Result<Vec<Text>, ApiError> {
     let empty = Text { text: String::new(), logprobs: Vec::new(), embedding: Vec::new(), done: None };
     let mut texts = vec![empty; events.receivers.len()];
     while let Some((at, event)) = events.next().await {
@@ -93,7 +95,7 @@ pub async fn collect(mut events: Merged) -> Result<Vec<Text>, ApiError> {
 }
 
 /// Turns events into the objects of a stream.
-pub trait Encode: Send + Unpin + 'static {
+pub(super) trait Encode: Send + Unpin + 'static {
     /// Objects for an event of text `at`.
     fn encode(&mut self, at: usize, event: Event) -> Vec<Value>;
     /// Objects after the last event.
@@ -102,6 +104,7 @@ pub trait Encode: Send + Unpin + 'static {
 
 /// A body of server-sent events.
 struct EventBody<E> {
+    app: Arc<App>,
     events: Merged,
     encode: E,
     ready: VecDeque<Bytes>,
@@ -110,11 +113,15 @@ struct EventBody<E> {
 
 impl<E: Encode> EventBody<E> {
     fn take(&mut self, at: usize, event: Event) {
-        let failed = match &event {
-            Event::Failed(failure) => Some(ApiError::from(*failure).json()),
-            _ => None,
+        let objects = match event {
+            Event::Failed(failure) => {
+                let error = ApiError::from(failure);
+                self.app.metrics.errors.with_label_values(&[error.code().0]).inc();
+                self.app.monitor.broke_off();
+                vec![error.json()]
+            }
+            event => self.encode.encode(at, event),
         };
-        let objects = failed.map_or_else(|| self.encode.encode(at, event), |error| vec![error]);
         self.ready.extend(objects.iter().map(line));
     }
 }
@@ -156,12 +163,12 @@ impl<E: Encode> hyper::body::Body for EventBody<E> {
 ///
 /// # Errors
 /// If the first event is a failure.
-pub async fn respond(mut events: Merged, encode: impl Encode) -> Result<Response, ApiError> {
+pub(super) async fn respond(app: Arc<App>, mut events: Merged, encode: impl Encode) -> Result<Response, ApiError> {
     let first = events.next().await;
     if let Some((_, Event::Failed(failure))) = first {
         return Err(failure.into());
     }
-    let mut body = EventBody { events, encode, ready: VecDeque::new(), ended: false };
+    let mut body = EventBody { app, events, encode, ready: VecDeque::new(), ended: false };
     if let Some((at, event)) = first {
         body.take(at, event);
     }

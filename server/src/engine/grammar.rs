@@ -35,7 +35,11 @@ impl Grammars {
         let eos = eos.ok_or_else(|| GrammarError("the model has no token that ends a text".to_owned()))?;
         let word = |token: u32| {
             let bytes = tokenizer.token_bytes(token);
-            if tokenizer.is_special(token) { [&[TokTrie::SPECIAL_TOKEN_MARKER], bytes].concat() } else { bytes.to_vec() }
+            if tokenizer.is_special(token) {
+                [&[TokTrie::SPECIAL_TOKEN_MARKER], bytes].concat()
+            } else {
+                bytes.to_vec()
+            }
         };
         let size = u32::try_from(vocabulary).map_err(|error| GrammarError::new(&error))?;
         let words: Vec<Vec<u8>> = (0..size).map(word).collect();

@@ -26,7 +26,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 pub use grammar::{Grammar, GrammarError, Grammars};
 
 use crate::filter::Filter;
-use crate::metrics::Metrics;
+use crate::metrics::EngineMetrics;
 use crate::responses::{Key, Responses};
 
 /// How an engine runs its model.
@@ -38,8 +38,8 @@ pub struct EngineOptions {
     pub chunk: usize,
     /// Requests that may wait.
     pub queue: usize,
-    /// Finished texts whose keys and values are kept.
-    pub prefixes: usize,
+    /// Bytes that keys and values of finished texts may take.
+    pub prefix_bytes: usize,
     /// Precision of the KV cache.
     pub kv: KvType,
     /// Tokens that a text may have in all.
@@ -130,8 +130,10 @@ pub struct TokenLogprob {
 pub enum Failure {
     /// Its deadline has passed.
     Timeout,
-    /// The server is about to stop.
+    /// The server stops, and can wait no longer.
     Draining,
+    /// There is no memory for its keys and values.
+    Memory,
     /// A bug: a pass failed.
     Internal,
 }
@@ -152,6 +154,21 @@ pub enum Event {
     Done(Done),
     /// The end, too early.
     Failed(Failure),
+}
+
+impl Event {
+    /// Bytes that it takes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        size_of::<Self>()
+            + match self {
+                Self::Text { text, logprobs } => {
+                    text.len() + logprobs.iter().map(|one| size_of_val(one) + size_of_val(&one.top[..])).sum::<usize>()
+                }
+                Self::Embedding(vector) => size_of_val(&vector[..]),
+                Self::Done(_) | Self::Failed(_) => 0,
+            }
+    }
 }
 
 /// How a job ended.
@@ -188,9 +205,10 @@ struct Shared {
     stop_tokens: Vec<u32>,
     options: EngineOptions,
     filter: Arc<Filter>,
-    metrics: Metrics,
+    metrics: EngineMetrics,
     responses: Arc<Responses>,
     draining: AtomicBool,
+    giving_up: AtomicBool,
 }
 
 /// Everything that an engine is made of.
@@ -206,7 +224,7 @@ pub struct Parts {
     /// Watches what is generated.
     pub filter: Arc<Filter>,
     /// Counts.
-    pub metrics: Metrics,
+    pub metrics: EngineMetrics,
     /// Keeps answers.
     pub responses: Arc<Responses>,
 }
@@ -225,9 +243,19 @@ impl Engine {
     /// If the system refuses the thread.
     pub fn start(name: &str, parts: Parts, options: EngineOptions) -> std::io::Result<Self> {
         let Parts { model, team, tokenizer, stop_tokens, filter, metrics, responses } = parts;
-        let draining = AtomicBool::new(false);
-        let shared =
-            Arc::new(Shared { model, team, tokenizer, stop_tokens, options, filter, metrics, responses, draining });
+        let (draining, giving_up) = (AtomicBool::new(false), AtomicBool::new(false));
+        let shared = Arc::new(Shared {
+            model,
+            team,
+            tokenizer,
+            stop_tokens,
+            options,
+            filter,
+            metrics,
+            responses,
+            draining,
+            giving_up,
+        });
         let (sender, receiver) = mpsc::channel();
         let thread = std::thread::Builder::new().name(format!("engine {name}")).spawn({
             let shared = Arc::clone(&shared);
@@ -243,15 +271,11 @@ impl Engine {
     pub fn submit(&self, job: Job) -> Result<UnboundedReceiver<Event>, Refused> {
         let (events, receiver) = unbounded_channel();
         if let Some(answer) = job.key.as_ref().and_then(|key| self.shared.responses.get(key)) {
-            self.shared.metrics.cache_hits.inc();
             for event in answer.iter() {
                 // The receiver is in our hands.
                 let _ = events.send(event.clone());
             }
             return Ok(receiver);
-        }
-        if job.key.is_some() {
-            self.shared.metrics.cache_misses.inc();
         }
         if self.shared.draining.load(Ordering::SeqCst) {
             return Err(Refused::Draining);
@@ -273,16 +297,40 @@ impl Engine {
         }
     }
 
-    /// Tokens that a text may have in all.
+    /// How it runs its model.
     #[must_use]
-    pub fn context(&self) -> usize {
-        self.shared.options.context
+    pub fn options(&self) -> &EngineOptions {
+        &self.shared.options
+    }
+
+    /// What it counts.
+    #[must_use]
+    pub fn metrics(&self) -> &EngineMetrics {
+        &self.shared.metrics
+    }
+
+    /// Its model.
+    #[must_use]
+    pub fn model(&self) -> &Model {
+        &self.shared.model
+    }
+
+    /// Its threads.
+    #[must_use]
+    pub fn team(&self) -> &Team {
+        &self.shared.team
     }
 
     /// Accepts nothing more from now on; what has been accepted goes on.
     pub fn drain(&self) {
         self.shared.draining.store(true, Ordering::SeqCst);
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// Ends what has been accepted with [`Failure::Draining`], instead of going on with it.
+    pub fn give_up(&self) {
+        self.shared.giving_up.store(true, Ordering::SeqCst);
+        self.drain();
     }
 
     /// Waits until all that has been accepted is done, at most for `limit`; returns whether it is. [`drain`](Self::drain)

@@ -4,18 +4,19 @@ use std::collections::VecDeque;
 
 use ternion_runtime::model::Sequence;
 
-/// Fewer common tokens are not worth a copy.
+/// Fewer common tokens are not worth the search.
 const WORTHWHILE: usize = 16;
 
-/// Finished texts, oldest first.
+/// Finished texts, those first that have been of no use for longest.
 #[derive(Debug)]
 pub(super) struct PrefixCache {
+    /// Bytes that their keys and values may take.
     capacity: usize,
     kept: VecDeque<Sequence>,
 }
 
 /// How many tokens two texts begin with in common.
-pub(super) fn common(a: &[u32], b: &[u32]) -> usize {
+fn common(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
@@ -30,24 +31,23 @@ impl PrefixCache {
     }
 
     pub(super) fn keep(&mut self, sequence: Sequence) {
-        if self.capacity == 0 || sequence.tokens().len() < WORTHWHILE {
+        if sequence.kv_bytes() > self.capacity || sequence.tokens().len() < WORTHWHILE {
             return;
         }
         // What the new one begins with is in the new one.
         self.kept.retain(|old| common(old.tokens(), sequence.tokens()) < old.tokens().len());
-        if self.kept.len() == self.capacity {
-            self.kept.pop_front();
-        }
         self.kept.push_back(sequence);
+        let mut bytes = self.bytes();
+        while bytes > self.capacity
+            && let Some(oldest) = self.kept.pop_front()
+        {
+            bytes -= oldest.kv_bytes();
+        }
     }
 
     /// A sequence that has read as much of the beginning of `prompt` as any kept or `running` one, at least one token
-    /// less than all of it. A kept one that goes on in `prompt` is handed out itself; others are copied.
-    pub(super) fn find<'a>(
-        &mut self,
-        prompt: &[u32],
-        running: impl Iterator<Item = &'a Sequence>,
-    ) -> Option<Sequence> {
+    /// less than all of it.
+    pub(super) fn find<'a>(&mut self, prompt: &[u32], running: impl Iterator<Item = &'a Sequence>) -> Option<Sequence> {
         let usable = |sequence: &Sequence| common(sequence.tokens(), prompt).min(prompt.len() - 1);
         let running = running.map(|sequence| (usable(sequence), sequence)).max_by_key(|(common, _)| *common);
         let kept = self.kept.iter().map(usable).enumerate().max_by_key(|(_, common)| *common);
@@ -56,14 +56,9 @@ impl PrefixCache {
             return Some(sequence.fork(common));
         }
         let (at, common) = kept.filter(|(_, common)| *common >= WORTHWHILE)?;
-        if common == self.kept[at].tokens().len() {
-            return self.kept.remove(at);
-        }
-        let found = self.kept[at].fork(common);
-        // Of use: stays longer.
-        if let Some(sequence) = self.kept.remove(at) {
-            self.kept.push_back(sequence);
-        }
+        let used = self.kept.remove(at)?;
+        let found = used.fork(common);
+        self.kept.push_back(used);
         Some(found)
     }
 }

@@ -44,10 +44,15 @@ impl<T> FairQueue<T> {
     pub(super) fn take_out(&mut self, mut leaves: impl FnMut(&T) -> bool) -> Vec<T> {
         let mut out = Vec::new();
         for line in self.lines.values_mut() {
-            let (gone, stay): (Vec<T>, VecDeque<T>) = line.drain(..).fold(Default::default(), |(mut gone, mut stay), item| {
-                if leaves(&item) { gone.push(item) } else { stay.push_back(item) }
-                (gone, stay)
-            });
+            let (gone, stay): (Vec<T>, VecDeque<T>) =
+                line.drain(..).fold(Default::default(), |(mut gone, mut stay), item| {
+                    if leaves(&item) {
+                        gone.push(item)
+                    } else {
+                        stay.push_back(item)
+                    }
+                    (gone, stay)
+                });
             *line = stay;
             out.extend(gone);
         }

@@ -1,19 +1,17 @@
 //! The loop of an engine: let in, run a pass, choose tokens, let out.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Instant;
 
 use ternion_runtime::formats::Pooling;
-use ternion_runtime::model::{Batch, Candidate, HeadScratch, Part, Sequence};
+use ternion_runtime::model::{Batch, Candidate, HeadScratch, ModelError, Part, Sequence};
 
 use super::prefix::PrefixCache;
 use super::queue::FairQueue;
 use super::slot::{Progress, Slot};
 use super::{Event, Failure, Shared, Submitted, Task};
-
-/// How often an engine with nothing to do looks whether somebody who waits has given up.
-const TICK: Duration = Duration::from_millis(100);
 
 /// Runs until nobody can submit anything more and all that was submitted is done.
 pub(super) fn run(shared: &Shared, jobs: &Receiver<Submitted>) {
@@ -24,7 +22,7 @@ pub(super) fn run(shared: &Shared, jobs: &Receiver<Submitted>) {
         lists: Vec::new(),
         slots: Vec::new(),
         queue: FairQueue::new(),
-        prefixes: PrefixCache::new(shared.options.prefixes),
+        prefixes: PrefixCache::new(shared.options.prefix_bytes),
     };
     while engine.receive(jobs) {
         engine.let_out();
@@ -34,14 +32,21 @@ pub(super) fn run(shared: &Shared, jobs: &Receiver<Submitted>) {
         }
         // A bug in a pass costs those who are in it, and nobody else.
         if catch_unwind(AssertUnwindSafe(|| engine.pass())).is_err() {
-            shared.metrics.panics.inc();
-            engine.slots.drain(..).for_each(|mut slot| drop(slot.fail(Failure::Internal)));
+            shared.metrics.failed_passes.inc();
+            fail(&mut engine.slots, Failure::Internal);
             engine.batch = None;
-            engine.prefixes = PrefixCache::new(shared.options.prefixes);
+            engine.prefixes = PrefixCache::new(shared.options.prefix_bytes);
         }
         engine.observe();
     }
     engine.observe();
+}
+
+/// Ends all without success.
+fn fail(slots: &mut Vec<Slot<'_>>, failure: Failure) {
+    for mut slot in slots.drain(..) {
+        slot.fail(failure);
+    }
 }
 
 struct Scheduler<'a> {
@@ -63,24 +68,29 @@ impl Scheduler<'_> {
             match jobs.try_recv() {
                 Ok(submitted) => self.queue.push(submitted.job.client, submitted),
                 Err(TryRecvError::Empty) if !self.slots.is_empty() || !self.queue.is_empty() => return true,
-                Err(TryRecvError::Empty) => match jobs.recv_timeout(TICK) {
+                Err(TryRecvError::Empty) => match jobs.recv() {
                     Ok(submitted) => self.queue.push(submitted.job.client, submitted),
-                    Err(RecvTimeoutError::Timeout) => {}
-                    Err(RecvTimeoutError::Disconnected) => return false,
+                    Err(_) => return false,
                 },
                 Err(TryRecvError::Disconnected) => return !self.slots.is_empty() || !self.queue.is_empty(),
             }
         }
     }
 
-    /// Ends what has lost its client or is late.
+    /// Ends what has lost its client or is late, or everything if the server can wait no longer.
     fn let_out(&mut self) {
         let now = Instant::now();
         let metrics = &self.shared.metrics;
-        for gone in self.queue.take_out(|waiting| waiting.events.is_closed() || now >= waiting.job.deadline) {
+        let giving_up = self.shared.giving_up.load(Ordering::SeqCst);
+        let failure = if giving_up { Failure::Draining } else { Failure::Timeout };
+        let leaves = |waiting: &Submitted| giving_up || waiting.events.is_closed() || now >= waiting.job.deadline;
+        for gone in self.queue.take_out(leaves) {
             metrics.waiting.dec();
             // Whoever has gone does not hear it.
-            let _ = gone.events.send(Event::Failed(Failure::Timeout));
+            let _ = gone.events.send(Event::Failed(failure));
+        }
+        if giving_up {
+            fail(&mut self.slots, failure);
         }
         for mut slot in self.slots.extract_if(.., |slot| slot.is_cancelled() || slot.is_late(now)) {
             if slot.is_cancelled() {
@@ -102,7 +112,8 @@ impl Scheduler<'_> {
             let all = matches!(job.task, Task::Embed) && self.shared.model.config().pooling == Some(Pooling::Mean);
             let running = self.slots.iter().map(|slot| &slot.sequence);
             let known = if all { None } else { self.prefixes.find(&job.prompt, running) };
-            let sequence = known.map_or_else(|| Sequence::new(&self.shared.model, options.kv, Some(options.context)), Ok);
+            let sequence =
+                known.map_or_else(|| Sequence::new(&self.shared.model, options.kv, Some(options.context)), Ok);
             match sequence {
                 Ok(sequence) => self.slots.push(Slot::new(self.shared, job, events, sequence)),
                 Err(_) => drop(events.send(Event::Failed(Failure::Internal))),
@@ -119,8 +130,7 @@ impl Scheduler<'_> {
             *batch = Batch::new(shared.model.clone(), shared.team.clone(), capacity).ok();
         }
         let Some(batch) = batch else {
-            slots.drain(..).for_each(|mut slot| drop(slot.fail(Failure::Internal)));
-            return;
+            return fail(slots, Failure::Memory);
         };
         let counts = shares(&slots.iter().map(Slot::unread).collect::<Vec<_>>(), options.chunk);
         let mut parts: Vec<Part<'_>> = Vec::with_capacity(slots.len());
@@ -130,10 +140,11 @@ impl Scheduler<'_> {
         }
         let size: usize = counts.iter().sum();
         let start = Instant::now();
-        if batch.forward(&mut parts).is_err() {
-            // Every token was checked before it was let in.
-            slots.drain(..).for_each(|mut slot| drop(slot.fail(Failure::Internal)));
-            return;
+        if let Err(error) = batch.forward(&mut parts) {
+            // Every token was checked before it was let in, so it can only be memory.
+            let memory = matches!(error, ModelError::CacheMemory { .. });
+            self.prefixes = PrefixCache::new(options.prefix_bytes);
+            return fail(slots, if memory { Failure::Memory } else { Failure::Internal });
         }
         let mut end = 0;
         for (slot, count) in slots.iter_mut().zip(counts) {
@@ -141,8 +152,7 @@ impl Scheduler<'_> {
             end += count;
             slot.has_read(count, || batch.states(range).to_vec());
         }
-        shared.metrics.pass(size, slots.iter().filter(|slot| slot.unread() == 0).count(), start.elapsed());
-
+        let texts = slots.iter().filter(|slot| slot.unread() == 0).count();
         let asking: Vec<usize> = (0..slots.len()).filter(|at| slots[*at].query().is_some()).collect();
         let queries: Vec<_> = asking.iter().filter_map(|at| slots[*at].query()).collect();
         lists.resize_with(queries.len().max(lists.len()), Vec::new);
@@ -154,6 +164,7 @@ impl Scheduler<'_> {
         for (slot, ended) in slots.iter_mut().zip(&mut ended).filter(|(slot, _)| slot.embeds()) {
             *ended = slot.embed() == Progress::Ended;
         }
+        shared.metrics.pass(size, texts, start.elapsed());
         let mut ended = ended.into_iter();
         for slot in self.slots.extract_if(.., |_| ended.next().unwrap_or(false)) {
             self.prefixes.keep(slot.sequence);

@@ -75,7 +75,6 @@ impl<'a> Slot<'a> {
         Self { shared, job, events, sent: Vec::new(), sequence, next, read: 0, cached, work, last_token: None }
     }
 
-
     /// Tokens to be read before something can be chosen.
     pub(super) fn unread(&self) -> usize {
         self.next.len() - self.read

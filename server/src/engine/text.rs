@@ -93,7 +93,10 @@ mod tests {
 
     #[test]
     fn a_stop_text_never_goes_out_even_in_parts() {
-        assert_eq!(run(&["END"], "", &["a E", "N", "D b"]), (vec!["a ".into(), "".into(), "".into()], Some(Finish::Stop)));
+        assert_eq!(
+            run(&["END"], "", &["a E", "N", "D b"]),
+            (vec!["a ".into(), "".into(), "".into()], Some(Finish::Stop))
+        );
         assert_eq!(run(&["END"], "", &["a E", "NE"]), (vec!["a ".into(), "EN".into(), "E".into()], None));
         assert_eq!(run(&["ué", "x"], "", &["bu", "éx"]), (vec!["b".into(), "".into()], Some(Finish::Stop)));
     }
