@@ -217,7 +217,7 @@ async function ask() {
   if (follow) toEnd();
   const held = document.activeElement === document.body || document.activeElement === id("stop");
   if (held) id("message").focus();
-  announce(turn.problem ? `No answer: ${turn.problem}` : `${turn.content} (${turn.note})`);
+  announce(turn.problem ? `No answer: ${turn.problem}` : `${item.querySelector(".text").innerText} (${turn.note})`);
   store("sessionStorage", "turns", turns);
 }
 
