@@ -18,6 +18,8 @@ use crate::export::Export;
 use crate::lab::Lab;
 use crate::pull::Pull;
 use crate::purpose::Purpose;
+#[cfg(feature = "server")]
+use crate::serve::Serve;
 use crate::synth::Synth;
 use crate::tune::Tune;
 
@@ -33,6 +35,9 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Generate text, or chat
     Run(Box<Run>),
+    /// Serve models over HTTP, as OpenAI's clients expect
+    #[cfg(feature = "server")]
+    Serve(Box<Serve>),
     /// Prepare a model and tune its kernels for this machine: all that a model needs, in one command
     Setup(Setup),
     /// Turn a model directory into one prepared file (.tern)
@@ -319,7 +324,7 @@ fn parse_lora(text: &str) -> Result<LoraOption, String> {
     }
 }
 
-fn parse_time(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_time(text: &str) -> Result<Duration, String> {
     let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len()));
     let scale = match unit {
         "ms" => 1e-3,

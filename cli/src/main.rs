@@ -18,6 +18,8 @@ mod prepare;
 mod pull;
 mod purpose;
 mod run;
+#[cfg(feature = "server")]
+mod serve;
 mod synth;
 mod terminal;
 mod tune;
@@ -82,6 +84,8 @@ fn mistake(error: &clap::Error) -> ExitCode {
 fn execute(command: &Command) -> Result<ExitCode> {
     match command {
         Command::Run(options) => run::run(options),
+        #[cfg(feature = "server")]
+        Command::Serve(options) => serve::serve(options),
         Command::Setup(options) => prepare::setup(options),
         Command::Prepare(options) => prepare::prepare(options),
         Command::Eval(options) => eval::eval(options),

@@ -45,16 +45,22 @@ fn parse_share(text: &str) -> Result<f64, String> {
 }
 
 impl Preset {
-    const fn threads(self) -> usize {
+    pub(crate) const fn threads(self) -> usize {
         [2, 4, 8, 16][self as usize]
     }
 
-    const fn memory_mb(self) -> u64 {
+    pub(crate) const fn memory_mb(self) -> u64 {
         [512, 1024, 2048, 4096][self as usize]
     }
 
-    const fn batch(self) -> usize {
+    pub(crate) const fn batch(self) -> usize {
         [1, 1, 8, 32][self as usize]
+    }
+
+    /// Tokens that a text on a server of this kind may have, unless asked otherwise.
+    #[cfg(feature = "server")]
+    pub(crate) const fn serving_context(self) -> usize {
+        [1024, 2048, 8192, 32_768][self as usize]
     }
 
     const fn prompt_share(self) -> f64 {

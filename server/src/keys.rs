@@ -44,6 +44,12 @@ impl Keys {
         Ok(Self { keys: lines.map(key).collect::<Result<_, _>>()? })
     }
 
+    /// Whether nobody is let in.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
     /// Who has this key. Takes as long for a wrong key as for any right one.
     #[must_use]
     pub fn find(&self, key: &str) -> Option<Caller> {

@@ -23,6 +23,7 @@ pub mod responses;
 pub mod sanitise;
 pub mod security_log;
 mod served;
+#[cfg(feature = "page")]
 mod web;
 
 use std::future::Future;
@@ -47,6 +48,11 @@ use process::Usage;
 use responses::Responses;
 use security_log::{SecurityLog, now};
 pub use served::{Offer, Served};
+
+/// Threads that read requests and write answers. They are idle most of the time: the work is done elsewhere.
+const HTTP_THREADS: usize = 2;
+/// How often a running server asks whether it is to stop.
+const STOP_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Limits of a request.
 #[derive(Clone, Copy, Debug)]
@@ -102,7 +108,7 @@ pub struct Options {
     pub webhook: Option<String>,
     /// The origin whose pages may read answers.
     pub cors: Option<HeaderValue>,
-    /// Whether there is a web page.
+    /// Whether there is a web page, if it is built in.
     pub page: bool,
     /// Encrypts connections.
     pub tls: Option<TlsAcceptor>,
@@ -270,6 +276,31 @@ pub async fn serve(
         engines.models.iter().all(|served| served.engine.join(Duration::from_secs(5)))
     });
     Ok(answered && joined.await.unwrap_or(false))
+}
+
+/// [`serve`] on a runtime of its own, until `stop` says so.
+///
+/// # Errors
+/// If the address cannot be bound, or the system refuses threads.
+pub fn run(
+    app: Arc<App>,
+    address: SocketAddr,
+    stop: impl Fn() -> bool,
+    listening: impl FnOnce(SocketAddr),
+    alert: impl Fn(&Alert) + Send + 'static,
+) -> Result<bool, StartError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(HTTP_THREADS)
+        .thread_name("http")
+        .enable_all()
+        .build()
+        .map_err(|source| StartError::System { what: "no threads".to_owned(), source })?;
+    let stopped = async {
+        while !stop() {
+            tokio::time::sleep(STOP_INTERVAL).await;
+        }
+    };
+    runtime.block_on(serve(app, address, stopped, listening, alert))
 }
 
 /// Looks at the system every second, and raises alerts.

@@ -1,6 +1,7 @@
 //! The last 24 hours in minutes, and alerts when something goes beyond its threshold.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -51,6 +52,12 @@ pub struct Alert {
     pub value: f64,
     /// How much it may be.
     pub threshold: f64,
+}
+
+impl fmt::Display for Alert {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} was {:.1} in the last minute, beyond {}", self.what, self.value, self.threshold)
+    }
 }
 
 /// One minute, or several together.

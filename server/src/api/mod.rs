@@ -31,7 +31,7 @@ use crate::security_log::now;
 
 /// All routes, with the door in front of them.
 pub fn router(app: Arc<App>) -> Router {
-    let mut router = Router::new()
+    let router = Router::new()
         .route("/v1/chat/completions", post(chat::complete))
         .route("/v1/completions", post(completions::complete))
         .route("/v1/embeddings", post(embeddings::embed))
@@ -47,9 +47,8 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/metrics", get(plain::metrics))
         .route("/admin/live.json", get(plain::live_panel))
         .route("/admin/report.json", get(plain::report));
-    if app.options.page {
-        router = router.merge(crate::web::router());
-    }
+    #[cfg(feature = "page")]
+    let router = if app.options.page { router.merge(crate::web::router()) } else { router };
     router
         .fallback(|| async { ApiError::no_route() })
         .method_not_allowed_fallback(|| async { ApiError::no_method() })
