@@ -5,7 +5,7 @@ they are, streams included. Ray routes, restarts and scales by the number of req
 `httpx`; settings come from the environment:
 
     TERNION            the program (default: ternion)
-    TERNION_ARGUMENTS  what follows `serve`, for example "--threads 4 /models/2b4t.tern"
+    TERNION_ARGUMENTS  what follows `serve`, for example "--threads 4 --model /models/2b4t.tern"
 """
 
 import asyncio
