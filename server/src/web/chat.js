@@ -108,4 +108,4 @@ export function timing({ finish, pieces, usage, firstMs, seconds }) {
 }
 
 /** Three digits are enough. */
-export const rate = (value) => (value >= 100 ? Math.round(value) : value >= 10 ? value.toFixed(1) : value.toFixed(2)).toString();
+export const rate = (value) => (value === 0 || value >= 100 ? Math.round(value) : value >= 10 ? value.toFixed(1) : value.toFixed(2)).toString();

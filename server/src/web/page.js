@@ -166,7 +166,13 @@ function busy(state) {
 function request() {
   const last = turns.at(-1);
   if (last.mode === "complete") return { ...options(), prompt: last.content };
-  const messages = turns.filter(({ mode, content }) => mode === "chat" && content).map(({ role, content }) => ({ role, content }));
+  const messages = [];
+  for (const { role, mode, content } of turns) {
+    if (mode !== "chat") continue;
+    // A question that got no answer is not asked again along with the next: templates want turns to alternate.
+    if (content) messages.push({ role, content });
+    else messages.pop();
+  }
   const system = form.system.value.trim();
   return { ...options(), messages: system ? [{ role: "system", content: system }, ...messages] : messages };
 }
