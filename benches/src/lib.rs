@@ -3,6 +3,7 @@
 //! Benches report, they never judge: `cargo bench -p ternion-benches`.
 
 pub mod model;
+pub mod soak;
 
 use std::ops::Range;
 

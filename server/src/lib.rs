@@ -116,6 +116,28 @@ pub struct Options {
     pub drain_delay: Duration,
 }
 
+impl Default for Options {
+    /// Open to whoever reaches it, within the usual limits, with a web page.
+    fn default() -> Self {
+        Self {
+            limits: Limits::default(),
+            connections: ConnectionLimits::default(),
+            keys: None,
+            filter: Filter::default(),
+            log: SecurityLog::default(),
+            response_bytes: 16_000_000,
+            seed: Some(0),
+            bandwidth: None,
+            thresholds: Thresholds::default(),
+            webhook: None,
+            cors: None,
+            page: true,
+            tls: None,
+            drain_delay: Duration::ZERO,
+        }
+    }
+}
+
 /// Why a server could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -305,14 +327,11 @@ pub fn run(
 
 /// Looks at the system every second, and raises alerts.
 async fn watch(app: Arc<App>, alert: impl Fn(&Alert) + Send + 'static) {
-    let mut seen = Duration::ZERO;
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
         app.rate.forget_quiet();
         let (time, usage) = (app.started.elapsed(), Usage::now());
-        app.metrics.memory.set(i64::try_from(usage.memory).unwrap_or(i64::MAX));
-        app.metrics.cpu.inc_by(usage.cpu.saturating_sub(seen).as_secs_f64());
-        seen = seen.max(usage.cpu);
+        app.metrics.observe(usage);
         let totals: Vec<_> = app.models.iter().map(|served| served.engine.metrics().totals()).collect();
         let sample = Sample { time, usage, totals: totals.iter().copied().sum() };
         app.recent.push(time, usage, totals);

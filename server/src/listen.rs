@@ -41,6 +41,12 @@ pub struct ConnectionLimits {
     pub drain: Duration,
 }
 
+impl Default for ConnectionLimits {
+    fn default() -> Self {
+        Self { connections: 512, patience: Duration::from_secs(20), drain: Duration::from_secs(30) }
+    }
+}
+
 /// Reads a certificate chain and its key, both PEM.
 ///
 /// # Errors

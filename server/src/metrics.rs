@@ -8,6 +8,8 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
+use crate::process::Usage;
+
 /// All metrics of a server. Clones count together.
 #[derive(Clone)]
 pub struct Metrics {
@@ -185,6 +187,13 @@ impl Metrics {
             batch_texts,
             pass_time,
         }
+    }
+
+    /// Takes note of what the process uses.
+    pub(crate) fn observe(&self, usage: Usage) {
+        self.memory.set(i64::try_from(usage.memory).unwrap_or(i64::MAX));
+        // Processor time only grows; of two at the same time one may count a hundredth less.
+        self.cpu.inc_by((usage.cpu.as_secs_f64() - self.cpu.get()).max(0.0));
     }
 
     /// Prometheus' text format.

@@ -244,6 +244,8 @@ pub(crate) fn post(url: &str, alert: &Alert) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{BufReader, Read as _, Write as _};
+    use std::net::TcpListener;
 
     #[test]
     fn each_threshold_raises_its_alert_and_a_quiet_minute_none() {
@@ -303,5 +305,27 @@ mod tests {
         // What happened in the first hour has been forgotten.
         assert_eq!((report.total.errors, report.total.memory_bytes), (0, 1_000_000_000));
         assert!(report.alerts.is_empty());
+    }
+
+    #[test]
+    fn an_alert_is_posted_as_json() {
+        let hook = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/alerts", hook.local_addr().unwrap());
+        let received = std::thread::spawn(move || {
+            let (mut stream, _) = hook.accept().unwrap();
+            let mut text = String::new();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            while !text.ends_with('}') {
+                let mut byte = [0];
+                reader.read_exact(&mut byte).unwrap();
+                text.push(char::from(byte[0]));
+            }
+            stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").unwrap();
+            text
+        });
+        post(&url, &Alert { what: "latency_ms", value: 6000.5, threshold: 5000.0 });
+        let text = received.join().unwrap();
+        assert!(text.starts_with("POST /alerts HTTP/1.1\r\n"), "{text}");
+        assert!(text.ends_with(r#"{"what":"latency_ms","value":6000.5,"threshold":5000.0}"#), "{text}");
     }
 }

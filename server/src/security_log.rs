@@ -45,13 +45,15 @@ impl SecurityLog {
         Ok(Self { file: Some(Mutex::new(file)) })
     }
 
-    /// Writes an entry, whole or not at all. A disk that is full costs the entry and not the request.
-    pub fn write(&self, entry: &Entry<'_>) {
-        let Some(file) = &self.file else { return };
-        if let Ok(mut line) = serde_json::to_vec(entry) {
-            line.push(b'\n');
-            let _ = file.lock().unwrap_or_else(PoisonError::into_inner).write_all(&line);
-        }
+    /// Writes an entry, if there is a file. A disk that is full costs the entry and not the request.
+    ///
+    /// # Errors
+    /// If the file does not take it.
+    pub fn write(&self, entry: &Entry<'_>) -> io::Result<()> {
+        let Some(file) = &self.file else { return Ok(()) };
+        let mut line = serde_json::to_vec(entry)?;
+        line.push(b'\n');
+        file.lock().unwrap_or_else(PoisonError::into_inner).write_all(&line)
     }
 }
 

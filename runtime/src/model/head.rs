@@ -63,7 +63,10 @@ pub struct HeadScratch {
     /// Lower and upper ends of the intervals, `[screened, vocabulary]` each.
     lower: Vec<f32>,
     upper: Vec<f32>,
-    /// Logits of one state, or their lower ends to be put in order.
+    /// Lower ends of one state's intervals, to be put in order.
+    ends: Vec<f32>,
+    /// States that are not screened, `[n, hidden]`, and their logits, `[n, vocabulary]`.
+    states: Vec<f32>,
     logits: Vec<f32>,
 }
 
@@ -143,12 +146,20 @@ impl Head {
         if let Some(screen) = screen.filter(|_| scratch.norms.iter().any(Option::is_some)) {
             self.intervals(team, screen, queries.clone().map(|query| query.state), scratch);
         }
+        // All that are not screened share one reading of the rows.
+        scratch.states.clear();
+        for (query, _) in queries.clone().zip(&scratch.norms).filter(|(_, norm)| norm.is_none()) {
+            scratch.states.extend_from_slice(query.state);
+        }
+        scratch.logits.resize(scratch.states.len() / self.rows.columns * vocabulary, 0.0);
+        if !scratch.states.is_empty() {
+            self.logits(team, &scratch.states, &mut scratch.logits);
+        }
+        let mut logits = scratch.logits.chunks_exact(vocabulary);
         for (n, (query, found)) in queries.zip(found).enumerate() {
             found.clear();
             if scratch.norms[n].is_none() {
-                scratch.logits.resize(vocabulary, 0.0);
-                self.logits(team, query.state, &mut scratch.logits);
-                found.extend(scratch.logits.iter().copied().zip(0..));
+                found.extend(logits.next().into_iter().flatten().copied().zip(0..));
                 continue;
             }
             let range = n * vocabulary..(n + 1) * vocabulary;
@@ -157,7 +168,7 @@ impl Head {
             for token in query.always.iter().map(|token| *token as usize).filter(|token| *token < vocabulary) {
                 (lower[token], upper[token]) = (f32::NEG_INFINITY, f32::INFINITY);
             }
-            let threshold = threshold(query.wanted, lower, &mut scratch.logits);
+            let threshold = threshold(query.wanted, lower, &mut scratch.ends);
             let reaching = upper.iter().zip(0..).filter(|(upper, _)| **upper >= threshold);
             found.extend(reaching.map(|(_, token)| (0.0, token)));
             self.rescore(team, query.state, found);

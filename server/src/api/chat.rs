@@ -7,6 +7,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use ternion_runtime::text::{Message, Tokenizer};
+use tokio::task::block_in_place;
 
 use super::settings::{MOST_ALTERNATIVES, Settings};
 use super::stream::{Encode, Merged, collect, respond};
@@ -29,12 +30,14 @@ pub(super) async fn complete(
     if alternatives.is_some() && logprobs.is_none() {
         return Err(ApiError::field("top_logprobs", "needs logprobs to be true"));
     }
-    let settings = Settings::read(&app, &served, &fields, logprobs)?;
-    let messages = messages(&app, &served, &fields)?;
-    let rendered =
-        served.template.render(&messages, true).map_err(|error| ApiError::field("messages", error.to_string()))?;
-    // The template writes its own BOS.
-    let prompt = served.encode(&rendered, false)?;
+    let (settings, prompt) = block_in_place(|| {
+        let settings = Settings::read(&app, &served, &fields, logprobs)?;
+        let messages = messages(&app, &served, &fields)?;
+        let rendered = served.template.render(&messages, true);
+        let rendered = rendered.map_err(|error| ApiError::field("messages", error.to_string()))?;
+        // The template writes its own BOS.
+        Ok::<_, ApiError>((settings, served.encode(&rendered, false)?))
+    })?;
     let events = Merged::new(settings.submit(&app, &served, client, &prompt)?);
     let (id, created) = identity("chatcmpl", &app);
     let usage = Usage { prompt: prompt.len(), ..Usage::default() };

@@ -7,6 +7,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 use ternion_runtime::text::Tokenizer;
+use tokio::task::block_in_place;
 
 use super::settings::Settings;
 use super::stream::{Encode, Merged, collect, respond};
@@ -25,9 +26,10 @@ pub(super) async fn complete(
     let served = app.model(&fields)?;
     served.generates()?;
     let logprobs = fields.integer("logprobs", 0..=MOST_ALTERNATIVES)?;
-    let settings = Settings::read(&app, &served, &fields, logprobs)?;
-    let prompts = served.texts(&app, "prompt", fields.required("prompt")?, |served, text| {
-        served.encode(text, served.tokenizer.adds_bos())
+    let (settings, prompts) = block_in_place(|| {
+        let settings = Settings::read(&app, &served, &fields, logprobs)?;
+        let encode = |served: &Served, text: &str| served.encode(text, served.tokenizer.adds_bos());
+        Ok::<_, ApiError>((settings, served.texts(&app, "prompt", fields.required("prompt")?, encode)?))
     })?;
     let mut receivers = Vec::new();
     for prompt in &prompts {

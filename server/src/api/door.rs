@@ -92,7 +92,7 @@ pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next
         app.metrics.errors.with_label_values(&[code]).inc();
     }
     app.monitor.request(status, time);
-    app.log.write(&Entry {
+    let logged = app.log.write(&Entry {
         time: now(),
         event: code,
         request: &number,
@@ -102,6 +102,9 @@ pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next
         status,
         ms: u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
     });
+    if logged.is_err() {
+        app.metrics.log_failures.inc();
+    }
     let headers = response.headers_mut();
     if let Ok(number) = HeaderValue::from_str(&number) {
         headers.insert("x-request-id", number);

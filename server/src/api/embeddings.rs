@@ -5,8 +5,10 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use serde::Serialize;
 use serde_json::{Value, json};
 use ternion_runtime::embedding;
+use tokio::task::block_in_place;
 
 use super::settings::{check_prompt, submit};
 use super::stream::{Merged, collect};
@@ -28,8 +30,10 @@ pub(super) async fn embed(
     if fields.integer("dimensions", 1..=served.hidden)?.is_some_and(|dimensions| dimensions != served.hidden) {
         return Err(ApiError::field("dimensions", format!("this model's vectors have {}", served.hidden)));
     }
-    let texts = served.texts(&app, "input", fields.required("input")?, |served, text| {
-        embedding::encode(&served.tokenizer, text).map_err(|error| ApiError::field("input", error.to_string()))
+    let texts = block_in_place(|| {
+        served.texts(&app, "input", fields.required("input")?, |served, text| {
+            embedding::encode(&served.tokenizer, text).map_err(|error| ApiError::field("input", error.to_string()))
+        })
     })?;
     let mut receivers = Vec::new();
     for tokens in &texts {
@@ -37,17 +41,36 @@ pub(super) async fn embed(
         receivers.push(submit(&app, &served, client, tokens, Task::Embed, None)?);
     }
     let vectors = collect(Merged::new(receivers)).await?;
-    let data: Vec<Value> = vectors
-        .into_iter()
-        .enumerate()
-        .map(|(index, text)| {
-            let vector = if base64 { Value::from(to_base64(&text.embedding)) } else { Value::from(text.embedding) };
-            json!({"object": "embedding", "index": index, "embedding": vector})
-        })
-        .collect();
+    let data = vectors.into_iter().enumerate().map(|(index, text)| {
+        let embedding = if base64 { Vector::Base64(to_base64(&text.embedding)) } else { Vector::Float(text.embedding) };
+        Data { object: "embedding", index, embedding }
+    });
     let tokens: usize = texts.iter().map(Vec::len).sum();
     let usage = json!({"prompt_tokens": tokens, "total_tokens": tokens});
-    Ok(Json(json!({"object": "list", "data": data, "model": served.name, "usage": usage})).into_response())
+    Ok(Json(List { object: "list", data: data.collect(), model: &served.name, usage }).into_response())
+}
+
+/// The answer. Typed, because a JSON value would write every element with the digits of an `f64`.
+#[derive(Serialize)]
+struct List<'a> {
+    object: &'static str,
+    data: Vec<Data>,
+    model: &'a str,
+    usage: Value,
+}
+
+#[derive(Serialize)]
+struct Data {
+    object: &'static str,
+    index: usize,
+    embedding: Vector,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Vector {
+    Float(Vec<f32>),
+    Base64(String),
 }
 
 /// The little-endian bytes of the elements in base 64 (RFC 4648), as OpenAI's client asks for them.

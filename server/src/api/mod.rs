@@ -18,7 +18,7 @@ use axum::body::to_bytes;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::middleware::from_fn_with_state;
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use serde_json::{Value, json};
 
 pub use door::RateLimit;
@@ -29,24 +29,30 @@ use crate::App;
 use crate::engine::Done;
 use crate::security_log::now;
 
+/// What is served: method, path and handler. `openapi.json` describes the same, which a test checks.
+fn routes() -> [(&'static str, &'static str, MethodRouter<Arc<App>>); 15] {
+    [
+        ("post", "/v1/chat/completions", post(chat::complete)),
+        ("post", "/v1/completions", post(completions::complete)),
+        ("post", "/v1/embeddings", post(embeddings::embed)),
+        ("get", "/v1/models", get(plain::models)),
+        ("get", "/v1/models/{model}", get(plain::model)),
+        ("post", "/tokenize", post(plain::tokenize)),
+        ("post", "/detokenize", post(plain::detokenize)),
+        ("get", "/health", get(plain::ready)),
+        ("get", "/health/live", get(plain::live)),
+        ("get", "/health/ready", get(plain::ready)),
+        ("get", "/version", get(plain::version)),
+        ("get", "/openapi.json", get(plain::openapi)),
+        ("get", "/metrics", get(plain::metrics)),
+        ("get", "/admin/live.json", get(plain::live_panel)),
+        ("get", "/admin/report.json", get(plain::report)),
+    ]
+}
+
 /// All routes, with the door in front of them.
 pub fn router(app: Arc<App>) -> Router {
-    let router = Router::new()
-        .route("/v1/chat/completions", post(chat::complete))
-        .route("/v1/completions", post(completions::complete))
-        .route("/v1/embeddings", post(embeddings::embed))
-        .route("/v1/models", get(plain::models))
-        .route("/v1/models/{model}", get(plain::model))
-        .route("/tokenize", post(plain::tokenize))
-        .route("/detokenize", post(plain::detokenize))
-        .route("/health", get(plain::ready))
-        .route("/health/live", get(plain::live))
-        .route("/health/ready", get(plain::ready))
-        .route("/version", get(plain::version))
-        .route("/openapi.json", get(plain::openapi))
-        .route("/metrics", get(plain::metrics))
-        .route("/admin/live.json", get(plain::live_panel))
-        .route("/admin/report.json", get(plain::report));
+    let router = routes().into_iter().fold(Router::new(), |router, (_, path, handler)| router.route(path, handler));
     #[cfg(feature = "page")]
     let router = if app.options.page { router.merge(crate::web::router()) } else { router };
     router
@@ -110,4 +116,44 @@ impl Usage {
 fn identity(kind: &str, app: &App) -> (String, u64) {
     let number = app.answers.fetch_add(1, Ordering::Relaxed);
     (format!("{kind}-{}{number:08x}", app.run), now() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_description_has_every_route_and_no_other() {
+        let description: Value = serde_json::from_str(include_str!("openapi.json")).unwrap();
+        assert_eq!(description["info"]["version"], env!("CARGO_PKG_VERSION"));
+        let paths = description["paths"].as_object().unwrap();
+        let methods = |(path, methods): (&String, &Value)| -> Vec<(String, String)> {
+            methods.as_object().unwrap().keys().map(|method| (method.clone(), path.clone())).collect()
+        };
+        let described: BTreeSet<_> = paths.iter().flat_map(methods).collect();
+        let served: BTreeSet<_> = routes().map(|(method, path, _)| (method.to_owned(), path.to_owned())).into();
+        assert_eq!(described, served);
+    }
+
+    #[test]
+    fn every_reference_of_the_description_leads_somewhere() {
+        fn visit(value: &Value, root: &Value, found: &mut usize) {
+            match value {
+                Value::Object(fields) => {
+                    if let Some(target) = fields.get("$ref").and_then(Value::as_str) {
+                        assert!(root.pointer(target.trim_start_matches('#')).is_some(), "{target}");
+                        *found += 1;
+                    }
+                    fields.values().for_each(|value| visit(value, root, found));
+                }
+                Value::Array(items) => items.iter().for_each(|value| visit(value, root, found)),
+                _ => {}
+            }
+        }
+        let description: Value = serde_json::from_str(include_str!("openapi.json")).unwrap();
+        let mut found = 0;
+        visit(&description, &description, &mut found);
+        assert!(found > 20, "{found}");
+    }
 }

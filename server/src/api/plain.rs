@@ -8,10 +8,12 @@ use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
+use tokio::task::block_in_place;
 
 use super::{ApiError, JsonBody};
 use crate::live;
 use crate::monitor::Report;
+use crate::process::Usage;
 use crate::{App, Served};
 
 fn model_json(served: &Served, app: &App) -> Value {
@@ -33,7 +35,7 @@ pub(super) async fn model(State(app): State<Arc<App>>, Path(name): Path<String>)
 pub(super) async fn tokenize(State(app): State<Arc<App>>, JsonBody(fields): JsonBody) -> Result<Json<Value>, ApiError> {
     let served = app.model(&fields)?;
     let text = fields.string("content")?.ok_or_else(|| ApiError::field("content", "is missing"))?;
-    let tokens = served.encode(text, fields.boolean("add_special")? && served.tokenizer.adds_bos())?;
+    let tokens = block_in_place(|| served.encode(text, fields.boolean("add_special")? && served.tokenizer.adds_bos()))?;
     Ok(Json(json!({"tokens": tokens, "count": tokens.len()})))
 }
 
@@ -70,6 +72,7 @@ pub(super) async fn openapi() -> Response {
 }
 
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
+    app.metrics.observe(Usage::now());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.text()).into_response()
 }
 

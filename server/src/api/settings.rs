@@ -35,7 +35,7 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Reads everything but the prompt. `logprobs` is how many alternatives are wanted with each token, if any.
+    /// Reads everything but the prompt. A large schema takes a moment. `logprobs` is how many alternatives are wanted with each token, if any.
     ///
     /// # Errors
     /// The first field that is out of its range or not supported.

@@ -1,15 +1,13 @@
 //! What lies in `deploy/` fits the program: it can be read, and names only options, routes and metrics that there are.
-#![cfg(feature = "page")]
-
-mod server;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::Value;
-use server::Server;
+use serde_json::{Value, json};
+
+use crate::client::{Server, ternion};
 
 fn deploy() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("deploy")
@@ -98,7 +96,7 @@ fn every_command_line_is_accepted() {
                 known.push("8080");
             }
             // Arguments are read in order, so what is wrong comes before the help.
-            let output = Command::new(env!("CARGO_BIN_EXE_ternion")).arg("serve").args(&known).arg("--help").output();
+            let output = ternion(&["serve"]).args(&known).arg("--help").output();
             let output = output.expect("the program");
             let stderr = String::from_utf8_lossy(&output.stderr);
             assert!(output.status.success(), "{}: serve {}: {stderr}", path.display(), known.join(" "));
@@ -110,13 +108,11 @@ fn every_command_line_is_accepted() {
 
 #[test]
 fn every_metric_and_probe_is_there() {
-    let server = Server::start(&["--rate-limit", "0"]);
+    let server = Server::start(&[]);
     // What is counted by label appears with the first of its kind.
-    let body = r#"{"prompt": "Once", "max_tokens": 2}"#;
-    assert_eq!(server.request("POST", "/v1/completions", body).0, 200);
-    assert_eq!(server.request("POST", "/v1/completions", "{}").0, 400);
-    let (status, text) = server.request("GET", "/metrics", "");
-    assert_eq!(status, 200);
+    server.post("/v1/completions", &json!({"prompt": "Once", "max_tokens": 2})).ok();
+    server.post("/v1/completions", &json!({})).refused(400, "INVALID_INPUT");
+    let text = server.get("/metrics").text;
     let mut known = BTreeSet::new();
     for line in text.lines() {
         let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) else { continue };
@@ -170,7 +166,7 @@ fn every_metric_and_probe_is_there() {
     assert!(metrics > 40 && sums >= 3, "{metrics} metrics and {sums} sums are used");
     assert!(probes.len() >= 3, "{probes:?}");
     for path in probes {
-        assert_eq!(server.request("GET", &path, "").0, 200, "{path}");
+        assert_eq!(server.get(&path).status, 200, "{path}");
     }
 }
 
