@@ -35,13 +35,25 @@ function cell(name, text, code = false) {
   return made;
 }
 
+/** Neighbours with the same schedule, as one: `2-4` and `5-8` are `2-8`, with `>8` they are `2 or more`. */
+function joined(schedules) {
+  const rows = [];
+  for (const { tokens, schedule } of schedules) {
+    const last = rows.at(-1);
+    if (last?.schedule !== schedule) rows.push({ tokens, schedule, from: parseInt(tokens, 10) });
+    else last.tokens = tokens.startsWith(">") ? `${last.from} or more` : `${last.from}-${tokens.split("-").at(-1)}`;
+  }
+  return rows;
+}
+
 /** A table for each shape: which schedule runs for how many tokens in a pass. */
 function kernels(model) {
   return model.kernels.map(({ m, k, projections, schedules }) => {
     const table = document.createElement("table");
-    table.createCaption().textContent = `${projections.join(", ")} · ${m} × ${k}`;
+    const names = projections.map((name) => name.split(".").at(-1));
+    table.createCaption().textContent = `${names.join(", ")} · ${m} × ${k}`;
     const body = table.createTBody();
-    for (const { tokens, schedule } of schedules) body.insertRow().append(cell("th", tokens), cell("td", schedule, true));
+    for (const { tokens, schedule } of joined(schedules)) body.insertRow().append(cell("th", tokens), cell("td", schedule, true));
     return table;
   });
 }

@@ -290,7 +290,7 @@ form.addEventListener("input", () => {
   mode();
 });
 form.key.addEventListener("change", connect);
-id("reset").addEventListener("click", () => {
+id("defaults").addEventListener("click", () => {
   const { model, key } = settings();
   form.reset();
   [form.model.value, form.key.value] = [model, key];

@@ -301,14 +301,15 @@ def numbers(server):
 def json_bombs(server):
     bodies = [
         b"[" * 100_000, b'{"a":' * 100_000, b'{"prompt": "Once"', b"", b"null", b"\xff\xfe{\x00}\x00", b'{"prompt": "\xc3\x28"}',
-        b'{"prompt": "\\ud800"}', b'{"prompt": {"prompt": []}}', b'{"prompt": ""}', b'{"prompt": []}', b'{"prompt": [[]]}',
+        b'{"prompt": "\\ud800"}', b'{"prompt": {"prompt": []}}', b'{"prompt": []}', b'{"prompt": [[]]}',
         b'{"prompt": [1, "a", [2]]}', b'{"prompt": [99999999]}', b'{"prompt": [-1]}', b'{"prompt": [1.5]}', b'{"prompt": [4294967296]}',
         b'{"messages": [{"role": "root", "content": "a"}]}', b'{"prompt": "a", "stop": [' + b",".join([b'"x"'] * 10_000) + b"]}",
         b'{"prompt": "a", "stop": ""}', b'{"prompt": "a", "model": "../../etc/passwd"}', b'{"prompt": "' + b"a " * 1_000_000 + b'"}',
         b'{"prompt": [' + b",".join([b'"a"'] * 100_000) + b"]}",
     ]
     codes = [server.ask("POST", COMPLETIONS, body)[0] for body in bodies]
-    assert set(codes) <= {400, 404}, list(zip(codes, [body[:40] for body in bodies]))
+    wrong = [(code, body[:40]) for code, body in zip(codes, bodies) if code not in (400, 404)]
+    assert not wrong, wrong
     many = json.dumps({"prompt": "Once", "max_tokens": 1, **{f"x{at}": at for at in range(10_000)}})
     assert server.post(COMPLETIONS, many)[0] in (200, 400)
     doubled = server.post(COMPLETIONS, '{"prompt": "Once", "max_tokens": 1, "max_tokens": -1}')[0]

@@ -309,7 +309,7 @@ def works_by_keyboard(context, url: str):
             break
         stops.append(stop)
     names = [stop["id"] for stop in stops]
-    for needed in ["new", "theme", "model", "system", "temperature", "key", "reset", "scroll", "message", "send"]:
+    for needed in ["new", "theme", "model", "system", "temperature", "key", "defaults", "scroll", "message", "send"]:
         assert needed in names, f"{needed} cannot be reached: {names}"
     assert names.index("theme") < names.index("model") < names.index("key") < names.index("message") < names.index("send"), names
     unseen = [stop["id"] for stop in stops if not stop["seen"] or stop["outline"].startswith("none")]
