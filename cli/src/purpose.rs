@@ -57,6 +57,12 @@ impl Preset {
         [1, 1, 8, 32][self as usize]
     }
 
+    /// As it is written on the command line.
+    #[cfg(feature = "server")]
+    pub(crate) const fn name(self) -> &'static str {
+        ["mobile", "edge", "server", "cloud"][self as usize]
+    }
+
     /// Tokens that a text on a server of this kind may have, unless asked otherwise.
     #[cfg(feature = "server")]
     pub(crate) const fn serving_context(self) -> usize {

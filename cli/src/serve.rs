@@ -257,7 +257,7 @@ pub(crate) fn serve(options: &Serve) -> Result<ExitCode> {
     let team = {
         let threads = threads(&wishes);
         let (preset, reason) = preset(&wishes, &machine);
-        note(&format!("for {}: {reason}", format!("{preset:?}").to_lowercase()));
+        note(&format!("for {}: {reason}", preset.name()));
         note(&format!("threads {threads}"));
         Arc::new(Team::new(threads.value)?)
     };

@@ -158,6 +158,32 @@ fn a_session_that_goes_back_gives_the_same_logits_again() {
 }
 
 #[test]
+fn texts_that_share_their_beginning_do_not_show_in_each_other() {
+    let checkpoint = support::embedded();
+    let model = model(&checkpoint, Family::Mad);
+    let team = Arc::new(Team::new(2).unwrap());
+    let tokens = tokens(&checkpoint);
+    for kv in KvType::ALL {
+        let mut batch = Batch::new(Arc::clone(&model), Arc::clone(&team), 128).unwrap();
+        let mut origin = Sequence::new(&model, kv, None).unwrap();
+        batch.forward(&mut [Part { sequence: &mut origin, tokens: &tokens[..70] }]).unwrap();
+        // One goes on from the middle of the first block, one from the second, the origin from its end: in turns.
+        let mut texts = [origin.fork(40), origin.fork(66), origin];
+        for turn in 0..5 {
+            let next: Vec<[u32; 2]> = (0..3).map(|at| [turn * 3 + at + 1, 500 - turn]).collect();
+            let parts = texts.iter_mut().zip(&next);
+            let mut parts: Vec<Part<'_>> = parts.map(|(sequence, tokens)| Part { sequence, tokens }).collect();
+            batch.forward(&mut parts).unwrap();
+        }
+        for text in &texts {
+            let mut alone = session(&model, 1, SessionOptions { kv, ..SessionOptions::default() });
+            alone.read(text.tokens()).unwrap();
+            assert_eq!(bits(text.state()), bits(alone.sequence().state()), "{kv}, {} tokens", text.tokens().len());
+        }
+    }
+}
+
+#[test]
 fn what_a_session_cannot_read_is_refused_and_changes_nothing() {
     let checkpoint = support::embedded();
     let model = model(&checkpoint, Family::Mad);

@@ -77,7 +77,7 @@ pub(crate) fn threads(wishes: &Wishes) -> Chosen {
     let available = available_threads();
     or(wishes.threads, || match wishes.preset {
         Some(preset) if preset.threads() < available => {
-            Chosen { value: preset.threads(), reason: format!("for {preset:?}").to_lowercase() }
+            Chosen { value: preset.threads(), reason: format!("for {}", preset.name()) }
         }
         _ => Chosen { value: available, reason: "all processors that this process may use".to_owned() },
     })
@@ -102,7 +102,7 @@ pub(crate) fn plan(wishes: &Wishes, config: &ModelConfig, kv: KvType, machine: &
         if config.context <= wanted {
             Chosen { value: config.context, reason: "the model's own".to_owned() }
         } else {
-            Chosen { value: wanted, reason: format!("requests of up to that, for {preset:?}").to_lowercase() }
+            Chosen { value: wanted, reason: format!("requests of up to that, for {}", preset.name()) }
         }
     });
     let limit = wishes.memory.or(wishes.preset.map(|preset| preset.memory_mb() * 1_000_000));
@@ -119,7 +119,7 @@ pub(crate) fn plan(wishes: &Wishes, config: &ModelConfig, kv: KvType, machine: &
         if fit < preset.batch() {
             Chosen { value: fit, reason: format!("{texts}: {} MB hold no more", megabytes(room)) }
         } else {
-            Chosen { value: preset.batch(), reason: format!("{texts}, for {preset:?}").to_lowercase() }
+            Chosen { value: preset.batch(), reason: format!("{texts}, for {}", preset.name()) }
         }
     });
     let prefix_cache =

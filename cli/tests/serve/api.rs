@@ -47,6 +47,8 @@ fn a_seeds_text_is_the_command_lines_alone_and_among_others_with_any_cache() {
                 assert_eq!(asked.join().expect("an answer"), expected[at % 3], "among others, {kv}");
             }
         });
+        // Somebody has read this beginning before.
+        assert_eq!(ask(1), expected[1], "again, {kv}");
         let most = server.metric("ternion_batch_texts_sum") / server.metric("ternion_batch_texts_count");
         assert!(most > 1.0, "they ran together: {most}");
         assert!(server.metric("ternion_prefix_cached_tokens_total") > 0.0, "beginnings were not read again");
@@ -134,6 +136,7 @@ fn logprobs_are_those_of_the_tokens_that_were_chosen() {
     let server = Server::start(&[]);
     let body = json!({
         "messages": [{"role": "user", "content": "A story"}], "max_tokens": 8, "logprobs": true, "top_logprobs": 3,
+        "temperature": 0,
     });
     let reply = server.post(CHAT, &body).ok();
     let choice = &reply["choices"][0];
@@ -143,7 +146,7 @@ fn logprobs_are_those_of_the_tokens_that_were_chosen() {
         let logprob = token["logprob"].as_f64().expect("a number");
         let top = token["top_logprobs"].as_array().expect("alternatives");
         assert_eq!(top.len(), 3);
-        // Nothing was said of the temperature, so the most likely one was taken.
+        // At temperature 0 the most likely one is taken.
         assert_eq!((&top[0]["token"], &top[0]["logprob"]), (&token["token"], &token["logprob"]));
         assert!(logprob <= 0.0 && top[1]["logprob"].as_f64().is_some_and(|other| other <= logprob), "{token}");
         bytes.extend(token["bytes"].as_array().expect("bytes").iter().map(|byte| byte.as_u64().expect("a byte") as u8));
@@ -201,7 +204,7 @@ fn embeddings_are_those_of_the_command_line() {
     let coded = coded["data"][0]["embedding"].as_str().expect("a text").to_owned();
     let width = reply["data"][0]["embedding"].as_array().map_or(0, Vec::len);
     assert_eq!(coded.len(), (4 * width).div_ceil(3) * 4);
-    server.post("/v1/embeddings", &json!({"input": ""})).refused(400, "INVALID_INPUT");
+    server.post("/v1/embeddings", &json!({"input": []})).refused(400, "INVALID_INPUT");
 }
 
 #[test]

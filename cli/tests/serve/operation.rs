@@ -148,7 +148,7 @@ fn files_and_settings_that_cannot_be_used_are_named_before_anything_is_loaded() 
         (&["--cors", "example.org"], 2, "--cors"),
         (&["--parallel", "0"], 2, "--parallel"),
         (&["--alert-cpu", "nan"], 2, "--alert-cpu"),
-        (&["--seed", "-1"], 2, "--seed"),
+        (&["--seed", "x"], 2, "--seed"),
     ];
     for (arguments, code, word) in cases {
         let output = ternion(&[&["serve", "--port", "0"], arguments].concat()).output().expect("the binary runs");

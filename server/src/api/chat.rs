@@ -38,7 +38,7 @@ pub(super) async fn complete(
         // The template writes its own BOS.
         Ok::<_, ApiError>((settings, served.encode(&rendered, false)?))
     })?;
-    let events = Merged::new(settings.submit(&app, &served, client, &prompt)?);
+    let events = Merged::new(served.engine.submit(settings.jobs(&app, &served, client, &prompt)?)?);
     let (id, created) = identity("chatcmpl", &app);
     let usage = Usage { prompt: prompt.len(), ..Usage::default() };
     let mut answer = Answer {

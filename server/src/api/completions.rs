@@ -31,10 +31,11 @@ pub(super) async fn complete(
         let encode = |served: &Served, text: &str| served.encode(text, served.tokenizer.adds_bos());
         Ok::<_, ApiError>((settings, served.texts(&app, "prompt", fields.required("prompt")?, encode)?))
     })?;
-    let mut receivers = Vec::new();
+    let mut jobs = Vec::new();
     for prompt in &prompts {
-        receivers.extend(settings.submit(&app, &served, client, prompt)?);
+        jobs.extend(settings.jobs(&app, &served, client, prompt)?);
     }
+    let receivers = served.engine.submit(jobs)?;
     let (id, created) = identity("cmpl", &app);
     let usage = Usage { prompt: prompts.iter().map(Vec::len).sum(), ..Usage::default() };
     let offsets = vec![0; receivers.len()];

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use ternion_runtime::embedding;
 use tokio::task::block_in_place;
 
-use super::settings::{check_prompt, submit};
+use super::settings::{check_prompt, job};
 use super::stream::{Merged, collect};
 use super::{ApiError, Client, JsonBody};
 use crate::App;
@@ -35,12 +35,12 @@ pub(super) async fn embed(
             embedding::encode(&served.tokenizer, text).map_err(|error| ApiError::field("input", error.to_string()))
         })
     })?;
-    let mut receivers = Vec::new();
+    let mut jobs = Vec::new();
     for tokens in &texts {
         check_prompt(&app, &served, tokens)?;
-        receivers.push(submit(&app, &served, client, tokens, Task::Embed, None)?);
+        jobs.push(job(&app, client, tokens, Task::Embed, None));
     }
-    let vectors = collect(Merged::new(receivers)).await?;
+    let vectors = collect(Merged::new(served.engine.submit(jobs)?)).await?;
     let data = vectors.into_iter().enumerate().map(|(index, text)| {
         let embedding = if base64 { Vector::Base64(to_base64(&text.embedding)) } else { Vector::Float(text.embedding) };
         Data { object: "embedding", index, embedding }

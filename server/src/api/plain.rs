@@ -51,8 +51,12 @@ pub(super) async fn detokenize(
     Ok(Json(json!({"content": served.tokenizer.decode(&tokens)})))
 }
 
-pub(super) async fn live() -> Json<Value> {
-    Json(json!({"status": "ok"}))
+pub(super) async fn live(State(app): State<Arc<App>>) -> Response {
+    // An engine that has ended by a bug does not come back: only a new process helps.
+    if !app.models.iter().all(|served| served.engine.is_running()) {
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "broken"}))).into_response();
+    }
+    Json(json!({"status": "ok"})).into_response()
 }
 
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {

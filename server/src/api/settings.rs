@@ -1,14 +1,12 @@
 //! The settings that chat and plain completions share, from a request's fields to jobs for the engine.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use ternion_runtime::sampling::{Sampling, SamplingOptions};
-use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::{ApiError, Client, Fields};
-use crate::engine::{Event, Generation, Job, Task};
+use crate::engine::{Generation, Job, Task};
 use crate::responses::Key;
 use crate::{App, Served};
 
@@ -100,54 +98,43 @@ impl Settings {
         })
     }
 
-    /// Hands in `n` jobs for a prompt.
+    /// The `n` jobs for a prompt.
     ///
     /// # Errors
-    /// If the prompt is empty or too long, or the queue is full.
-    pub(super) fn submit(
+    /// If the prompt is empty or too long.
+    pub(super) fn jobs(
         &self,
         app: &App,
-        served: &Arc<Served>,
+        served: &Served,
         client: Client,
         prompt: &[u32],
-    ) -> Result<Vec<UnboundedReceiver<Event>>, ApiError> {
+    ) -> Result<Vec<Job>, ApiError> {
         check_prompt(app, served, prompt)?;
         let room = served.engine.options().context - prompt.len();
         if room == 0 {
             return Err(ApiError::invalid("the prompt fills the model's context: nothing can follow it"));
         }
-        (0..self.n as u64)
-            .map(|sequence| {
-                let mut generation = self.generation.clone();
-                generation.sequence = sequence;
-                // The last token of a text need not fit into the context: nothing follows it.
-                generation.limit = generation.limit.min(room + 1);
-                let key = app.responses.is_on().then(|| {
-                    let prompt: Vec<u8> = prompt.iter().flat_map(|token| token.to_le_bytes()).collect();
-                    let settings = format!("{generation:?}");
-                    Key::new(&[served.name.as_bytes(), &prompt, settings.as_bytes(), self.schema.as_bytes()])
-                });
-                submit(app, served, client, prompt, Task::Generate(Box::new(generation)), key)
-            })
-            .collect()
+        let job = |sequence| {
+            let mut generation = self.generation.clone();
+            generation.sequence = sequence;
+            // The last token of a text need not fit into the context: nothing follows it.
+            generation.limit = generation.limit.min(room + 1);
+            let key = app.responses.is_on().then(|| {
+                let prompt: Vec<u8> = prompt.iter().flat_map(|token| token.to_le_bytes()).collect();
+                let settings = format!("{generation:?}");
+                Key::new(&[served.name.as_bytes(), &prompt, settings.as_bytes(), self.schema.as_bytes()])
+            });
+            job(app, client, prompt, Task::Generate(Box::new(generation)), key)
+        };
+        Ok((0..self.n as u64).map(job).collect())
     }
 }
 
-/// Hands in a job.
-///
-/// # Errors
-/// If the queue is full.
-pub(super) fn submit(
-    app: &App,
-    served: &Served,
-    client: Client,
-    prompt: &[u32],
-    task: Task,
-    key: Option<Key>,
-) -> Result<UnboundedReceiver<Event>, ApiError> {
+/// A job that begins now.
+pub(super) fn job(app: &App, client: Client, prompt: &[u32], task: Task, key: Option<Key>) -> Job {
     let since = Instant::now();
     let deadline = since + app.options.limits.request_time;
-    Ok(served.engine.submit(Job { prompt: prompt.to_vec(), task, deadline, client: client.0, key, since })?)
+    Job { prompt: prompt.to_vec(), task, deadline, client: client.0, key, since }
 }
 
 /// Whether a prompt may be read.

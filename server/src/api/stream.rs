@@ -113,18 +113,23 @@ struct EventBody<E> {
 
 impl<E: Encode> EventBody<E> {
     fn take(&mut self, at: usize, event: Event) {
-        let objects = match event {
-            Event::Failed(failure) => {
-                let error = ApiError::from(failure);
-                self.app.metrics.errors.with_label_values(&[error.code().0]).inc();
-                self.app.monitor.broke_off();
-                vec![error.json()]
-            }
-            event => self.encode.encode(at, event),
-        };
+        if let Event::Failed(failure) = event {
+            let error = ApiError::from(failure);
+            self.app.metrics.errors.with_label_values(&[error.code().0]).inc();
+            self.app.monitor.broke_off();
+            // The first error is the last that is heard; the other texts are cancelled.
+            self.events = Merged::new(Vec::new());
+            self.ready.extend([line(&error.json()), LAST]);
+            self.ended = true;
+            return;
+        }
+        let objects = self.encode.encode(at, event);
         self.ready.extend(objects.iter().map(line));
     }
 }
+
+/// What ends a stream.
+const LAST: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
 
 fn line(object: &Value) -> Bytes {
     format!("data: {object}\n\n").into()
@@ -151,7 +156,7 @@ impl<E: Encode> hyper::body::Body for EventBody<E> {
                 Poll::Ready(None) => {
                     let last = self.encode.finish();
                     self.ready.extend(last.iter().map(line));
-                    self.ready.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
+                    self.ready.push_back(LAST);
                     self.ended = true;
                 }
             }

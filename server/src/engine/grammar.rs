@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use llguidance::api::TopLevelGrammar;
-use llguidance::{Matcher, ParserFactory};
-use serde_json::Value;
+use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
+use serde_json::{Value, json};
 use ternion_runtime::model::Candidate;
 use ternion_runtime::text::Tokenizer;
 use toktrie::{ApproximateTokEnv, TokRxInfo, TokTrie};
@@ -51,12 +51,23 @@ impl Grammars {
         Ok(Self { factory })
     }
 
-    /// The grammar of the texts that are JSON and conform to `schema`.
+    /// The grammar of the texts that are JSON and conform to `schema`, spaced as Python's `json.dumps` does: where any
+    /// white space may follow, small models do not find out of it.
     ///
     /// # Errors
     /// If the schema is none, is too large, or asks for something that is not supported.
     pub fn json(&self, schema: &Value) -> Result<Grammar, GrammarError> {
-        let parser = self.factory.create_parser(TopLevelGrammar::from_json_schema(schema.clone()));
+        let mut schema = if *schema == Value::Bool(true) { json!({}) } else { schema.clone() };
+        if schema.is_object() {
+            let spaced = JsonCompileOptions {
+                item_separator: ", ".to_owned(),
+                key_separator: ": ".to_owned(),
+                whitespace_flexible: false,
+                ..JsonCompileOptions::default()
+            };
+            spaced.apply_to(&mut schema);
+        }
+        let parser = self.factory.create_parser(TopLevelGrammar::from_json_schema(schema));
         let matcher = Matcher::new(parser);
         match matcher.get_error() {
             Some(error) => Err(GrammarError::new(&error)),

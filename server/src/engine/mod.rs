@@ -264,37 +264,41 @@ impl Engine {
         Ok(Self { shared, jobs: Mutex::new(Some(sender)), thread: Mutex::new(Some(thread)) })
     }
 
-    /// Hands in a job. Dropping the receiver cancels it.
+    /// Hands in jobs, all or none of them; returns how each can be heard. Dropping a receiver cancels its job.
     ///
     /// # Errors
-    /// If the queue is full or the server is about to stop. Nothing has been started then.
-    pub fn submit(&self, job: Job) -> Result<UnboundedReceiver<Event>, Refused> {
-        let (events, receiver) = unbounded_channel();
-        if let Some(answer) = job.key.as_ref().and_then(|key| self.shared.responses.get(key)) {
-            for event in answer.iter() {
+    /// If the queue has no room for all, or the server is about to stop. Nothing has been started then.
+    pub fn submit(&self, jobs: Vec<Job>) -> Result<Vec<UnboundedReceiver<Event>>, Refused> {
+        let (mut receivers, mut submitted) = (Vec::with_capacity(jobs.len()), Vec::new());
+        for job in jobs {
+            let (events, receiver) = unbounded_channel();
+            receivers.push(receiver);
+            match job.key.as_ref().and_then(|key| self.shared.responses.get(key)) {
                 // The receiver is in our hands.
-                let _ = events.send(event.clone());
+                Some(answer) => answer.iter().for_each(|event| drop(events.send(event.clone()))),
+                None => submitted.push(Submitted { job, events }),
             }
-            return Ok(receiver);
         }
-        if self.shared.draining.load(Ordering::SeqCst) {
+        if submitted.is_empty() {
+            return Ok(receivers);
+        }
+        // Held until all are on their way, so that nobody else takes the room that they have been promised.
+        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(jobs) = jobs.as_ref().filter(|_| !self.shared.draining.load(Ordering::SeqCst)) else {
             return Err(Refused::Draining);
-        }
-        let waiting = &self.shared.metrics.waiting;
-        // Jobs leave the queue when they start or give up; a race may let in one more per thread, which is harmless.
-        if waiting.get() >= i64::try_from(self.shared.options.queue).unwrap_or(i64::MAX) {
+        };
+        let (waiting, more) = (&self.shared.metrics.waiting, i64::try_from(submitted.len()).unwrap_or(i64::MAX));
+        if waiting.get().saturating_add(more) > i64::try_from(self.shared.options.queue).unwrap_or(i64::MAX) {
             return Err(Refused::Full);
         }
-        waiting.inc();
-        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = jobs.as_ref().map(|jobs| jobs.send(Submitted { job, events }));
-        match sent {
-            Some(Ok(())) => Ok(receiver),
-            _ => {
+        for submitted in submitted {
+            waiting.inc();
+            if jobs.send(submitted).is_err() {
                 waiting.dec();
-                Err(Refused::Draining)
+                return Err(Refused::Draining);
             }
         }
+        Ok(receivers)
     }
 
     /// How it runs its model.
@@ -319,6 +323,13 @@ impl Engine {
     #[must_use]
     pub fn team(&self) -> &Team {
         &self.shared.team
+    }
+
+    /// Whether its thread runs: it ends when it is told to, or by a bug.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     /// Accepts nothing more from now on; what has been accepted goes on.

@@ -86,6 +86,9 @@ impl Scheduler<'_> {
         let leaves = |waiting: &Submitted| giving_up || waiting.events.is_closed() || now >= waiting.job.deadline;
         for gone in self.queue.take_out(leaves) {
             metrics.waiting.dec();
+            if gone.events.is_closed() {
+                metrics.cancelled.inc();
+            }
             // Whoever has gone does not hear it.
             let _ = gone.events.send(Event::Failed(failure));
         }
