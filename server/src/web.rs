@@ -49,9 +49,19 @@ fn file(kind: &'static str, content: &'static str) -> Response {
     (headers, content).into_response()
 }
 
+/// Path, kind and content of each.
+const FILES: [(&str, &str, &str); 6] = [
+    ("/", "text/html; charset=utf-8", include_str!("web/index.html")),
+    ("/page.css", "text/css; charset=utf-8", include_str!("web/page.css")),
+    ("/page.js", SCRIPT, include_str!("web/page.js")),
+    ("/chat.js", SCRIPT, include_str!("web/chat.js")),
+    ("/live.js", SCRIPT, include_str!("web/live.js")),
+    ("/markdown.js", SCRIPT, include_str!("web/markdown.js")),
+];
+const SCRIPT: &str = "text/javascript; charset=utf-8";
+
 pub(crate) fn router() -> Router<Arc<App>> {
-    Router::new()
-        .route("/", get(|| async { file("text/html; charset=utf-8", include_str!("web/index.html")) }))
-        .route("/page.css", get(|| async { file("text/css; charset=utf-8", include_str!("web/page.css")) }))
-        .route("/page.js", get(|| async { file("text/javascript; charset=utf-8", include_str!("web/page.js")) }))
+    FILES.into_iter().fold(Router::new(), |router, (path, kind, content)| {
+        router.route(path, get(move || async move { file(kind, content) }))
+    })
 }

@@ -2,7 +2,9 @@
 
 mod api;
 mod client;
+mod deploy;
 mod lifecycle;
 mod limits;
 mod openai;
 mod operation;
+mod page;
