@@ -53,7 +53,7 @@ pub(crate) enum Command {
     Export(Export),
     /// Make up a model of a published shape, for measuring speed
     Synth(Synth),
-    /// Prove that kernels, threads and prompt chunks do not change a single bit of the logits
+    /// Prove that kernels, threads, batches and drafts do not change a single bit of the logits
     Verify(Verify),
     /// Find the fastest kernels for a model on this machine, and say why
     Tune(Box<Tune>),
@@ -274,10 +274,11 @@ pub(crate) struct Verify {
     pub(crate) model: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) read: ReadOptions,
-    /// Verify with 1 to this many threads; without it, every processor that this process may use, and at least 2
+    /// Verify with 1, 2, 3 and this many threads, but no more than this; without it, every processor that this process
+    /// may use, and at least 3
     #[arg(short, long)]
     pub(crate) threads: Option<NonZeroUsize>,
-    /// Tokens to compare
+    /// Tokens to compare; of more than 64, threads also share the key-value cache by blocks of positions
     #[arg(short, long, value_name = "TOKENS", default_value = "32")]
     pub(crate) n: NonZeroUsize,
     /// Type of the key-value cache

@@ -1,17 +1,21 @@
-//! `ternion verify`: the same bits from every kernel, with every number of threads, in every chunk.
+//! `ternion verify`: one digest of all logits, however the model is run.
 
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use serde::Serialize;
+use ternion_compiler::{Cpu, Feature};
 use ternion_runtime::team::available_threads;
-use ternion_runtime::verify::{CHUNKS, VerifyOptions, verify as verify_model};
+use ternion_runtime::verify::{Run as Verified, VerifyOptions, verify as verify_model};
 
 use crate::arguments::Verify;
 use crate::model::{cpu, open};
 use crate::output::{self, print};
 use crate::terminal::Bar;
+
+/// Without `-t`, as many threads as there are processors, but not fewer than this.
+const FEWEST: usize = 3;
 
 /// What was compared, under `--json`.
 #[derive(Serialize)]
@@ -28,14 +32,40 @@ struct Report {
 #[derive(Serialize)]
 struct Run {
     kernels: String,
+    cpu: String,
+    /// The widest vectors of `cpu`.
+    #[serde(skip)]
+    vectors: &'static str,
     threads: usize,
-    chunk: usize,
+    pass: String,
+    skips_zeros: bool,
+    digest: String,
+}
+
+impl From<&Verified> for Run {
+    fn from(Verified { way, digest }: &Verified) -> Self {
+        Self {
+            kernels: way.family.to_string(),
+            cpu: way.cpu.to_string(),
+            vectors: vectors(way.cpu),
+            threads: way.threads,
+            pass: way.pass.to_string(),
+            skips_zeros: !way.whole,
+            digest: format!("{digest:016x}"),
+        }
+    }
+}
+
+/// The widest vectors that a CPU has.
+fn vectors(cpu: Cpu) -> &'static str {
+    let known = [Feature::Avx512f, Feature::Avx2, Feature::Ssse3, Feature::DotProd];
+    known.into_iter().find(|feature| cpu.has(*feature)).map_or("none", Feature::name)
 }
 
 pub(crate) fn verify(options: &Verify) -> Result<ExitCode> {
     let checkpoint = open(options.model.as_deref(), &options.read)?;
     let sections_checked = checkpoint.verify_checksums()?;
-    let threads = options.threads.map_or_else(|| available_threads().max(2), usize::from);
+    let threads = options.threads.map_or_else(|| available_threads().max(FEWEST), usize::from);
     let verify_options = VerifyOptions { tokens: options.n.into(), threads, kv: options.kv };
     let mut bar = None;
     let verified = verify_model(&checkpoint, &cpu()?, &verify_options, &mut |done, total| {
@@ -48,11 +78,7 @@ pub(crate) fn verify(options: &Verify) -> Result<ExitCode> {
         kv: options.kv.to_string(),
         tokens: verified.tokens,
         logits_per_run: verified.logits,
-        runs: verified
-            .runs
-            .iter()
-            .map(|run| Run { kernels: run.family.to_string(), threads: run.threads, chunk: run.chunk })
-            .collect(),
+        runs: verified.runs.iter().map(Run::from).collect(),
         digest: format!("{:016x}", verified.digest),
     };
     if options.json {
@@ -63,26 +89,24 @@ pub(crate) fn verify(options: &Verify) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The report as text: one line per kernel family.
+/// The report as text: one line per way to run the model.
 fn page(report: &Report) -> String {
-    let Report { model, tokens, logits_per_run, kv, digest, .. } = report;
+    let Report { model, tokens, logits_per_run, kv, digest, runs, .. } = report;
     let mut page = format!("{model}: {tokens} tokens, {kv} cache, {logits_per_run} logits per run\n");
     // Writing to a string cannot fail.
     if report.sections_checked > 0 {
-        let _ = writeln!(page, "checksums      {} sections match", report.sections_checked);
+        let _ = writeln!(page, "checksums of {} sections match", report.sections_checked);
     }
-    let _ = writeln!(page, "reference      scalar kernels, token by token");
-    let mut families: Vec<&str> = report.runs.iter().map(|run| run.kernels.as_str()).collect();
-    families.dedup();
-    for family in families {
-        let runs: Vec<&Run> = report.runs.iter().filter(|run| run.kernels == family).collect();
-        let threads = runs.iter().map(|run| run.threads).max().unwrap_or(1);
-        let _ = writeln!(
-            page,
-            "{family:<15}identical with 1 to {threads} threads and chunks of {CHUNKS:?} tokens ({} runs)",
-            runs.len()
-        );
+    let line = |[kernels, vectors, threads, pass, zeros, digest]: [&str; 6]| {
+        format!("{kernels:<10}{vectors:<9}{threads:<9}{pass:<33}{zeros:<9}{digest}\n")
+    };
+    page += &line(["kernels", "vectors", "threads", "tokens at a time", "zeros", "digest of all logits"]);
+    page += &line(["reference", "", "1", "1", "read", digest]);
+    for run in runs {
+        let zeros = if run.skips_zeros { "skipped" } else { "read" };
+        let pass = run.pass.strip_prefix("chunks of ").unwrap_or(&run.pass);
+        page += &line([&run.kernels, run.vectors, &run.threads.to_string(), pass, zeros, &run.digest]);
     }
-    let _ = writeln!(page, "digest         {digest}");
+    let _ = writeln!(page, "identical: {} ways to run it, one digest", runs.len());
     page
 }

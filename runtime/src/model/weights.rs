@@ -214,6 +214,17 @@ impl Model {
         self.plain = false;
     }
 
+    /// Whether a single token leaves out those parts of the feed-forward that its zeros make irrelevant.
+    #[must_use]
+    pub const fn skips_zeros(&self) -> bool {
+        self.sparse.is_some()
+    }
+
+    /// Reads whole matrices from now on, whatever is zero. Only time and memory change.
+    pub fn read_whole(&mut self) {
+        (self.sparse, self.report.record_bytes) = (None, 0);
+    }
+
     /// Whether every layer can take the fused path.
     pub(super) const fn is_plain(&self) -> bool {
         self.plain
