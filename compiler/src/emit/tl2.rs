@@ -81,9 +81,10 @@ impl Rules for Tl2 {
     }
 
     fn registers(&self, schedule: &Schedule) -> Option<usize> {
-        // Of every vector of rows the 16-bit sums, the byte sums, signs and indices; two tables, and what is looked up.
+        // Of every vector of rows the 16-bit sums; of all of them or of one at a time the byte sums, indices and signs; two
+        // tables, and what is looked up.
         let vectors = schedule.layout.tile_rows() / schedule.machine.vector_bytes();
-        Some((4 + 2 + 2) * vectors + 5)
+        Some(if schedule.machine == MachineKind::Avx512 { (4 + 2 + 2) * vectors + 5 } else { 4 * vectors + 2 + 1 + 5 })
     }
 
     fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
@@ -100,6 +101,9 @@ struct Facts {
     /// Blocks after which 16-bit sums are added to the results, a multiple of `unroll`.
     flush: usize,
     prefetch: i32,
+    /// Whether there are registers for all that the vectors of rows of a tile have in use at once: they then share each
+    /// table that is loaded. Else they take turns, and load signs each time they are needed.
+    roomy: bool,
 }
 
 /// Emits the kernel with at most so many blocks between flushes.
@@ -111,6 +115,7 @@ pub(crate) fn emit_with(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Sched
         blocks: spec.k.div_ceil(BLOCK),
         flush: flush / unroll * unroll,
         prefetch: schedule.prefetch.into(),
+        roomy: schedule.machine == MachineKind::Avx512,
     };
     for_each_tile(m, spec, schedule, |m, tile| tl2.tile(m, tile.weights, tile.activations, tile.out));
 }
@@ -178,28 +183,33 @@ impl Facts {
                 m.prefetch(weights, line as i32 + self.prefetch);
             }
         }
-        let bytes_at = |m: &mut dyn Machine, byte: usize, vector: usize| {
-            m.load(weights, (first + byte * self.rows + vector * width) as i32)
-        };
-        let signs: Vec<_> = (0..sums.len()).map(|vector| bytes_at(m, 0, vector)).collect();
-        let bias = m.splat8(BIAS);
-        let mut totals = vec![[bias; 2]; sums.len()];
-        for byte in 0..LOOKUPS / 2 {
-            let indices: Vec<_> = (0..sums.len()).map(|vector| bytes_at(m, 1 + byte, vector)).collect();
-            for half in [1, 0] {
-                let group = 2 * byte + half;
-                let table = (first_table + group * TABLE_BYTES) as i32;
-                let parts = [0, 16].map(|part| m.load_signed_table(tables, table + part));
-                for ((total, index), signs) in totals.iter_mut().zip(&indices).zip(&signs) {
-                    let index = if half == 1 { m.shift_right16(*index, 4) } else { *index };
-                    let found = m.lookup_signed(parts, index, *signs, group as u8);
-                    *total = [0, 1].map(|part| m.add8(total[part], found[part]));
+        let at = |byte: usize, vector: usize| (first + byte * self.rows + vector * width) as i32;
+        let load_signs = |m: &mut dyn Machine, vector| m.load(weights, at(0, vector));
+        let together = if self.roomy { sums.len() } else { 1 };
+        for (turn, sums) in sums.chunks(together).enumerate() {
+            let vectors = turn * together..turn * together + sums.len();
+            let kept = vectors.clone().filter(|_| self.roomy);
+            let kept: Vec<_> = kept.map(|vector| load_signs(m, vector)).collect();
+            let bias = m.splat8(BIAS);
+            let mut totals = vec![[bias; 2]; sums.len()];
+            for byte in 0..LOOKUPS / 2 {
+                let indices: Vec<_> = vectors.clone().map(|vector| m.load(weights, at(1 + byte, vector))).collect();
+                for half in [1, 0] {
+                    let group = 2 * byte + half;
+                    let table = (first_table + group * TABLE_BYTES) as i32;
+                    let parts = [0, 16].map(|part| m.load_signed_table(tables, table + part));
+                    for (i, total) in totals.iter_mut().enumerate() {
+                        let index = if half == 1 { m.shift_right16(indices[i], 4) } else { indices[i] };
+                        let signs = kept.get(i).copied().unwrap_or_else(|| load_signs(m, vectors.start + i));
+                        let found = m.lookup_signed(parts, index, signs, group as u8);
+                        *total = [0, 1].map(|part| m.add8(total[part], found[part]));
+                    }
                 }
             }
-        }
-        for (sums, [low, high]) in sums.iter().zip(totals) {
-            add_to(m, sums.low, low);
-            add_to(m, sums.high, high);
+            for (sums, [low, high]) in sums.iter().zip(totals) {
+                add_to(m, sums.low, low);
+                add_to(m, sums.high, high);
+            }
         }
     }
 }
