@@ -233,6 +233,18 @@ fn profilers_are_told_the_names_of_kernels_on_request() {
 }
 
 #[test]
+fn the_kernel_that_the_book_takes_apart_is_the_one_that_is_emitted() {
+    let wide = "x86-64 +avx512f +avx512bw +avx512dq +avx512vl +avx512vnni";
+    let schedule = "mad/avx512 layout=lanes16x4 multiply=dot unroll=1 ntile=1";
+    let listing = text(&["emit", "--shape", "2560x2560", "--as", "asm", "--cpu", wide, "--schedule", schedule]);
+    assert_eq!(listing, include_str!("../../docs/src/anatomy/mad-avx512.asm"));
+    let chapter = include_str!("../../docs/src/anatomy.md");
+    assert!(
+        chapter.contains("{{#include anatomy/mad-avx512.asm}}") && chapter.contains(schedule) && chapter.contains(wide)
+    );
+}
+
+#[test]
 fn listings_say_which_loop_is_which() {
     let emit = |form, schedule| {
         text(&["emit", "--shape", "64x1024", "--schedule", schedule, "--cpu", "x86-64 +ssse3 +avx2", "--as", form])
