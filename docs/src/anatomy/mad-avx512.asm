@@ -36,7 +36,7 @@
  00c6  lea r8, [r8+4]
  00ca  sub r11, 1
  00ce  jne 0x80
-; end of loop 2
+; back to loop 2
  00d4  vpsubd zmm0, zmm0, [r9]{1to16}
  00da  vpsrad zmm1, zmm1, 2
  00e1  vpaddd zmm0, zmm0, zmm1
@@ -50,7 +50,7 @@
  0112  lea rcx, [rcx-1]
  0116  cmp rcx, 1
  011d  jge 0x20
-; end of loop 1
+; back to loop 1
 >0123  vzeroupper
  0126  ret
  0140  03 03 03 03 0c 0c 0c 0c 30 30 30 30 c0 c0 c0 c0
