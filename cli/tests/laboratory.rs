@@ -145,9 +145,11 @@ fn what_cannot_be_measured_is_refused_in_one_line() {
     refused(&run(&["--where", "colour=red"]), 2, "colour");
     refused(&run(&["--family", "mad", "--where", "unroll=99"]), 1, "no schedule");
     refused(&run(&["-n", "0"]), 2, "'0'");
+    // A shape that nobody has tuned.
+    refused(&["run", "--shape", "63x255", "--choose", "tuned"], 1, "nothing is known of 63x255");
     refused(&["run"], 2, "--shape");
     refused(&["run", "--shape", "100000000x1000000", "--schedule", PORTABLE], 1, "take a smaller matrix");
-    refused(&run(&["-n", "100000000", "--schedule", &PORTABLE.replace("ntile=1", "ntile=2")]), 1, "take fewer columns");
+    refused(&run(&["-n", "100000000", "--schedule", PORTABLE]), 1, "take fewer columns");
     refused(&["sweep", "--shape", "64x256", "-o", "sweep.txt", "--family", "mad"], 1, ".csv or .jsonl");
     refused(&["plot", "/nowhere/sweep.csv", "-o", "page.html"], 1, "/nowhere/sweep.csv");
 }
@@ -170,8 +172,8 @@ fn a_sweep_goes_on_where_it_was_interrupted_and_is_drawn() {
         assert!(sweep(&path, &["--where", "unroll=1", "--seed", "1"]).contains(" 0 known before, 0 left"));
         let first = lines();
         // Interrupted in the middle of a line.
-        let text = std::fs::read_to_string(&path).unwrap();
-        std::fs::write(&path, &text[..text.len() - 40]).unwrap();
+        let whole = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, &whole[..whole.len() - 40]).unwrap();
         let known = format!("1 measured (0 of them refused), {} known before, 0 left", first - 1);
         let said = sweep(&path, &["--where", "unroll=1", "--seed", "1"]);
         assert!(said.contains(&known), "{said}");
@@ -196,6 +198,25 @@ fn a_sweep_goes_on_where_it_was_interrupted_and_is_drawn() {
         2,
         "colour",
     );
+}
+
+#[test]
+fn a_sweep_that_is_killed_loses_nothing_that_it_has_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("sweep.jsonl");
+    let name = path.to_str().expect("UTF-8");
+    let sweep = ["sweep", "--shape", "64x2560", "--family", "mad", "--machine", "clif128", "--rounds", "5", "-o", name];
+    let mut child = command(&sweep).stderr(Stdio::null()).spawn().expect("the binary runs");
+    let rows = || std::fs::read_to_string(&path).map_or(0, |text| text.matches('\n').count());
+    while rows() < 20 {
+        assert!(child.try_wait().expect("a child").is_none(), "it was to be killed half way");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    child.kill().and_then(|()| child.wait().map(drop)).expect("it ends");
+    let written = rows();
+    let output = lab(&[&sweep[..], &["--budget", "0s"]].concat());
+    let said = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(output.status.success() && said.contains(&format!(" {written} known before")), "{said}");
 }
 
 /// perf's map: `START SIZE NAME`, numbers in hexadecimal.
@@ -233,13 +254,25 @@ fn profilers_are_told_the_names_of_kernels_on_request() {
 }
 
 #[test]
+fn the_kernel_that_the_book_takes_apart_is_the_one_that_is_emitted() {
+    let wide = "x86-64 +avx512f +avx512bw +avx512dq +avx512vl +avx512vnni";
+    let schedule = "mad/avx512 layout=lanes16x4 multiply=dot unroll=1 ntile=1";
+    let listing = text(&["emit", "--shape", "2560x2560", "--as", "asm", "--cpu", wide, "--schedule", schedule]);
+    assert_eq!(listing, include_str!("../../docs/src/anatomy/mad-avx512.asm"));
+    let chapter = include_str!("../../docs/src/anatomy.md");
+    assert!(
+        chapter.contains("{{#include anatomy/mad-avx512.asm}}") && chapter.contains(schedule) && chapter.contains(wide)
+    );
+}
+
+#[test]
 fn listings_say_which_loop_is_which() {
     let emit = |form, schedule| {
         text(&["emit", "--shape", "64x1024", "--schedule", schedule, "--cpu", "x86-64 +ssse3 +avx2", "--as", form])
     };
     let asm = emit("asm", "mad/avx2 layout=lanes16x4 multiply=pairs unroll=1 ntile=1");
     assert!(
-        asm.contains("; loop 1: tiles of rows") && asm.contains("carries ymm") && asm.contains("; end of loop 1"),
+        asm.contains("; loop 1: tiles of rows") && asm.contains("carries ymm") && asm.contains("; back to loop 1"),
         "{asm}"
     );
     let clif = emit("clif", PORTABLE);

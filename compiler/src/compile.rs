@@ -174,7 +174,13 @@ pub fn asm_text(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Opt
 /// # Errors
 /// If the schedule is not legal or the code generator refuses.
 pub fn loops(spec: &KernelSpec, schedule: &Schedule, cpu: &Cpu) -> Result<Vec<LoopNote>, CompileError> {
-    machine_code(spec, schedule, cpu).map(|code| code.loops)
+    let (spec, schedule) = (*spec, *schedule);
+    let mut code = machine_code(&spec, &schedule, cpu)?;
+    if wide::Target::new(schedule.machine, cpu).is_none() {
+        clif::locate_loops(cpu, |m| emit::emit(m, &spec, &schedule), &mut code)
+            .map_err(|error| CompileError::Code { spec, schedule, reason: error.to_string() })?;
+    }
+    Ok(code.loops)
 }
 
 /// The machine code of a kernel with its constants, not placed anywhere and not checked by running it.

@@ -115,34 +115,25 @@ fn annotated_clif(text: &str, loops: &[LoopNote]) -> String {
     annotated
 }
 
-/// Assembly, whose lines begin with a mark and an address, with a comment where every loop begins and ends.
+/// Assembly, whose lines begin with a mark and an address, with a comment where every loop begins and where it goes back.
 fn annotated_asm(text: &str, loops: &[LoopNote]) -> String {
     let mut annotated = String::new();
-    let mut open = Vec::new();
-    for line in text.lines() {
-        let address = line.get(1..).and_then(|line| usize::from_str_radix(line.split(' ').next()?, 16).ok());
-        let code = |note: &LoopNote| note.code.clone().zip(address);
-        while open.last().is_some_and(|(_, end)| address.is_some_and(|address| address >= *end)) {
-            if let Some((number, _)) = open.pop() {
-                annotated += &format!("; end of loop {number}\n");
+    let address = |line: &str| usize::from_str_radix(line.get(1..)?.split(' ').next()?, 16).ok();
+    let mut lines = text.lines().peekable();
+    while let Some(line) = lines.next() {
+        let (here, next) = (address(line), lines.peek().and_then(|line| address(line)));
+        for (number, note) in loops.iter().enumerate() {
+            if note.code.as_ref().is_some_and(|code| Some(code.start) == here) {
+                annotated += &format!("; loop {}: {note}\n", number + 1);
             }
-        }
-        let mut begun: Vec<_> = loops
-            .iter()
-            .enumerate()
-            .filter_map(|(number, note)| {
-                let (code, address) = code(note)?;
-                (code.start == address).then(|| (number + 1, code.end, note))
-            })
-            .collect();
-        // Of two loops that begin at one address the longer one is the outer one.
-        begun.sort_by_key(|(_, end, _)| std::cmp::Reverse(*end));
-        for (number, end, note) in begun {
-            annotated += &format!("; loop {number}: {note}\n");
-            open.push((number, end));
         }
         annotated += line;
         annotated.push('\n');
+        for (number, note) in loops.iter().enumerate() {
+            if note.code.as_ref().is_some_and(|code| Some(code.end) == next) {
+                annotated += &format!("; back to loop {}\n", number + 1);
+            }
+        }
     }
     annotated
 }
@@ -165,16 +156,11 @@ mod tests {
         assert_eq!(begins.len(), 5, "{asm}");
         assert_eq!(begins[0], "1: tiles of rows, until none is left");
         assert_eq!(begins[1], "2: columns, ntile at a time, until none is left");
-        // 256 groups of four bytes, two per turn; a sum for every column.
-        assert!(begins[2].starts_with("3: groups of k, unroll at a time, 128 turns, carries zmm"), "{asm}");
+        // 64 groups of four bytes, two per turn; a sum for every column.
+        assert_eq!(begins[2], "3: groups of k, unroll at a time, 32 turns, carries zmm0-zmm7");
         for number in 1..=5 {
-            assert_eq!(asm.matches(&format!("; end of loop {number}\n")).count(), 1, "{asm}");
+            assert_eq!(asm.matches(&format!("; back to loop {number}\n")).count(), 1, "{asm}");
         }
-        let depth = asm.lines().fold(0_i32, |depth, line| {
-            assert!(depth >= 0);
-            depth + i32::from(line.starts_with("; loop ")) - i32::from(line.starts_with("; end of loop "))
-        });
-        assert_eq!(depth, 0);
         let first: usize = asm[..asm.find("vpdpbusd").unwrap()].matches("; loop ").count();
         assert_eq!(first, 3, "the first product is in the innermost loop");
     }
@@ -184,10 +170,14 @@ mod tests {
         let (schedule, cpu) = ("mad/clif128 layout=rows4x16 multiply=pairs unroll=1 ntile=2", "x86-64 +ssse3");
         for form in [Form::Asm, Form::Clif] {
             let text = listing(schedule, cpu, form);
-            for words in
-                ["tiles of rows, until none", "columns, ntile at a time", "chunks of k, unroll at a time, 16 turns"]
-            {
-                assert!(text.contains(words), "{words}: {text}");
+            for words in [
+                "1: tiles of rows, until none",
+                "2: columns, ntile at a time",
+                "3: chunks of k, unroll at a time, 16 turns",
+                "4: columns that are left, one at a time",
+                "5: chunks of k, unroll at a time, 16 turns",
+            ] {
+                assert_eq!(text.matches(&format!("; loop {words}")).count(), 1, "{words}: {text}");
             }
             let before: Vec<_> =
                 text.lines().zip(text.lines().skip(1)).filter(|(line, _)| line.starts_with("; loop ")).collect();

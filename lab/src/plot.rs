@@ -234,7 +234,7 @@ fn speed(row: &Row) -> String {
 fn bars(rows: &[&Row]) -> String {
     let rows = &rows[..rows.len().min(BARS)];
     let Some(fastest) = rows.first().map(|row| time(row)) else { return String::new() };
-    let (left, right, height) = (452.0, 880.0, 20.0);
+    let (left, right, height) = (456.0, 856.0, 20.0);
     // The axis ends where the fastest quartile is.
     let longest = rows.iter().filter_map(|row| row.lower_us).fold(fastest, f64::min);
     let at = |us: f64| left + (right - left) * longest / us;
@@ -248,7 +248,7 @@ fn bars(rows: &[&Row]) -> String {
         let line: String = row.schedule.to_string().chars().take(LABEL).collect();
         let _ = write!(
             svg,
-            "<g><title>{}: {:.1} µs</title><text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\" style=\"font:10.5px ui-monospace,monospace\">{}</text><rect class=\"{class}\" fill-opacity=\".75\" x=\"{left}\" y=\"{y:.1}\" width=\"{:.1}\" height=\"{:.1}\" rx=\"2\"/>",
+            "<g><title>{}: {:.1} µs</title><text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\" style=\"font:9.6px ui-monospace,monospace\">{}</text><rect class=\"{class}\" fill-opacity=\".75\" x=\"{left}\" y=\"{y:.1}\" width=\"{:.1}\" height=\"{:.1}\" rx=\"2\"/>",
             escape(&row.schedule.to_string()),
             time(row),
             left - 8.0,

@@ -28,6 +28,9 @@ const UP: Shape = Shape { m: 6912, k: 2560 };
 /// The matrix and the columns of the prompt.
 const PROMPT: (Shape, usize) = (Shape { m: 2560, k: 2560 }, 128);
 
+/// What is left out where: rows of the up-projection, columns of the down-projection.
+const SPARSE: [(Shape, Columns); 2] = [(UP, Columns::ListedRows), (DOWN, Columns::ListedColumns)];
+
 /// Records that are left out, in percent.
 const ZEROS: [u8; 2] = [0, 70];
 
@@ -99,20 +102,20 @@ impl Report {
                     report.decoding(&mut bench, shape);
                 }
             }
-            for shape in [UP, DOWN] {
+            for (shape, listed) in SPARSE {
                 if step(&format!("sparse {shape}")) {
-                    report.sparse(&mut bench, shape);
+                    report.sparse(&mut bench, shape, listed);
                 }
             }
         }
         let mut bench = Bench::new(one, stopwatch)?;
         if step("prompts") {
-            report.prompts(&mut bench);
+            report.prompts(&mut bench, PROMPT);
         }
         if bench.threads() != report.threads {
-            for shape in [UP, DOWN] {
+            for (shape, listed) in SPARSE {
                 if step(&format!("sparse {shape} on one thread")) {
-                    report.sparse(&mut bench, shape);
+                    report.sparse(&mut bench, shape, listed);
                 }
             }
         }
@@ -165,8 +168,7 @@ impl Report {
     }
 
     /// Many columns: arithmetic is the limit.
-    fn prompts(&mut self, bench: &mut Bench<'_>) {
-        let (shape, n) = PROMPT;
+    fn prompts(&mut self, bench: &mut Bench<'_>, (shape, n): (Shape, usize)) {
         let cases = cases(bench, shape, n, Weights::Hot);
         let rows = race(bench, &cases, self.rounds, &|row| row.family.clone());
         let wide = bench.cpu().has(Feature::Avx512vnni) && bench.cpu().has(Feature::Avx512bw);
@@ -191,8 +193,7 @@ impl Report {
     }
 
     /// Listed records against the best dense kernel, in the same rounds.
-    fn sparse(&mut self, bench: &mut Bench<'_>, shape: Shape) {
-        let listed = if shape == UP { Columns::ListedRows } else { Columns::ListedColumns };
+    fn sparse(&mut self, bench: &mut Bench<'_>, shape: Shape, listed: Columns) {
         let mut cases = cases(bench, shape, 1, Weights::Cold);
         for family in Family::ALL.into_iter().filter(|family| family.list() == Some(listed)) {
             for schedule in Schedule::candidates(&spec(family, shape, false), bench.cpu()) {
@@ -229,9 +230,8 @@ impl Report {
     fn compiling(&mut self, bench: &Bench<'_>) {
         let dense =
             [DOWN, UP].into_iter().flat_map(|shape| [Columns::One, Columns::Many].map(|columns| (shape, columns)));
-        let listed = [(UP, Columns::ListedRows), (DOWN, Columns::ListedColumns)];
         let jobs: Vec<_> = dense
-            .chain(listed)
+            .chain(SPARSE)
             .filter_map(|(shape, columns)| {
                 let k = if columns == Columns::ListedColumns { shape.m } else { shape.k };
                 let spec = KernelSpec { k, columns };
@@ -344,7 +344,46 @@ fn best<'a>(rows: &'a [Row], keep: &dyn Fn(&Row) -> bool, of: fn(&Row) -> Option
 
 #[cfg(test)]
 mod tests {
+    use ternion_tuner::SystemStopwatch;
+
     use super::*;
+
+    /// The caller alone.
+    struct Alone;
+
+    impl Workers for Alone {
+        fn threads(&self) -> usize {
+            1
+        }
+
+        fn run(&self, work: &(dyn Fn(usize) + Sync)) {
+            work(0);
+        }
+    }
+
+    #[test]
+    fn every_part_finds_something_and_says_whose_it_is() {
+        let stopwatch = SystemStopwatch::start();
+        let mut bench = Bench::new(&Alone, &stopwatch).expect("a machine to measure on");
+        let mut report = Report { rounds: 2, ..Report::default() };
+        let shape = Shape { m: 64, k: 256 };
+        report.decoding(&mut bench, shape);
+        report.prompts(&mut bench, (shape, 8));
+        for (_, listed) in SPARSE {
+            report.sparse(&mut bench, shape, listed);
+        }
+        report.compiling(&bench);
+        for words in
+            ["best of clif128", "2 bits", "best mad", "sparse-rows of 64x256, 70", "sparse-columns of 64x256, 0 %"]
+        {
+            let finding = report.findings.iter().find(|finding| finding.what.contains(words));
+            let finding = finding.unwrap_or_else(|| panic!("{words}: {}", report.table()));
+            assert!(finding.value > 0.0 && finding.schedule.is_some(), "{words}");
+        }
+        let compiled = report.findings.iter().filter(|finding| finding.what.starts_with("compiling"));
+        assert_eq!(compiled.count(), 2);
+        assert!(report.rows.iter().all(|row| row.samples == 2), "only the last rounds count");
+    }
 
     #[test]
     fn a_finding_says_whether_the_aim_is_met() {

@@ -4,13 +4,11 @@
 //! casts between vectors cost nothing. Where an architecture has one instruction for an operation, Cranelift finds it
 //! by pattern; the patterns are noted where they matter.
 
-use std::ops::Range;
-
 use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::immediates::V128Imm;
 use cranelift_codegen::ir::{
-    AbiParam, Block, ConstantData, Endianness, Function, InstBuilder, MemFlagsData, Signature, SourceLoc, Type,
+    AbiParam, Block, ConstantData, DebugTag, Endianness, Function, InstBuilder, MemFlagsData, Signature, Type,
     UserFuncName, Value, types,
 };
 use cranelift_codegen::isa::{self, CallConv, OwnedTargetIsa};
@@ -51,44 +49,65 @@ pub(crate) fn isa(cpu: &Cpu) -> Result<OwnedTargetIsa, CodegenError> {
 /// Compiles the function that `emit` describes.
 pub(crate) fn compile(cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<Code, CodegenError> {
     let isa = isa(cpu)?;
-    let (function, loops) = function(&isa, cpu, emit);
+    let (function, loops) = function(&isa, cpu, Marks::None, emit);
     let mut context = Context::for_function(function);
     let compiled = context.compile(&*isa, &mut ControlPlane::default()).map_err(|error| error.inner)?;
     if !compiled.buffer.relocs().is_empty() {
         return Err(CodegenError::Unsupported("a kernel that calls other code".to_owned()));
     }
     let bytes = compiled.code_buffer().to_vec();
-    let mut loops = loops;
-    if cpu.arch() == Arch::X86_64 {
-        for range in compiled.buffer.get_srclocs_sorted() {
-            let note = loops.get_mut(range.loc.bits() as usize);
-            let closing = closing_branch(&bytes, range.start as usize..range.end as usize);
-            if let (Some(note), Some(code)) = (note, closing) {
-                note.code = Some(code);
-            }
-        }
-    }
     Ok(Code { instructions: bytes.len(), bytes, alignment: compiled.buffer.alignment.into(), loops })
 }
 
-/// From where a branch back among these instructions goes to its end.
-fn closing_branch(bytes: &[u8], range: Range<usize>) -> Option<Range<usize>> {
-    let code = bytes.get(range.clone())?;
-    let mut instructions = Decoder::with_ip(64, code, range.start as u64, DecoderOptions::NONE).into_iter();
-    let back = |i: &Instruction| i.op0_kind() == OpKind::NearBranch64 && i.near_branch_target() <= i.ip();
-    instructions.find(back).map(|i| i.near_branch_target() as usize..i.next_ip() as usize)
+/// Finds the loops of `code`, which is what `emit` describes, if it is for x86-64: it is compiled once more with a mark at
+/// the start of each loop. A mark is no instruction, but the compiler moves nothing across it; where that has made other
+/// code, nothing is known.
+pub(crate) fn locate_loops(
+    cpu: &Cpu,
+    emit: impl FnOnce(&mut dyn Machine),
+    code: &mut Code,
+) -> Result<(), CodegenError> {
+    let isa = isa(cpu)?;
+    let mut context = Context::for_function(function(&isa, cpu, Marks::Loops, emit).0);
+    let marked = context.compile(&*isa, &mut ControlPlane::default()).map_err(|error| error.inner)?;
+    if cpu.arch() != Arch::X86_64 || marked.code_buffer() != code.bytes {
+        return Ok(());
+    }
+    let instructions: Vec<_> = Decoder::new(64, &code.bytes, DecoderOptions::NONE).into_iter().collect();
+    for marks in marked.buffer.debug_tags() {
+        let start = u64::from(marks.offset);
+        let back = |i: &&Instruction| i.op0_kind() == OpKind::NearBranch64 && i.near_branch_target() == start;
+        let closing = instructions.iter().filter(back).rfind(|instruction| instruction.ip() >= start);
+        for tag in marks.tags {
+            let DebugTag::User(number) = tag else { continue };
+            if let (Some(note), Some(closing)) = (code.loops.get_mut(*number as usize), closing) {
+                note.code = Some(start as usize..closing.next_ip() as usize);
+            }
+        }
+    }
+    Ok(())
 }
 
-/// The function's IR as text.
+/// The IR of the function that `emit` describes.
 pub(crate) fn text(cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<String, CodegenError> {
-    let (mut function, _) = function(&isa(cpu)?, cpu, emit);
-    // Locations only serve to find loops in machine code.
-    function.srclocs.clear();
-    Ok(function.display().to_string())
+    Ok(function(&isa(cpu)?, cpu, Marks::None, emit).0.display().to_string())
 }
 
-/// Builds the IR of the function that `emit` describes. The branch that closes loop i of the list has location i.
-fn function(isa: &OwnedTargetIsa, cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> (Function, Vec<LoopNote>) {
+/// What is marked in a function.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Marks {
+    None,
+    /// The start of loop i of the list with tag i.
+    Loops,
+}
+
+/// Builds the IR of the function that `emit` describes, and the list of its loops.
+fn function(
+    isa: &OwnedTargetIsa,
+    cpu: &Cpu,
+    marks: Marks,
+    emit: impl FnOnce(&mut dyn Machine),
+) -> (Function, Vec<LoopNote>) {
     let convention = match cpu.arch() {
         Arch::X86_64 => CallConv::SystemV,
         Arch::Aarch64 => isa.default_call_conv(),
@@ -102,7 +121,7 @@ fn function(isa: &OwnedTargetIsa, cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)
     builder.append_block_params_for_function_params(entry);
     builder.switch_to_block(entry);
     let record = builder.block_params(entry)[0];
-    let mut machine = Clif { builder, cpu: *cpu, record, loops: Vec::new(), notes: Vec::new(), next_name: None };
+    let mut machine = Clif { builder, cpu: *cpu, record, loops: Vec::new(), notes: Vec::new(), next_name: None, marks };
     emit(&mut machine);
     let Clif { mut builder, loops, notes, .. } = machine;
     debug_assert!(loops.is_empty(), "every loop is closed");
@@ -117,8 +136,6 @@ struct OpenLoop {
     head: Block,
     exit: Block,
     counter: Option<Variable>,
-    /// Its place in the list of all loops.
-    number: usize,
 }
 
 struct Clif<'a> {
@@ -129,6 +146,7 @@ struct Clif<'a> {
     /// All loops so far.
     notes: Vec<LoopNote>,
     next_name: Option<&'static str>,
+    marks: Marks,
 }
 
 /// Vectors are only ever reinterpreted, in memory order.
@@ -224,15 +242,16 @@ impl Clif<'_> {
         vector(self.builder.ins().fvdemote(odd))
     }
 
+    /// Writes down a loop whose code is what comes next.
     fn open(&mut self, head: Block, exit: Block, counter: Option<Variable>, turns: Option<i32>) -> Loop {
-        self.loops.push(OpenLoop { head, exit, counter, number: self.notes.len() });
+        self.loops.push(OpenLoop { head, exit, counter });
+        if self.marks == Marks::Loops {
+            let mark = self.builder.ins().sequence_point();
+            self.builder.func.debug_tags.set(mark, [DebugTag::User(self.notes.len() as u32)]);
+        }
         let turns = turns.and_then(|turns| u32::try_from(turns).ok());
-        self.notes.push(LoopNote {
-            name: self.next_name.take(),
-            turns,
-            block: Some(head.as_u32()),
-            ..LoopNote::default()
-        });
+        let (name, block) = (self.next_name.take(), Some(head.as_u32()));
+        self.notes.push(LoopNote { name, turns, block, ..LoopNote::default() });
         Loop(self.loops.len())
     }
 }
@@ -337,31 +356,28 @@ impl Machine for Clif<'_> {
             (self.builder.create_block(), self.builder.create_block(), self.builder.create_block());
         self.builder.ins().jump(head, &[]);
         self.builder.switch_to_block(head);
+        let open = self.open(head, exit, None, None);
         let value = self.builder.use_var(Variable::from_u32(variable.0));
         let more = self.builder.ins().icmp_imm_s(IntCC::SignedGreaterThanOrEqual, value, i64::from(bound));
         self.builder.ins().brif(more, body, &[], exit, &[]);
         self.builder.switch_to_block(body);
-        self.open(head, exit, None, None)
+        open
     }
 
     fn end_loop(&mut self, open: Loop) {
         debug_assert_eq!(open.0, self.loops.len(), "the loop that was opened last is closed first");
-        let Some(OpenLoop { head, exit, counter, number }) = self.loops.pop() else { return };
-        let location = SourceLoc::new(number as u32);
+        let Some(OpenLoop { head, exit, counter }) = self.loops.pop() else { return };
         match counter {
             None => {
-                self.builder.set_srcloc(location);
                 self.builder.ins().jump(head, &[]);
             }
             Some(counter) => {
                 let value = self.builder.use_var(counter);
                 let value = self.builder.ins().iadd_imm_s(value, -1);
                 self.builder.def_var(counter, value);
-                self.builder.set_srcloc(location);
                 self.builder.ins().brif(value, head, &[], exit, &[]);
             }
         }
-        self.builder.set_srcloc(SourceLoc::default());
         self.builder.switch_to_block(exit);
     }
 
