@@ -1,29 +1,34 @@
 //! The head: from states to logits. All of them, or provably the largest ones at a fraction of the bytes.
 //!
 //! A vocabulary of 128,000 makes the head's rows more than the rest of a small model, and most logits are of no interest:
-//! a sampler wants the largest. So rows also exist as int8 with a scale each (the *screen*). One pass over the screen
-//! gives an interval for every logit; the rows whose interval reaches above what is surely exceeded often enough are then
+//! a sampler wants the largest. So rows also exist as int8 with a scale each (the *screen*), and a state as 12 bits with a
+//! scale. One pass over the screen gives an interval for every logit; the rows whose interval reaches above what is surely exceeded often enough are then
 //! computed from the file's own rows, in the one fixed order. What is returned has the bits of the full head.
 //!
-//! **The bound.** Let `x` be the state, `w` a row and `w = s·q + e` its int8 form. Then `x·w − s·(x·q) = x·e`, at most
-//! `‖x‖·‖e‖` by Cauchy-Schwarz. Both the logit and the estimate are sums as they are rounded: sixteen lanes of fused
-//! multiply-adds and one tree, so at most `n = ⌈k/16⌉ + 4` roundings on the way of each product, hence within
-//! `γₙ·‖x‖·‖w‖` of `x·w` and `γₙ·‖x‖·s·‖q‖` of `s·(x·q)`, `γₙ = n·u / (1 − n·u)`, `u = 2⁻²⁴` (Higham, *Accuracy and
-//! Stability of Numerical Algorithms*, 3.1), plus `n` of the smallest subnormals per lane where products underflow. Norms
-//! are computed in `f64` and enlarged by more than their own rounding.
+//! **The bound.** Let `x` be the state and `x = t·p + d` its integer form, `w` a row and `w = s·q + e` its own. The estimate
+//! is `t·s·(p·q)`, an exact integer but for two products in `f64`. Then `x·w − t·s·(p·q) = x·e + d·(s·q)`, at most
+//! `‖x‖·‖e‖ + ‖d‖·s·‖q‖` by Cauchy-Schwarz. The logit is a sum as it is rounded: sixteen lanes of fused multiply-adds and
+//! one tree, so at most `n = ⌈k/16⌉ + 4` roundings on the way of each product, hence within `γₙ·‖x‖·‖w‖` of `x·w`,
+//! `γₙ = n·u / (1 − n·u)`, `u = 2⁻²⁴` (Higham, *Accuracy and Stability of Numerical Algorithms*, 3.1), plus `n` of the
+//! smallest subnormals per lane where products underflow. Norms are computed in `f64` and enlarged by more than their own
+//! rounding.
 
 use ternion_kernels_ref::lanes::LANES;
 use ternion_tuner::Workers;
 
 use crate::formats::FloatMatrix;
 use crate::memory::PageBuffer;
-use crate::ops::{self, SCREEN_ROWS, ScreenTile};
+use crate::ops::{self, SCREEN_ROWS, SCREEN_STEP, ScreenState, ScreenTile};
 use crate::team::{SharedSlice, Team, share};
 
 /// Rows that are read for all states before the next: they stay in a core's cache. A multiple of [`SCREEN_ROWS`].
 const BLOCK: usize = 32;
+/// States that one pass over a block serves.
+const STATES: usize = 8;
 /// More than the rounding of a norm's sum of squares, of its square root and of the products with it.
 const SLACK: f64 = 1.0 + 1e-9;
+/// More than the rounding of the estimate's products.
+const ROUNDING: f64 = 1e-15;
 /// Partial sums below this do not overflow, however they are rounded.
 const LARGEST: f64 = 1e38;
 /// A head of at least this many bytes is screened: a smaller one stays in a cache, where bytes cost little.
@@ -58,8 +63,10 @@ pub struct Query<'a> {
 /// What [`Head::candidates`] needs on its way; grows to its size with the first use.
 #[derive(Debug, Default)]
 pub struct HeadScratch {
-    /// Norms of the states; `None` for one that is not screened.
-    norms: Vec<Option<f64>>,
+    /// What bounds need to know of the states; `None` for one that is not screened.
+    forms: Vec<Option<Form>>,
+    /// The states' integers, `[n, steps]`.
+    integers: Vec<ScreenState>,
     /// Lower and upper ends of the intervals, `[screened, vocabulary]` each.
     lower: Vec<f32>,
     upper: Vec<f32>,
@@ -137,19 +144,19 @@ impl Head {
         assert_eq!(queries.len(), found.len(), "candidates: a list per query");
         let vocabulary = self.rows.rows;
         let screen = self.screen.as_ref();
-        // Bounds need every element to be a number, and squares that do not overflow.
-        let norm = |query: Query<'_>| {
-            let norm = norm(query.state);
-            (screen.is_some() && query.wanted != Wanted::All && norm.is_finite()).then_some(norm)
-        };
-        scratch.norms.clear();
-        scratch.norms.extend(queries.clone().map(norm));
-        if let Some(screen) = screen.filter(|_| scratch.norms.iter().any(Option::is_some)) {
-            self.intervals(team, screen, queries.clone().map(|query| query.state), scratch);
+        scratch.forms.clear();
+        let steps = self.rows.columns.div_ceil(SCREEN_STEP);
+        scratch.integers.resize(queries.len() * steps, [0; SCREEN_STEP]);
+        for (query, integers) in queries.clone().zip(scratch.integers.chunks_exact_mut(steps.max(1))) {
+            let screened = screen.is_some() && query.wanted != Wanted::All;
+            scratch.forms.push(screened.then(|| Form::new(query.state, integers)).flatten());
+        }
+        if let Some(screen) = screen.filter(|_| scratch.forms.iter().any(Option::is_some)) {
+            self.intervals(team, screen, scratch);
         }
         // All that are not screened share one reading of the rows.
         scratch.states.clear();
-        for (query, _) in queries.clone().zip(&scratch.norms).filter(|(_, norm)| norm.is_none()) {
+        for (query, _) in queries.clone().zip(&scratch.forms).filter(|(_, form)| form.is_none()) {
             scratch.states.extend_from_slice(query.state);
         }
         scratch.logits.resize(scratch.states.len() / self.rows.columns * vocabulary, 0.0);
@@ -159,7 +166,7 @@ impl Head {
         let mut logits = scratch.logits.chunks_exact(vocabulary);
         for (n, (query, found)) in queries.zip(found).enumerate() {
             found.clear();
-            if scratch.norms[n].is_none() {
+            if scratch.forms[n].is_none() {
                 found.extend(logits.next().into_iter().flatten().copied().zip(0..));
                 continue;
             }
@@ -177,25 +184,27 @@ impl Head {
     }
 
     /// Intervals of all logits of the states that are screened.
-    fn intervals<'a>(
-        &self,
-        team: &Team,
-        screen: &Screen,
-        states: impl Iterator<Item = &'a [f32]> + Clone + Sync,
-        scratch: &mut HeadScratch,
-    ) {
-        let HeadScratch { norms, lower, upper, .. } = scratch;
-        let vocabulary = self.rows.rows;
-        lower.resize(norms.len() * vocabulary, 0.0);
-        upper.resize(norms.len() * vocabulary, 0.0);
+    fn intervals(&self, team: &Team, screen: &Screen, scratch: &mut HeadScratch) {
+        let HeadScratch { forms, integers, lower, upper, .. } = scratch;
+        let (vocabulary, steps) = (self.rows.rows, self.rows.columns.div_ceil(SCREEN_STEP));
+        lower.resize(forms.len() * vocabulary, 0.0);
+        upper.resize(forms.len() * vocabulary, 0.0);
         let (lower, upper) = (SharedSlice::new(lower), SharedSlice::new(upper));
         self.each_block(team, &|rows| {
-            for (n, (state, norm)) in states.clone().zip(&*norms).enumerate() {
-                let Some(norm) = norm else { continue };
-                let range = n * vocabulary + rows.start..n * vocabulary + rows.end;
-                // SAFETY: every block of rows is in one part of the work.
-                let (lower, upper) = unsafe { (lower.part(range.clone()), upper.part(range)) };
-                screen.intervals(state, *norm, rows.clone(), lower, upper);
+            let mut sums = [[0; SCREEN_ROWS]; STATES * BLOCK / SCREEN_ROWS];
+            let tiles = screen.tiles(&rows, steps);
+            let groups = forms.chunks(STATES).zip(integers.chunks(STATES * steps));
+            for (group, (forms, integers)) in groups.enumerate() {
+                let sums = &mut sums[..forms.len() * tiles.len() / steps];
+                ops::dot_screen(integers, steps, tiles, sums);
+                for (n, (form, sums)) in forms.iter().zip(sums.chunks(tiles.len() / steps)).enumerate() {
+                    let Some(form) = form else { continue };
+                    let at = (group * STATES + n) * vocabulary;
+                    let range = at + rows.start..at + rows.end;
+                    // SAFETY: every block of rows is in one part of the work.
+                    let (lower, upper) = unsafe { (lower.part(range.clone()), upper.part(range)) };
+                    form.intervals(self.rows.columns, sums.as_flattened(), &screen.scales[rows.clone()], lower, upper);
+                }
             }
         });
     }
@@ -245,11 +254,6 @@ fn threshold(wanted: Wanted, lower: &[f32], order: &mut Vec<f32>) -> f32 {
     }
 }
 
-/// The Euclidean norm and a little more.
-fn norm(x: &[f32]) -> f64 {
-    x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt() * SLACK
-}
-
 /// An `f32` that is not smaller.
 fn rounded_up(x: f64) -> f32 {
     (x as f32).next_up()
@@ -260,8 +264,10 @@ fn rounded_up(x: f64) -> f32 {
 struct Scale {
     /// `s`
     scale: f32,
-    /// What `‖x‖` is multiplied with in the bound: `‖e‖ + γₙ·(‖w‖ + s·‖q‖)`, rounded up.
+    /// What `‖x‖` is multiplied with in the bound: `‖e‖ + γₙ·‖w‖`, rounded up.
     error: f32,
+    /// And `‖d‖`: `s·‖q‖`, rounded up.
+    form: f32,
 }
 
 impl Scale {
@@ -271,10 +277,10 @@ impl Scale {
         let whole = form.whole.sqrt() * SLACK;
         // A row with an infinity or a NaN anywhere has such a norm.
         if !whole.is_finite() {
-            return Self { scale: 0.0, error: f32::INFINITY };
+            return Self { scale: 0.0, error: f32::INFINITY, form: 0.0 };
         }
-        let roundings = gamma(row.len()) * (whole + form.form.sqrt() * SLACK);
-        Self { scale: form.scale, error: rounded_up(form.error.sqrt() * SLACK + roundings) }
+        let error = form.error.sqrt() * SLACK + gamma(row.len()) * whole;
+        Self { scale: form.scale, error: rounded_up(error), form: rounded_up(form.form.sqrt() * SLACK) }
     }
 }
 
@@ -289,10 +295,51 @@ fn gamma(k: usize) -> f64 {
     nu / (1.0 - nu)
 }
 
+/// What bounds need to know of a state's integer form.
+#[derive(Clone, Copy, Debug)]
+struct Form {
+    /// `t`
+    scale: f64,
+    /// `‖x‖`, or a little more.
+    norm: f64,
+    /// `‖d‖`, or a little more.
+    error: f64,
+}
+
+impl Form {
+    /// Writes a state's integers; `None` if it cannot be screened: bounds need every element to be a number, and squares
+    /// that do not overflow.
+    fn new(state: &[f32], integers: &mut [ScreenState]) -> Option<Self> {
+        let form = ops::screen_state(state, integers)?;
+        let [norm, error] = [form.whole, form.error].map(|squares| squares.sqrt() * SLACK);
+        norm.is_finite().then_some(Self { scale: f64::from(form.scale), norm, error })
+    }
+
+    /// Intervals of the logits of some rows of `k` elements, whose `p·q` are `sums`.
+    fn intervals(&self, k: usize, sums: &[i32], scales: &[Scale], lower: &mut [f32], upper: &mut [f32]) {
+        // The logit's partial sums are at most `‖x‖·√k` times the largest element of a row. Where one might overflow there
+        // is no bound.
+        let largest = LARGEST / (127.0 * self.norm * (k as f64).sqrt());
+        let underflow = roundings(k) * LANES as f64 * f64::from(f32::from_bits(1));
+        let ends = lower.iter_mut().zip(upper);
+        for ((sum, row), (lower, upper)) in sums.iter().zip(scales).zip(ends) {
+            let estimate = self.scale * f64::from(row.scale) * f64::from(*sum);
+            let bound = (self.norm * f64::from(row.error) + self.error * f64::from(row.form)) * SLACK
+                + estimate.abs() * ROUNDING
+                + underflow;
+            if bound.is_finite() && f64::from(row.scale) <= largest {
+                (*lower, *upper) = (((estimate - bound) as f32).next_down(), ((estimate + bound) as f32).next_up());
+            } else {
+                (*lower, *upper) = (f32::NEG_INFINITY, f32::INFINITY);
+            }
+        }
+    }
+}
+
 /// All rows as int8.
 #[derive(Debug)]
 struct Screen {
-    /// Tiles of rows, `[⌈vocabulary / 8⌉, ⌈hidden / 16⌉, 8, 16]`.
+    /// Tiles of rows, `[⌈vocabulary / 8⌉, ⌈hidden / 32⌉, 8, 32]`.
     tiles: PageBuffer,
     scales: Vec<Scale>,
 }
@@ -300,7 +347,7 @@ struct Screen {
 impl Screen {
     fn new(rows: &FloatMatrix, workers: &dyn Workers) -> std::io::Result<Self> {
         let k = rows.columns;
-        let tile_bytes = k.div_ceil(LANES) * size_of::<ScreenTile>();
+        let tile_bytes = k.div_ceil(SCREEN_STEP) * size_of::<ScreenTile>();
         let mut tiles = PageBuffer::zeroed(rows.rows.div_ceil(SCREEN_ROWS) * tile_bytes)?;
         let mut scales = vec![Scale::default(); rows.rows];
         let (bytes, shared) = (SharedSlice::new(&mut tiles), SharedSlice::new(&mut scales));
@@ -314,8 +361,8 @@ impl Screen {
                 for (r, (index, scale)) in within.zip(scales).enumerate() {
                     rows.widen_row(index, &mut row);
                     *scale = Scale::quantize(&row, &mut form);
-                    let places = bytes.as_chunks_mut::<LANES>().0[r..].iter_mut().step_by(SCREEN_ROWS);
-                    for (place, form) in places.zip(form.chunks(LANES)) {
+                    let places = bytes.as_chunks_mut::<SCREEN_STEP>().0[r..].iter_mut().step_by(SCREEN_ROWS);
+                    for (place, form) in places.zip(form.chunks(SCREEN_STEP)) {
                         place[..form.len()].copy_from_slice(form);
                     }
                 }
@@ -324,27 +371,10 @@ impl Screen {
         Ok(Self { tiles, scales })
     }
 
-    /// Intervals of the logits of some rows, at most [`BLOCK`], for a state of this norm.
-    fn intervals(&self, state: &[f32], norm: f64, rows: std::ops::Range<usize>, lower: &mut [f32], upper: &mut [f32]) {
-        let (k, mut sums) = (state.len(), [[0.0; SCREEN_ROWS]; BLOCK / SCREEN_ROWS]);
-        let within = rows.start / SCREEN_ROWS..rows.end.div_ceil(SCREEN_ROWS);
-        let steps = k.div_ceil(LANES);
-        let tiles = self.tiles.as_chunks::<LANES>().0.as_chunks::<SCREEN_ROWS>().0;
-        ops::dot_screen(state, &tiles[within.start * steps..within.end * steps], &mut sums[..within.len()]);
-        // Partial sums are at most `‖x‖·√k` times the largest element of a row. Where one might overflow there is no bound.
-        let largest = LARGEST / (127.0 * norm * (k as f64).sqrt());
-        // Of the sum in its integers' scale and of the logit.
-        let underflow = roundings(k) * LANES as f64 * f64::from(f32::from_bits(1));
-        let ends = lower.iter_mut().zip(upper);
-        for ((sum, scale), (lower, upper)) in sums.as_flattened().iter().zip(&self.scales[rows]).zip(ends) {
-            let estimate = f64::from(scale.scale) * f64::from(*sum);
-            let bound = norm * f64::from(scale.error) * SLACK + (1.0 + f64::from(scale.scale)) * underflow;
-            if bound.is_finite() && f64::from(scale.scale).max(1.0) <= largest {
-                (*lower, *upper) = (((estimate - bound) as f32).next_down(), ((estimate + bound) as f32).next_up());
-            } else {
-                (*lower, *upper) = (f32::NEG_INFINITY, f32::INFINITY);
-            }
-        }
+    /// The tiles of some rows, which begin with one, of `steps` steps each.
+    fn tiles(&self, rows: &std::ops::Range<usize>, steps: usize) -> &[ScreenTile] {
+        let tiles = self.tiles.as_chunks::<SCREEN_STEP>().0.as_chunks::<SCREEN_ROWS>().0;
+        &tiles[rows.start / SCREEN_ROWS * steps..rows.end.div_ceil(SCREEN_ROWS) * steps]
     }
 }
 

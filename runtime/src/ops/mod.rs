@@ -39,7 +39,9 @@ pub use head::dot_rows;
 pub use norm::{Quantized, quantize, rms_norm, rms_norm_in_place, rms_norm_quantize};
 pub use projection::{Sums, add_dequantized, dequantize, gated, gated_floats};
 pub use rope::rotate;
-pub use screen::{SCREEN_ROWS, ScreenForm, ScreenTile, dot_screen, screen_form};
+pub use screen::{
+    SCREEN_ROWS, SCREEN_STEP, ScreenForm, ScreenState, ScreenTile, StateForm, dot_screen, screen_form, screen_state,
+};
 
 #[cfg(test)]
 mod tests {
