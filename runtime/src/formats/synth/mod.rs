@@ -66,9 +66,11 @@ impl Recipe {
     /// A published shape with the usual fractions: 0.45 of the weights are 0 and, for relu², 0.8 of the gates.
     ///
     /// # Errors
-    /// A name that is none of [`presets`](Self::presets).
+    /// A name that is none of [`presets`](Self::presets); case and hyphens do not count.
     pub fn preset(name: &str) -> Result<Self, RecipeError> {
-        let preset = preset::PRESETS.iter().find(|preset| preset.name.eq_ignore_ascii_case(name));
+        // `2B4T` is what most people write.
+        let plain = |name: &str| name.replace('-', "").to_ascii_lowercase();
+        let preset = preset::PRESETS.iter().find(|preset| plain(preset.name) == plain(name));
         let config = preset
             .ok_or_else(|| RecipeError::UnknownPreset { name: name.to_owned(), known: Self::presets().collect() })?;
         let config = config.config();
