@@ -101,7 +101,8 @@ pub struct Schedule {
     pub layout: Layout,
     /// The multiplication of `mad`; [`Multiply::Pairs`] where nothing is multiplied.
     pub multiply: Multiply,
-    /// Steps per loop iteration: chunks or groups of a row for `mad`, bytes of a row for `tl1` and `vlut`.
+    /// Steps per loop iteration: chunks or groups of a row for `mad`, bytes of a row for `tl1` and `vlut`, blocks of 24
+    /// weights for `tl2`.
     pub unroll: u8,
     /// Columns that share one pass over a tile; the 16-bit lanes of a vector for `vlut`.
     pub ntile: u8,
