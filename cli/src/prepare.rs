@@ -171,10 +171,9 @@ fn write(checkpoint: &Checkpoint, output: &Path, choices: Option<&Choices>, head
     }
     if summary.head_error > 0.0 {
         note(&format!(
-            "head as {}: its rows are off by {:.3} % (relative root mean square); `ternion eval --text` measures what \
+            "head as {}: its rows are off by {:.1e} of their size (root mean square); `ternion eval --text` measures what \
              that means for the loss",
-            summary.head,
-            100.0 * summary.head_error
+            summary.head, summary.head_error
         ));
     }
     let rate = (summary.bytes - summary.resumed) as f64 / spent.as_secs_f64() / 1e9;

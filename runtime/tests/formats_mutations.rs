@@ -3,11 +3,10 @@
 //!
 //! A process of its own: its allocator counts.
 
-mod support;
-
 use std::alloc::{GlobalAlloc, Layout as Allocation, System};
+use std::fmt::Display;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -15,9 +14,11 @@ use std::time::{Duration, Instant};
 use ternion_compiler::Layout;
 use ternion_runtime::formats::gguf::{TernaryType, TokenRowType, export};
 use ternion_runtime::formats::synth::Recipe;
+use ternion_runtime::formats::tern::{self, HeadType};
 use ternion_runtime::formats::{
-    Bytes, Checkpoint, FormatError, LayerNorm, ModelConfig, OpenOptions, Projection, export_hf, tern,
+    Bytes, Checkpoint, FormatError, LayerNorm, ModelConfig, OpenOptions, Projection, export_hf,
 };
+use ternion_runtime::lora::Adapter;
 use xxhash_rust::xxh3::xxh3_64;
 
 struct Counting;
@@ -149,15 +150,15 @@ impl Damage {
     }
 }
 
-/// Opens `FILES` damaged files; `open` says how one is made and opened.
-fn survive(size: usize, mut open: impl FnMut(&mut Damage) -> Result<Checkpoint, FormatError>) {
+/// Reads `FILES` damaged files, which take `size` bytes when they are whole; `read` says how one is made and read.
+fn survive<E: Display>(size: usize, mut read: impl FnMut(&mut Damage) -> Result<(), E>) {
     let _one = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let mut damage = Damage(0x5eed);
     let mut refused = 0;
     for file in 0..FILES {
         let (before, start) = (NOW.load(Ordering::Relaxed), Instant::now());
         PEAK.store(before, Ordering::Relaxed);
-        if let Err(error) = open(&mut damage).and_then(|model| read_all(&model)) {
+        if let Err(error) = read(&mut damage) {
             let message = error.to_string();
             assert!(!message.contains('\n') && message.len() < 2000, "file {file}: {message}");
             refused += 1;
@@ -189,7 +190,7 @@ fn damaged_gguf_files() {
             // Sizes and the tensors' table lie at the two ends of the head; the vocabulary between them is dull.
             let head = if damage.below(2) == 0 { 1500 } else { bytes.len() - 16_000 };
             damage.apply(&mut bytes, head);
-            Checkpoint::from_bytes("model.gguf", Bytes::from(bytes), &options)
+            read_all(&Checkpoint::from_bytes("model.gguf", Bytes::from(bytes), &options)?)
         });
     }
 }
@@ -197,7 +198,8 @@ fn damaged_gguf_files() {
 #[test]
 fn damaged_prepared_files() {
     let (_directory, whole) = directory_of(|path| {
-        tern::write(&tiny(), path, &|_, _, _, _| Layout::Canonical, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        let go = &mut |_, _| ControlFlow::Continue(());
+        tern::write_with(&tiny(), path, &|_, _, _, _| Layout::Canonical, HeadType::Int8, go).unwrap();
     });
     let header = 32 + u64::from_le_bytes(whole[16..24].try_into().unwrap()) as usize;
     survive(whole.len(), |damage| {
@@ -210,8 +212,35 @@ fn damaged_prepared_files() {
             let checksum = xxh3_64(&[&bytes[..24], &bytes[32..end]].concat());
             bytes[24..32].copy_from_slice(&checksum.to_le_bytes());
         }
-        Checkpoint::from_prepared("model.tern", Bytes::from(bytes))
+        read_all(&Checkpoint::from_prepared("model.tern", Bytes::from(bytes))?)
     });
+}
+
+/// Damages one of a directory's files, in the first 4000 bytes for the most part, for as long as `read` reads it.
+fn with_damaged<E>(
+    file: &(PathBuf, Vec<u8>),
+    damage: &mut Damage,
+    read: impl FnOnce() -> Result<(), E>,
+) -> Result<(), E> {
+    let (name, whole) = file;
+    let mut bytes = whole.clone();
+    damage.apply(&mut bytes, 4000);
+    // A mapped file must not change while it is open, so it is another one each time.
+    std::fs::remove_file(name).unwrap();
+    std::fs::write(name, bytes).unwrap();
+    let result = read();
+    std::fs::remove_file(name).unwrap();
+    std::fs::write(name, whole).unwrap();
+    result
+}
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+fn files_of(directory: &Path, names: &[&str]) -> Vec<(PathBuf, Vec<u8>)> {
+    let path = |name: &&str| directory.join(name);
+    names.iter().map(path).map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
 }
 
 #[test]
@@ -220,20 +249,42 @@ fn damaged_hugging_face_directories() {
         export_hf::export(&tiny(), path, &mut |_, _| ControlFlow::Continue(())).unwrap();
     });
     let path = directory.path().join("model");
-    let files =
+    let names =
         ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json"];
-    let files = files.map(|name| (path.join(name), std::fs::read(path.join(name)).unwrap()));
+    let files = files_of(&path, &names);
     survive(files.iter().map(|(_, bytes)| bytes.len()).sum(), |damage| {
         // The weights and the configuration more often than the rest.
-        let (name, whole) = &files[[0, 0, 0, 1, 1, 2, 3, 4][damage.below(8)]];
-        let mut bytes = whole.clone();
-        damage.apply(&mut bytes, 4000);
-        std::fs::write(name, bytes).unwrap();
-        let model = Checkpoint::open(&path);
-        let read = model.and_then(|model| read_all(&model).map(|()| model));
-        // A mapped file must not change while it is open.
-        std::fs::remove_file(name).unwrap();
-        std::fs::write(name, whole).unwrap();
-        read
+        let file = &files[[0, 0, 0, 1, 1, 2, 3, 4][damage.below(8)]];
+        with_damaged(file, damage, || read_all(&Checkpoint::open(&path)?))
+    });
+}
+
+/// The families' tokenizers as SentencePiece has them.
+#[test]
+fn damaged_sentencepiece_models() {
+    let fixture = fixtures().join("sentencepiece/tokenizer.model");
+    let (directory, _) = directory_of(|path| {
+        export_hf::export(&tiny(), path, &mut |_, _| ControlFlow::Continue(())).unwrap();
+    });
+    let path = directory.path().join("model");
+    std::fs::remove_file(path.join("tokenizer.json")).unwrap();
+    std::fs::copy(fixture, path.join("tokenizer.model")).unwrap();
+    let files = files_of(&path, &["tokenizer.model"]);
+    let model = Checkpoint::open(&path).unwrap();
+    survive(files[0].1.len(), |damage| with_damaged(&files[0], damage, || model.tokenizer_json().map(drop)));
+}
+
+#[test]
+fn damaged_adapters() {
+    let config = Checkpoint::open(&fixtures().join("families/bitnet-2b4t")).unwrap().config().clone();
+    let directory = tempfile::tempdir().unwrap();
+    let names = ["adapter_model.safetensors", "adapter_config.json"];
+    for name in names {
+        std::fs::copy(fixtures().join("lora/first").join(name), directory.path().join(name)).unwrap();
+    }
+    let files = files_of(directory.path(), &names);
+    survive(files.iter().map(|(_, bytes)| bytes.len()).sum(), |damage| {
+        let file = &files[damage.below(2)];
+        with_damaged(file, damage, || Adapter::open(directory.path(), &config, 1.0).map(drop))
     });
 }

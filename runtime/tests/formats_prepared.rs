@@ -238,7 +238,7 @@ fn what_was_interrupted_is_continued_and_ends_with_the_same_bytes() {
 fn what_was_to_become_something_else_is_begun_again() {
     let directory = tempfile::tempdir().unwrap();
     let output = directory.path().join("out.tern");
-    interrupted(&embedded(), &output, HeadType::Own, 5 << 20);
+    interrupted(&embedded(), &output, HeadType::Own, 1 << 20);
     let summary =
         tern::write_with(&embedded(), &output, &canonical, HeadType::Own, &mut |_, _| ControlFlow::Continue(()))
             .unwrap();

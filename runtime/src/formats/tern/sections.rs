@@ -107,7 +107,8 @@ impl Job<'_> {
         Ok(done.into_iter().flatten().collect())
     }
 
-    /// The work that is left, the largest tables first so that all workers have a part in them.
+    /// The work that is left: many small sections first, so that an interruption loses little, then the tables, in which all
+    /// workers have a part to the end.
     fn share_out(&self, done: &[Option<Done>]) -> Result<(Vec<Table>, Vec<Work>), FormatError> {
         let (mut tables, mut rows, mut sections) = (Vec::new(), Vec::new(), Vec::new());
         for (at, part) in self.parts.iter().enumerate().filter(|(at, _)| done[*at].is_none()) {
@@ -134,8 +135,8 @@ impl Job<'_> {
                 _ => sections.push(Work::Section(at)),
             }
         }
-        rows.extend(sections);
-        Ok((tables, rows))
+        sections.extend(rows);
+        Ok((tables, sections))
     }
 
     /// Returns a section that is complete now.

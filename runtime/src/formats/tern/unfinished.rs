@@ -92,10 +92,19 @@ impl Unfinished {
             let done = done.collect();
             return Ok((unfinished, done));
         }
-        unfinished.file.set_len(0)?;
-        unfinished.file.set_len(total)?;
-        unfinished.write_at(&head, 0)?;
-        Ok((unfinished, vec![None; sections.len()]))
+        match unfinished.begin(total, &head) {
+            Ok(()) => Ok((unfinished, vec![None; sections.len()])),
+            Err(error) => {
+                unfinished.discard();
+                Err(error)
+            }
+        }
+    }
+
+    fn begin(&self, total: u64, head: &[u8]) -> io::Result<()> {
+        self.file.set_len(0)?;
+        self.file.set_len(total)?;
+        self.write_at(head, 0)
     }
 
     fn has(&self, section: &Range<u64>, xxh3: u64) -> bool {
@@ -122,10 +131,13 @@ impl Unfinished {
 
     /// Writes the header in the journal's place and gives the file its name.
     pub(super) fn finish(self, front: &[u8], target: &Path) -> io::Result<()> {
-        self.write_at(front, 0)?;
-        // Some file systems report a full disk only now.
-        self.file.sync_all()?;
-        fs::rename(&self.path, target)
+        // Some file systems report a full disk only when everything must be on it.
+        let finished = self.write_at(front, 0).and_then(|()| self.file.sync_all());
+        let finished = finished.and_then(|()| fs::rename(&self.path, target));
+        if finished.is_err() {
+            self.discard();
+        }
+        finished
     }
 
     /// Deletes the file.
