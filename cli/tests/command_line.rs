@@ -244,7 +244,7 @@ fn tune_finds_remembers_explains_and_hands_on() {
     std::fs::write(file, profile.to_string()).unwrap();
     assert!(with_cache(&cache, &["tune", "--merge", file, "-t", "1"]).status.success());
     let page = with_cache(&cache, &["doctor", "-t", "1"]);
-    assert!(text(&page.stdout).contains("refused         naught/clif128"), "{}", text(&page.stdout));
+    assert!(text(&page.stdout).contains("  refused       naught/clif128"), "{}", text(&page.stdout));
     assert!(text(&page.stdout).contains("wrong with seed 0x1"));
 
     std::fs::write(file, "{}").unwrap();
