@@ -32,6 +32,6 @@ post /v1/chat/completions '{"messages": [{"role": "user", "content": "Tell me a 
 post /v1/completions '{"prompt": "A fox, as JSON: ", "max_tokens": 64, "response_format": {"type": "json_schema", "json_schema":
     {"name": "animal", "schema": {"type": "object", "properties": {"legs": {"type": "integer", "minimum": 0, "maximum": 8},
     "colour": {"enum": ["red", "grey"]}}, "required": ["legs", "colour"], "additionalProperties": false}}}}'
-post /v1/embeddings '{"input": "a fox", "dimensions": 4}'
+post /v1/embeddings '{"input": "a fox", "encoding_format": "base64"}'
 post /tokenize '{"content": "Once upon a time"}'
 post /detokenize '{"tokens": [1, 2, 3]}'

@@ -151,6 +151,10 @@ impl From<Failure> for ApiError {
                 let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED", message);
                 Self { retry_after: Some(1), ..error }
             }
+            Failure::Grammar => Self::field(
+                "response_format",
+                "this schema cannot be followed: no text conforms to it, or it is too hard to follow",
+            ),
             Failure::Internal => Self::internal(),
         }
     }

@@ -134,6 +134,8 @@ pub enum Failure {
     Draining,
     /// There is no memory for its keys and values.
     Memory,
+    /// Its grammar lets no token come next, or takes too much time or memory.
+    Grammar,
     /// A bug: a pass failed.
     Internal,
 }

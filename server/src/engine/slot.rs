@@ -134,9 +134,9 @@ impl<'a> Slot<'a> {
         // Of the model itself, before a grammar takes its choice away.
         let distribution = asked.logprobs.map(|top| Distribution::new(candidates, top));
         if let Some(grammar) = &mut asked.grammar
-            && grammar.constrain(candidates).is_err()
+            && (grammar.constrain(candidates).is_err() || candidates.is_empty())
         {
-            return self.fail(Failure::Internal);
+            return self.fail(Failure::Grammar);
         }
         let Some(token) = sampler.sample(candidates) else { return self.fail(Failure::Internal) };
         *generated += 1;
@@ -151,7 +151,7 @@ impl<'a> Slot<'a> {
             Some(grammar) => grammar.accept(token),
             None => Ok(false),
         };
-        let Ok(complete) = complete else { return self.fail(Failure::Internal) };
+        let Ok(complete) = complete else { return self.fail(Failure::Grammar) };
         let generated = *generated;
         if self.shared.stop_tokens.contains(&token) && !(asked.ignore_eos && asked.grammar.is_none()) {
             return self.end_text(Finish::Stop, generated, None);
