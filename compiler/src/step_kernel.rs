@@ -158,8 +158,9 @@ pub fn compile_steps_on(jobs: &[(StepSpec, MachineKind)], cpu: &Cpu) -> Result<V
     let codes = codes?;
     let Some((first, _)) = jobs.first() else { return Ok(Vec::new()) };
     let failed = |spec: &StepSpec, reason: String| CompileError::Step { spec: *spec, reason };
-    let (memory, addresses) = load(&codes, cpu, |i| format!("ternion::{}", jobs[i].0.to_string().replace([' ', '='], "_")))
-        .map_err(|reason| failed(first, reason))?;
+    let (memory, addresses) =
+        load(&codes, cpu, |i| format!("ternion::{}", jobs[i].0.to_string().replace([' ', '='], "_")))
+            .map_err(|reason| failed(first, reason))?;
     let kernels: Vec<_> = jobs
         .iter()
         .zip(&codes)

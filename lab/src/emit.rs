@@ -3,8 +3,8 @@
 use ternion_compiler::machine::LoopNote;
 use ternion_compiler::object::ObjectError;
 use ternion_compiler::{
-    CompileError, Cpu, Family, KernelSpec, MachineKind, Schedule, StepSpec, asm_text, clif_text, code_bytes, loops, object,
-    step_asm_text, step_clif_text, step_code_bytes, step_object,
+    CompileError, Cpu, Family, KernelSpec, MachineKind, Schedule, StepSpec, asm_text, clif_text, code_bytes, loops,
+    object, step_asm_text, step_clif_text, step_code_bytes, step_object,
 };
 
 /// What a kernel is written as.

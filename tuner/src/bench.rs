@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use ternion_compiler::listed::GROUP;
 use ternion_compiler::{
-    ActivationFormat, Activations, Columns, CompileError, Cpu, Kernel, KernelSpec, RecordList, Schedule,
-    compile_each,
+    ActivationFormat, Activations, Columns, CompileError, Cpu, Kernel, KernelSpec, RecordList, Schedule, compile_each,
 };
 
 use crate::buffer::Buffer;

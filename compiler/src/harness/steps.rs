@@ -63,7 +63,7 @@ impl FloatData {
             Self::Infinite | Self::Nan => ordinary,
             Self::Any => f32::from_bits((bits >> 8) as u32),
             Self::Ties if at == 0 => 127.0,
-            Self::Ties => (bits >> 8) as u8 as f32 - 127.5,
+            Self::Ties => f32::from((bits >> 8) as u8) - 127.5,
         }
     }
 }
