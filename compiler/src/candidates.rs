@@ -82,11 +82,6 @@ fn decoding(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Sched
             }
         }
     }
-    for prefetch in prefetches {
-        for (vectors, unroll) in [(2, 1), (3, 1), (1, 1), (1, 2), (4, 1)] {
-            candidates.push(Schedule { prefetch: *prefetch, ..tl2(machine, vectors, unroll) });
-        }
-    }
     if machine == MachineKind::Clif128 && multiply == Multiply::Pairs {
         for (rows, chunk, unroll) in [(4, 16, 4), (8, 64, 1), (4, 64, 1), (4, 64, 4)] {
             candidates.push(mad(machine, Layout::Rows { rows, chunk }, multiply, unroll));
@@ -94,6 +89,11 @@ fn decoding(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Sched
     }
     for unroll in [4, 2, 8, 16] {
         candidates.extend([128, 64, 32, 48, 16].map(|rows| tl1(machine, rows, unroll)));
+    }
+    for prefetch in prefetches {
+        for (vectors, unroll) in [(2, 1), (3, 1), (1, 1), (1, 2), (4, 1)] {
+            candidates.push(Schedule { prefetch: *prefetch, ..tl2(machine, vectors, unroll) });
+        }
     }
 }
 
@@ -136,7 +136,6 @@ fn prompts(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Schedu
         }
     }
     candidates.extend([64, 128, 32, 16].map(|rows| tl1(machine, rows, 4)));
-    candidates.extend([2, 3, 1, 4].map(|vectors| tl2(machine, vectors, 1)));
     if machine != MachineKind::Avx512 {
         candidates.push(Schedule { ntile: 4, ..t5(machine, 1, multiply, 1) });
     } else {
@@ -151,4 +150,5 @@ fn prompts(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Schedu
             candidates.push(Schedule { family: Family::Vlut, machine, layout, multiply, unroll, ntile, prefetch: 0 });
         }
     }
+    candidates.extend([2, 3, 1, 4].map(|vectors| tl2(machine, vectors, 1)));
 }
