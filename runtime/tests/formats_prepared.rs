@@ -225,7 +225,7 @@ fn what_was_interrupted_is_continued_and_ends_with_the_same_bytes() {
             ControlFlow::Continue(())
         })
         .unwrap();
-        assert!(summary.resumed > expected.bytes / 2 && first == Some(summary.resumed), "{summary:?}");
+        assert!(summary.resumed > expected.bytes / 3 && first == Some(summary.resumed), "{summary:?}");
         assert_eq!(before, expected.bytes);
         assert_eq!((summary.digest, summary.head_error), (expected.digest, expected.head_error));
         assert!(std::fs::read(&output).unwrap() == std::fs::read(&whole).unwrap());
