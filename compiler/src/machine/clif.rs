@@ -4,6 +4,8 @@
 //! casts between vectors cost nothing. Where an architecture has one instruction for an operation, Cranelift finds it
 //! by pattern; the patterns are noted where they matter.
 
+use std::collections::BTreeMap;
+
 use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::immediates::V128Imm;
@@ -16,7 +18,7 @@ use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{CodegenError, Context};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext, Variable};
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
+use iced_x86::{Decoder, DecoderOptions, OpKind};
 
 use super::{Code, Int, IntVariable, Loop, LoopNote, Machine, Vector, VectorVariable, splat_float};
 use crate::{Arch, Cpu, Feature};
@@ -59,29 +61,43 @@ pub(crate) fn compile(cpu: &Cpu, emit: impl FnOnce(&mut dyn Machine)) -> Result<
     Ok(Code { instructions: bytes.len(), bytes, alignment: compiled.buffer.alignment.into(), loops })
 }
 
-/// Finds the loops of `code`, which is what `emit` describes, if it is for x86-64: it is compiled once more with a mark at
-/// the start of each loop. A mark is no instruction, but the compiler moves nothing across it; where that has made other
-/// code, nothing is known.
+/// Finds the loops of `code`, which is what `emit` describes, if it is for x86-64.
+///
+/// It is compiled once more with a mark at the start of each loop. A mark is no instruction, but it may change which
+/// registers are taken, and so where everything lies. It does not change the order of blocks, in which only loops go back:
+/// the first place that is branched back to is the first that is marked, and so on.
 pub(crate) fn locate_loops(
     cpu: &Cpu,
     emit: impl FnOnce(&mut dyn Machine),
     code: &mut Code,
 ) -> Result<(), CodegenError> {
+    if cpu.arch() != Arch::X86_64 {
+        return Ok(());
+    }
     let isa = isa(cpu)?;
     let mut context = Context::for_function(function(&isa, cpu, Marks::Loops, emit).0);
     let marked = context.compile(&*isa, &mut ControlPlane::default()).map_err(|error| error.inner)?;
-    if cpu.arch() != Arch::X86_64 || marked.code_buffer() != code.bytes {
-        return Ok(());
+    let mut marks: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+    for tags in marked.buffer.debug_tags() {
+        let numbers = tags.tags.iter().filter_map(|tag| match tag {
+            DebugTag::User(number) => Some(*number as usize),
+            _ => None,
+        });
+        marks.entry(tags.offset).or_default().extend(numbers);
     }
-    let instructions: Vec<_> = Decoder::new(64, &code.bytes, DecoderOptions::NONE).into_iter().collect();
-    for marks in marked.buffer.debug_tags() {
-        let start = u64::from(marks.offset);
-        let back = |i: &&Instruction| i.op0_kind() == OpKind::NearBranch64 && i.near_branch_target() == start;
-        let closing = instructions.iter().filter(back).rfind(|instruction| instruction.ip() >= start);
-        for tag in marks.tags {
-            let DebugTag::User(number) = tag else { continue };
-            if let (Some(note), Some(closing)) = (code.loops.get_mut(*number as usize), closing) {
-                note.code = Some(start as usize..closing.next_ip() as usize);
+    // From where is gone back to, to the end of the last branch that does.
+    let mut loops = BTreeMap::new();
+    for branch in Decoder::new(64, &code.bytes, DecoderOptions::NONE) {
+        if branch.op0_kind() == OpKind::NearBranch64 && branch.near_branch_target() <= branch.ip() {
+            loops.insert(branch.near_branch_target() as usize, branch.next_ip() as usize);
+        }
+    }
+    if marks.len() == loops.len() {
+        for (numbers, (start, end)) in marks.into_values().zip(loops) {
+            for number in numbers {
+                if let Some(note) = code.loops.get_mut(number) {
+                    note.code = Some(start..end);
+                }
             }
         }
     }
