@@ -141,7 +141,7 @@ pub fn gains(request: &Request, choices: &Choices, cpu: &Cpu, workers: &dyn Work
     for Found { problem, choice, .. } in &choices.found {
         for class in Class::ALL {
             let spec = class.spec(problem.k);
-            let space = legal(&Family::ALL, &spec, cpu, &Budget::search(WHOLE_SPACE));
+            let space = legal(&Family::ALL, &spec, cpu, &Budget::search(WHOLE_SPACE), Duration::MAX);
             let mut schedules: Vec<Schedule> =
                 (0..SPREAD.min(space.len())).map(|at| space[at * space.len() / SPREAD.min(space.len())]).collect();
             schedules.retain(|schedule| schedule.check(&spec, cpu).is_ok());

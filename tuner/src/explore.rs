@@ -2,7 +2,7 @@
 //! of what differs from the best so far in one parameter, each measured a few times and learned from.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ternion_compiler::{Layout, Schedule};
 
@@ -14,6 +14,10 @@ use crate::request::{Effort, Phase, Problem, Trial};
 use crate::search::{Outcome, Search};
 use crate::space::{distance, legal};
 use crate::{Choice, Class};
+
+/// Of the time for exploring, waiting for the list of all schedules takes at most this part. It is the system's time: the
+/// list is made by threads that no script knows of.
+const LISTING_SHARE: f64 = 0.4;
 
 /// Samples of a trial; the median counts.
 const TRIAL_SAMPLES: usize = 3;
@@ -66,7 +70,8 @@ impl ShapeSearch<'_, '_> {
         model: &mut CostModel,
         deadline: Duration,
     ) {
-        let mut open = self.open();
+        let now = self.search.stopwatch.elapsed();
+        let mut open = self.open(deadline.saturating_sub(now).mul_f64(LISTING_SHARE));
         let total = open.len();
         open.retain(|entrant| !self.tried.contains_key(entrant));
         for (entrant, seconds) in &self.tried {
@@ -89,15 +94,18 @@ impl ShapeSearch<'_, '_> {
         self.outcome.reference.extend(drift.times);
     }
 
-    /// Every legal schedule of every class that has not been refused, class by class.
-    fn open(&self) -> Vec<Entrant> {
+    /// Every legal schedule of every class that has not been refused, class by class; where listing them takes longer than
+    /// `patience`, what deserves it most.
+    fn open(&self, patience: Duration) -> Vec<Entrant> {
+        let begin = Instant::now();
         let Search { families, cpu, request, .. } = self.search;
         let mut open = Vec::new();
         for class in Class::ALL {
             let spec = class.spec(self.problem.k);
             let refused: BTreeSet<String> = self.known.refused_for(&spec);
             let allowed = |schedule: &&Schedule| refused.is_empty() || !refused.contains(&schedule.to_string());
-            let schedules = legal(families, &spec, cpu, &request.budget);
+            let left = patience.saturating_sub(begin.elapsed());
+            let schedules = legal(families, &spec, cpu, &request.budget, left);
             open.extend(schedules.iter().filter(allowed).map(|schedule| Entrant { class, schedule: *schedule }));
         }
         open

@@ -1,6 +1,6 @@
 //! What there is to search.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use ternion_compiler::{Cpu, Family, KernelSpec, Schedule};
@@ -11,32 +11,62 @@ use crate::request::{Budget, Effort};
 /// about a second.
 pub(crate) const WHOLE_SPACE: Duration = Duration::from_secs(10);
 
-/// The families and the spec's columns, and its row length where that matters.
+/// What a list depends on. Of the spec, a search looks at the columns only.
 type Key = (Vec<Family>, KernelSpec, Cpu);
 
+/// A list, once it is there.
+type Listed = Arc<(Mutex<Option<Arc<[Schedule]>>>, Condvar)>;
+
 /// The schedules for `spec` on `cpu` that a search with this budget chooses from: all legal ones of `families`, or with
-/// little time only the compiler's candidates.
+/// little time, or if listing them takes longer than `patience`, only the compiler's candidates.
 ///
 /// What is legal for one row length is nearly always legal for another, so a search lists the space of the first one
-/// that it meets and checks again what it is about to compile. An exhaustive search lists that of each.
-pub(crate) fn legal(families: &[Family], spec: &KernelSpec, cpu: &Cpu, budget: &Budget) -> Arc<[Schedule]> {
+/// that it meets and checks again what it is about to compile. An exhaustive search lists that of each and waits for it.
+pub(crate) fn legal(
+    families: &[Family],
+    spec: &KernelSpec,
+    cpu: &Cpu,
+    budget: &Budget,
+    patience: Duration,
+) -> Arc<[Schedule]> {
     let exhaustive = budget.effort == Effort::Exhaustive;
     if !exhaustive && budget.time < WHOLE_SPACE {
         return Schedule::candidates(spec, cpu).into();
     }
-    // Five classes of columns share a spec, and shapes with equal rows do.
-    static KNOWN: Mutex<Vec<(Key, Arc<[Schedule]>)>> = Mutex::new(Vec::new());
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    let like = |(of, other, host): &Key| {
-        let same_rows = if exhaustive { other.k == spec.k } else { true };
-        of == families && other.columns == spec.columns && same_rows && host == cpu
+    let listed = listed((families.to_vec(), *spec, *cpu), exhaustive);
+    let (schedules, ready) = &*listed;
+    let schedules = schedules.lock().unwrap_or_else(PoisonError::into_inner);
+    let schedules = if exhaustive {
+        ready.wait_while(schedules, |schedules| schedules.is_none()).unwrap_or_else(PoisonError::into_inner)
+    } else {
+        let waited = ready.wait_timeout_while(schedules, patience, |schedules| schedules.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0
     };
-    if let Some((_, schedules)) = known.iter().find(|(key, _)| like(key)) {
-        return Arc::clone(schedules);
+    schedules.clone().unwrap_or_else(|| Schedule::candidates(spec, cpu).into())
+}
+
+/// The list for `key`, which a thread of its own begins to make if nobody has: five classes of columns share a spec, and
+/// shapes with equal rows do.
+fn listed(key: Key, exhaustive: bool) -> Listed {
+    static KNOWN: Mutex<Vec<(Key, Listed)>> = Mutex::new(Vec::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let like = |(families, spec, cpu): &Key| {
+        let same_rows = !exhaustive || spec.k == key.1.k;
+        *families == key.0 && spec.columns == key.1.columns && same_rows && *cpu == key.2
+    };
+    if let Some((_, listed)) = known.iter().find(|(known, _)| like(known)) {
+        return Arc::clone(listed);
     }
-    let schedules: Arc<[Schedule]> = Schedule::space_of(families, spec, cpu).into();
-    known.push(((families.to_vec(), *spec, *cpu), Arc::clone(&schedules)));
-    schedules
+    let listed = Listed::default();
+    known.push((key.clone(), Arc::clone(&listed)));
+    let target = Arc::clone(&listed);
+    std::thread::spawn(move || {
+        let (families, spec, cpu) = key;
+        let schedules = Schedule::space_of(&families, &spec, &cpu);
+        *target.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(schedules.into());
+        target.1.notify_all();
+    });
+    listed
 }
 
 /// In how many parameters two schedules differ.
@@ -68,11 +98,24 @@ mod tests {
         for class in [Class::One, Class::Chunk] {
             let spec = class.spec(260);
             let whole = Schedule::space(&spec, &cpu);
-            assert_eq!(*legal(&Family::ALL, &spec, &cpu, &Budget::EXHAUSTIVE), *whole);
-            assert_eq!(*legal(&Family::ALL, &spec, &cpu, &short), *Schedule::candidates(&spec, &cpu));
-            let searched = legal(&Family::ALL, &spec, &cpu, &long);
+            let legal = |spec, budget, patience| legal(&Family::ALL, spec, &cpu, budget, patience);
+            assert_eq!(*legal(&spec, &Budget::EXHAUSTIVE, Duration::ZERO), *whole);
+            assert_eq!(*legal(&spec, &short, Duration::ZERO), *Schedule::candidates(&spec, &cpu));
+            let searched = legal(&spec, &long, Duration::ZERO);
             assert_eq!(searched.len(), whole.len());
-            assert!(Arc::ptr_eq(&searched, &legal(&Family::ALL, &class.spec(516), &cpu, &long)));
+            assert!(Arc::ptr_eq(&searched, &legal(&class.spec(516), &long, Duration::ZERO)));
         }
+    }
+
+    #[test]
+    fn a_search_does_not_wait_longer_than_it_has_patience_for() {
+        // Listing assigns the registers of thousands of schedules, which takes longer than no time at all.
+        let cpu: Cpu = "x86-64 +ssse3 +sse4.1 +avx2 +avxvnni".parse().unwrap();
+        let spec = Class::Chunk.spec(772);
+        let long = Budget::search(Duration::from_secs(20));
+        let hasty = legal(&[Family::Mad], &spec, &cpu, &long, Duration::ZERO);
+        assert_eq!(*hasty, *Schedule::candidates(&spec, &cpu));
+        let patient = legal(&[Family::Mad], &spec, &cpu, &Budget::EXHAUSTIVE, Duration::ZERO);
+        assert!(patient.len() > hasty.len());
     }
 }
