@@ -38,6 +38,8 @@ fn a_client_that_leaves_makes_room_at_once() {
     let body = json!({"prompt": "B", "max_tokens": 1}).to_string();
     let head = format!("POST {TEXT} HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n", body.len());
     std::io::Write::write_all(&mut &stream, format!("{head}{body}").as_bytes()).expect("sent");
+    server.until("it has come", |server| server.metric("ternion_connections") >= 3.0);
+    std::thread::sleep(Duration::from_millis(100));
     drop(stream);
     server.until("it has been noticed", |server| server.metric("ternion_cancelled_total") == before + 1.0);
     drop(running);
