@@ -230,7 +230,7 @@ def large_bodies(server):
 
 @attempt("40 clients that ask for long streams and never read them")
 def deaf_readers(server):
-    body = json.dumps({"prompt": "Once", "max_tokens": 1024, "ignore_eos": True, "stream": True, "logprobs": 5, "n": 4}).encode()
+    body = json.dumps({"prompt": "Once", "max_tokens": 256, "ignore_eos": True, "stream": True, "logprobs": 5, "n": 4}).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     connections = []
     for _ in range(40):
