@@ -53,6 +53,10 @@ fn kernels_are_emitted_for_any_cpu_in_every_form() {
     let wide = "x86-64 +ssse3 +avx2 +avx512f +avx512bw +avx512dq +avx512vl +avx512vnni";
     let asm = text(&["emit", "--shape", "64x256", "--family", "mad", "--cpu", wide]);
     assert!(asm.starts_with("; ternary-gemm k=256 n=1\n; mad/avx512 ") && asm.contains("vpdpbusd"), "{asm}");
+    let step = text(&["emit", "--shape", "64x256", "--step", "norm-quantize", "--cpu", wide]);
+    assert!(step.starts_with("; norm-quantize k=256\n; avx512\n") && step.contains("vsqrtps"), "{step}");
+    let clif = text(&["emit", "--shape", "64x256", "--step", "quantize", "--cpu", "aarch64", "--as", "clif"]);
+    assert!(clif.contains("fmul") && clif.contains("f32x4"), "{clif}");
     let narrow = ["emit", "--shape", "64x256", "--family", "tl1", "--cpu", "x86-64 +ssse3"];
     assert!(text(&[&narrow[..], &["--as", "clif"]].concat()).contains("function"));
     let bytes = stdout(&[&narrow[..], &["--as", "bytes"]].concat());
@@ -74,6 +78,8 @@ fn what_cannot_be_emitted_is_refused_in_one_line() {
     refused(&emit(&["--family", "mad", "--cpu", "aarch64"]), 1, "--as object");
     refused(&emit(&["--family", "sparse-rows", "-n", "many", "--cpu", "x86-64 +ssse3"]), 2, "takes one column");
     refused(&emit(&["--family", "tl9"]), 2, "tl9");
+    refused(&emit(&["--step", "quantise"]), 2, "norm-quantize");
+    refused(&emit(&["--step", "prepare-five-planes", "--cpu", "x86-64"]), 1, "ssse3");
     refused(&["emit", "--shape", "64", "--family", "mad"], 2, "2560x6912");
 }
 

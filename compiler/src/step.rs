@@ -89,7 +89,7 @@ impl StepSpec {
     }
 
     /// The machine with the widest vectors of those that carry it out on `cpu`. Everything is in the first-level cache,
-    /// so there is nothing to search: wider is faster.
+    /// so there is nothing to search: wider is at least about as fast.
     #[must_use]
     pub fn machine(&self, cpu: &Cpu) -> Option<MachineKind> {
         MachineKind::ALL.into_iter().rev().find(|machine| self.check(*machine, cpu).is_ok())

@@ -137,7 +137,7 @@ impl Element for i8 {
     const STEPS: bool = true;
 
     fn round(vector: &[f32], elements: &mut [Self]) -> f32 {
-        1.0 / ops::quantize(vector, elements).q
+        1.0 / ops::quantize(vector, elements)
     }
 
     fn attend(queries: &[f32], block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>) {

@@ -36,7 +36,7 @@ pub use attention::{
 };
 pub use half::{f16_to_f32, f32_to_f16, narrow_f16, widen_f16};
 pub use head::dot_rows;
-pub use norm::{Quantized, quantize, rms_norm, rms_norm_in_place, rms_norm_quantize};
+pub use norm::{quantize, rms_norm, rms_norm_in_place};
 pub use projection::{Sums, add_dequantized, dequantize, gated, gated_floats};
 pub use rope::rotate;
 pub use screen::{

@@ -1,18 +1,9 @@
-//! RMSNorm and activation quantisation, apart and in one.
+//! RMSNorm, and rounding to int8 as activations are before a projection.
 
 use ternion_kernels_ref::norm::inverse_rms;
 use ternion_kernels_ref::quantize::MIN_SCALE;
 
 use super::lanes::Lanes;
-
-/// What [`quantize`] finds out about one token's activations besides their int8 values.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Quantized {
-    /// The scale q: `x ≈ a / q`.
-    pub q: f32,
-    /// `Σ a`.
-    pub sum: i32,
-}
 
 /// `Σ x²`, in the order of [`ternion_kernels_ref::lanes::dot`].
 #[inline(always)]
@@ -65,38 +56,15 @@ fn to_int8(x: f32, q: f32) -> i8 {
 }
 
 #[inline(always)]
-fn quantize_body(x: &[f32], target: &mut [i8]) -> Quantized {
+fn quantize_body(x: &[f32], target: &mut [i8]) -> f32 {
     assert_eq!(x.len(), target.len(), "quantize: as many results as elements");
     let (chunks, tail) = x.as_chunks();
     let max = absolute_max(chunks.iter().map(|x| Lanes(*x)), tail.iter().copied());
     let q = 127.0 / max.max(MIN_SCALE);
-    let mut sum = 0;
     for (target, x) in target.iter_mut().zip(x) {
         *target = to_int8(*x, q);
-        sum += i32::from(*target);
     }
-    Quantized { q, sum }
-}
-
-#[inline(always)]
-fn rms_norm_quantize_body(x: &[f32], weight: &[f32], eps: f32, target: &mut [i8]) -> Quantized {
-    assert_eq!(x.len(), weight.len(), "rms_norm_quantize: one weight per element");
-    assert_eq!(x.len(), target.len(), "rms_norm_quantize: as many results as elements");
-    let r = inverse_rms(square_sum(x), x.len(), eps);
-    // Normalised twice rather than stored: cheaper than writing and reading it.
-    let normalised = |x: f32, weight: f32| (x * r) * weight;
-    let ((chunks, tail), (weights, tail_weights)) = (x.as_chunks(), weight.as_chunks());
-    let max = absolute_max(
-        chunks.iter().zip(weights).map(|(x, weight)| Lanes(*x).zip(Lanes(*weight), normalised)),
-        tail.iter().zip(tail_weights).map(|(x, weight)| normalised(*x, *weight)),
-    );
-    let q = 127.0 / max.max(MIN_SCALE);
-    let mut sum = 0;
-    for ((target, x), weight) in target.iter_mut().zip(x).zip(weight) {
-        *target = to_int8(normalised(*x, *weight), q);
-        sum += i32::from(*target);
-    }
-    Quantized { q, sum }
+    q
 }
 
 for_every_level! {
@@ -113,18 +81,12 @@ for_every_level! {
     /// If the lengths differ.
     pub fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) = rms_norm_in_place_body;
 
-    /// Quantises one token's activations, as [`ternion_kernels_ref::QuantizedRow::new`].
+    /// Rounds a vector to int8 and returns the scale q, as [`ternion_kernels_ref::QuantizedRow::new`]. What a projection
+    /// reads is made by compiled steps instead ([`ternion_compiler::Step`]).
     ///
     /// # Panics
     /// If the lengths differ.
-    pub fn quantize(x: &[f32], target: &mut [i8]) -> Quantized = quantize_body;
-
-    /// [`rms_norm`], then [`quantize`], in one.
-    ///
-    /// # Panics
-    /// If the lengths differ.
-    pub fn rms_norm_quantize(x: &[f32], weight: &[f32], eps: f32, target: &mut [i8]) -> Quantized
-        = rms_norm_quantize_body;
+    pub fn quantize(x: &[f32], target: &mut [i8]) -> f32 = quantize_body;
 }
 
 #[cfg(test)]
@@ -134,47 +96,28 @@ mod tests {
     use proptest::prelude::*;
     use ternion_kernels_ref::{QuantizedRow, norm};
 
-    type Level = (
-        fn(&[f32], &[f32], f32, &mut [f32]),
-        fn(&[f32], &mut [i8]) -> Quantized,
-        fn(&[f32], &[f32], f32, &mut [i8]) -> Quantized,
-    );
+    type Level = (fn(&[f32], &[f32], f32, &mut [f32]), fn(&[f32], &mut [i8]) -> f32);
 
-    const LEVELS: [Level; 2] =
-        [(rms_norm, quantize, rms_norm_quantize), (rms_norm_body, quantize_body, rms_norm_quantize_body)];
+    const LEVELS: [Level; 2] = [(rms_norm, quantize), (rms_norm_body, quantize_body)];
 
     proptest! {
         #[test]
-        fn norm_and_quantisation_are_the_references_at_every_level(
+        fn norms_are_the_references_at_every_level(
             (x, weight) in (1usize..200).prop_flat_map(|len| (floats(len), floats(len))), eps in 0f32..1e-3
         ) {
-            for (rms_norm, quantize, rms_norm_quantize) in LEVELS {
-                let expected = norm::rms_norm(&x, &weight, eps);
+            for (rms_norm, _) in LEVELS {
                 let mut normalised = vec![0.0; x.len()];
                 rms_norm(&x, &weight, eps, &mut normalised);
-                assert_same_bits(&normalised, &expected);
-
-                let expected = QuantizedRow::new(&expected);
-                let mut values = vec![0; x.len()];
-                for quantised in [
-                    quantize(&normalised, &mut values.clone()),
-                    rms_norm_quantize(&x, &weight, eps, &mut values),
-                ] {
-                    prop_assert_eq!((quantised.q.to_bits(), quantised.sum), (expected.q().to_bits(), expected.sum()));
-                }
-                prop_assert_eq!(&values[..], expected.values());
-                quantize(&normalised, &mut values);
-                prop_assert_eq!(&values[..], expected.values());
+                assert_same_bits(&normalised, &norm::rms_norm(&x, &weight, eps));
             }
         }
 
         #[test]
         fn any_floats_at_all_quantise_as_the_reference_does(x in prop::collection::vec(any::<f32>(), 0..70)) {
             let expected = QuantizedRow::new(&x);
-            for (_, quantize, _) in LEVELS {
+            for (_, quantize) in LEVELS {
                 let mut values = vec![0; x.len()];
-                let quantised = quantize(&x, &mut values);
-                prop_assert_eq!((quantised.q.to_bits(), quantised.sum), (expected.q().to_bits(), expected.sum()));
+                prop_assert_eq!(quantize(&x, &mut values).to_bits(), expected.q().to_bits());
                 prop_assert_eq!(&values[..], expected.values());
             }
         }
@@ -185,7 +128,7 @@ mod tests {
         let mut x: Vec<f32> = (0..32).map(|i| i as f32 - 15.5).collect();
         x.push(127.0);
         let mut values = vec![0; x.len()];
-        assert_eq!(quantize(&x, &mut values).q, 1.0);
+        assert_eq!(quantize(&x, &mut values), 1.0);
         assert_eq!(values, QuantizedRow::new(&x).values());
         assert_eq!(values[..4], [-16, -14, -14, -12]);
     }
