@@ -14,10 +14,11 @@ use ternion_runtime::team::Team;
 
 const PROMPTS: usize = 1000;
 
-/// A text, and the tokens that the session holds after it.
+/// A text, and the tokens that the session holds after it. What the session has read of the prompt already is not read
+/// again, as between turns of a chat.
 fn text(session: &mut Session, prompt: &[u32], options: &GenerateOptions) -> (Generated, Vec<u32>) {
-    session.truncate(0);
-    let generated = generate(session, prompt, options, &mut |_| ControlFlow::Continue(())).unwrap();
+    let kept = session.reuse(prompt);
+    let generated = generate(session, &prompt[kept..], options, &mut |_| ControlFlow::Continue(())).unwrap();
     (generated, session.tokens().to_vec())
 }
 

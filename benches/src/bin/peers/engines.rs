@@ -1,8 +1,10 @@
 //! Engines and how they are run.
 
+use std::fmt;
 use std::io::{BufRead, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -88,7 +90,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Engine>> {
     Ok(table.engine)
 }
 
-/// What is measured.
+/// What is measured; `prompt-128` or `generate-64` on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Task {
     /// Tokens read at once.
@@ -105,6 +107,29 @@ impl Task {
     }
 }
 
+impl fmt::Display for Task {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Prompt(tokens) => write!(f, "prompt {tokens}"),
+            Self::Generate(tokens) => write!(f, "generate {tokens}"),
+        }
+    }
+}
+
+impl FromStr for Task {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, tokens) = text.split_once('-').unwrap_or((text, ""));
+        // The runners' contexts hold 1024 tokens.
+        match (kind, tokens.parse()) {
+            ("prompt", Ok(tokens @ 1..=512)) => Ok(Self::Prompt(tokens)),
+            ("generate", Ok(tokens @ 1..=1024)) => Ok(Self::Generate(tokens)),
+            _ => Err("expected prompt-N, N at most 512, or generate-N, N at most 1024".to_owned()),
+        }
+    }
+}
+
 /// Bytes of a process.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Memory {
@@ -112,6 +137,8 @@ pub(crate) struct Memory {
     pub(crate) peak: u64,
     /// Resident and not a page of a file.
     pub(crate) anonymous: u64,
+    /// Resident pages of files, which the system may drop and read again.
+    pub(crate) file: u64,
 }
 
 /// An engine that has loaded its model, or a program that loads it for each task.
@@ -172,10 +199,7 @@ impl Running {
     pub(crate) fn run(&mut self, task: Task) -> Result<Duration> {
         match self {
             Self::Server { input, output, .. } => {
-                match task {
-                    Task::Prompt(tokens) => writeln!(input, "prompt {tokens}")?,
-                    Task::Generate(tokens) => writeln!(input, "generate {tokens}")?,
-                }
+                writeln!(input, "{task}")?;
                 input.flush()?;
                 let mut line = String::new();
                 ensure!(output.read_line(&mut line)? > 0, "the engine went away");
@@ -209,7 +233,7 @@ impl Running {
             let line = status.lines().find_map(|line| line.strip_prefix(name))?;
             Some(1024 * line.trim_end_matches("kB").trim().parse::<u64>().ok()?)
         };
-        Some(Memory { peak: field("VmHWM:")?, anonymous: field("RssAnon:")? })
+        Some(Memory { peak: field("VmHWM:")?, anonymous: field("RssAnon:")?, file: field("RssFile:")? })
     }
 }
 

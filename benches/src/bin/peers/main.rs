@@ -4,6 +4,7 @@
 //! load and to the first token. Then the engines take turns at every task, so that whatever else the machine does hits
 //! all alike. The table has medians, and how far the fastest and the slowest run are from them.
 
+mod energy;
 mod engines;
 mod models;
 
@@ -20,8 +21,8 @@ use ternion_benches::model::{load, median, read, tokens};
 use ternion_runtime::model::{Session, SessionOptions};
 use ternion_tuner::probe;
 
-/// The short prompt, the long one, and generation.
-const TASKS: [Task; 3] = [Task::Prompt(128), Task::Prompt(512), Task::Generate(64)];
+/// The prompt whose end is the first token of a program that has just been started.
+const FIRST: Task = Task::Prompt(128);
 
 /// Speed of ternion and other engines, measured in turns
 #[derive(Debug, Parser)]
@@ -45,9 +46,12 @@ struct Arguments {
     /// Rounds: the more, the less chance
     #[arg(short, long, default_value = "3")]
     rounds: usize,
-    /// Only engines whose name contains this
-    #[arg(long)]
-    only: Option<String>,
+    /// What to measure: prompt-N reads N tokens at once, generate-N one by one
+    #[arg(long, value_delimiter = ',', default_values = ["prompt-128", "prompt-512", "generate-64"])]
+    tasks: Vec<Task>,
+    /// Only engines whose name contains one of these
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
     /// Make the models and stop
     #[arg(long)]
     prepare: bool,
@@ -66,7 +70,9 @@ enum Hidden {
 #[derive(Clone, Debug, Default)]
 struct Measured {
     /// Seconds, one list per task.
-    tasks: [Vec<f64>; TASKS.len()],
+    tasks: Vec<Vec<f64>>,
+    /// Joules per token of generation, where the machine tells.
+    joules: Vec<f64>,
     load: Vec<f64>,
     first_token: Vec<f64>,
     memory: Memory,
@@ -78,7 +84,8 @@ fn main() -> Result<()> {
         return serve(model, *threads);
     }
     let mut engines = engines::read(&arguments.engines)?;
-    engines.retain(|engine| arguments.only.as_ref().is_none_or(|part| engine.name.contains(part)));
+    let only = &arguments.only;
+    engines.retain(|engine| only.is_empty() || only.iter().any(|part| engine.name.contains(part.as_str())));
     std::fs::create_dir_all(&arguments.directory)?;
     let directory = arguments.directory.canonicalize()?;
     let python = arguments.python.unwrap_or_else(|| directory.join("venv/bin/python"));
@@ -95,13 +102,18 @@ fn main() -> Result<()> {
         return Ok(());
     }
     println!("{}, {}", arguments.shape.name(), probe().brand);
+    if energy::now().is_none() {
+        println!("joules: this machine does not tell (no readable /sys/class/powercap/*/energy_uj)");
+    }
+    let tasks = &arguments.tasks;
     for threads in arguments.threads {
-        let mut measured = vec![Measured::default(); engines.len()];
+        let unmeasured = Measured { tasks: vec![Vec::new(); tasks.len()], ..Measured::default() };
+        let mut measured = vec![unmeasured; engines.len()];
         for round in 0..arguments.rounds {
             eprintln!("{threads} threads, round {} of {}", round + 1, arguments.rounds);
-            measure(&engines, &files, threads, &workshop, &mut measured)?;
+            measure(&engines, &files, (threads, tasks), &workshop, &mut measured)?;
         }
-        print(&engines, threads, &mut measured);
+        print(&engines, (threads, tasks), &mut measured);
     }
     Ok(())
 }
@@ -109,7 +121,7 @@ fn main() -> Result<()> {
 fn measure(
     engines: &[Engine],
     files: &[PathBuf],
-    threads: usize,
+    (threads, tasks): (usize, &[Task]),
     workshop: &Workshop,
     measured: &mut [Measured],
 ) -> Result<()> {
@@ -117,54 +129,59 @@ fn measure(
     for ((engine, file), measured) in engines.iter().zip(files).zip(&mut *measured) {
         let mut server = Running::start(engine, file, threads, workshop)?;
         // The first run of a task is not counted, except as what a user waits for.
-        let first = server.run(TASKS[0])?;
+        let first = server.run(FIRST)?;
         if let Some(load) = server.load() {
             measured.load.push(load.as_secs_f64());
             measured.first_token.push((load + first).as_secs_f64());
         }
         running.push(server);
     }
-    for (index, task) in TASKS.into_iter().enumerate() {
+    for (index, task) in tasks.iter().enumerate() {
         for ((server, measured), engine) in running.iter_mut().zip(&mut *measured).zip(engines) {
-            let time = server.run(task).with_context(|| engine.name.clone())?;
+            let before = energy::now();
+            let time = server.run(*task).with_context(|| engine.name.clone())?;
             measured.tasks[index].push(time.as_secs_f64());
+            if let (Task::Generate(tokens), Some(joules)) = (task, energy::since(before)) {
+                measured.joules.push(joules / *tokens as f64);
+            }
         }
     }
     for (server, measured) in running.iter().zip(measured) {
         if let Some(memory) = server.memory() {
             measured.memory.peak = measured.memory.peak.max(memory.peak);
             measured.memory.anonymous = measured.memory.anonymous.max(memory.anonymous);
+            measured.memory.file = measured.memory.file.max(memory.file);
         }
     }
     Ok(())
 }
 
-fn print(engines: &[Engine], threads: usize, measured: &mut [Measured]) {
+fn print(engines: &[Engine], (threads, tasks): (usize, &[Task]), measured: &mut [Measured]) {
+    let titles: String = tasks.iter().map(|task| format!(" {task} |")).collect();
     println!(
-        "\n| {threads} threads | prompt 128 | prompt 512 | generate 64 | load s | first token s | peak MB | anonymous MB |"
+        "\n| {threads} threads |{titles} load s | first token s | peak MB | anonymous MB | file MB | joules per token |"
     );
-    println!("|---|---|---|---|---|---|---|---|");
+    println!("|---|{}---|---|---|---|---|---|", "---|".repeat(tasks.len()));
     for (engine, measured) in engines.iter().zip(&mut *measured) {
         let mut row = format!("| {} |", engine.name);
-        for (task, times) in TASKS.iter().zip(&mut measured.tasks) {
+        for (task, times) in tasks.iter().zip(&mut measured.tasks) {
             let (middle, spread) = summary(times);
             row += &format!(" {:.1} ± {:.0} % |", task.tokens() as f64 / middle, spread * 100.0);
         }
         for times in [&mut measured.load, &mut measured.first_token] {
             row += &if times.is_empty() { " |".to_owned() } else { format!(" {:.2} |", median(times)) };
         }
-        let Memory { peak, anonymous } = measured.memory;
-        for bytes in [peak, anonymous] {
+        let Memory { peak, anonymous, file } = measured.memory;
+        for bytes in [peak, anonymous, file] {
             row += &if bytes == 0 { " |".to_owned() } else { format!(" {:.0} |", bytes as f64 / 1e6) };
         }
+        let joules = &mut measured.joules;
+        row += &if joules.is_empty() { " |".to_owned() } else { format!(" {:.2} |", median(joules)) };
         println!("{row}");
     }
     let Some(base) = measured.first().cloned() else { return };
-    println!(
-        "\n| {threads} threads, times as fast as {} | prompt 128 | prompt 512 | generate 64 | first token |",
-        engines[0].name
-    );
-    println!("|---|---|---|---|---|");
+    println!("\n| {threads} threads, times as fast as {} |{titles} first token |", engines[0].name);
+    println!("|---|{}---|", "---|".repeat(tasks.len()));
     for (engine, measured) in engines.iter().zip(&*measured).skip(1) {
         let ratios = |ours: &[f64], theirs: &[f64]| -> String {
             // Runs of one round stood next to each other: their ratios are compared, not the times.
