@@ -292,8 +292,9 @@ impl Forward<'_> {
         readers: &[&Linear],
         activations: &mut ActivationBuffer,
     ) {
-        // Whoever reads a list of rows reads these activations too, if at all.
+        // Whoever reads a list of rows of this length reads these activations too, if at all.
         let listed = self.model.sparse.iter().filter(|_| self.n == 1).map(SparseFfn::rows);
+        let listed = listed.filter(|rows| rows.spec().k == width);
         let steps = &self.model.steps;
         let writer = activations.writer(width, steps, readers.iter().map(|linear| linear.kernel(self.n)).chain(listed));
         self.each_token(&|token| {
