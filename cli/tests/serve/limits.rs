@@ -263,6 +263,11 @@ fn pages_of_other_origins_may_ask_only_if_they_are_let() {
     for site in ["cross-site", "same-site"] {
         closed.get_with("/v1/models", &[("sec-fetch-site", site)]).refused(403, "FORBIDDEN");
     }
+    // A browser that does not mark its requests names the page's origin.
+    for origin in ["https://example.org", "http://127.0.0.1:1", "null"] {
+        closed.get_with("/v1/models", &[("origin", origin)]).refused(403, "FORBIDDEN");
+    }
+    closed.get_with("/v1/models", &[("origin", "http://a"), ("host", "a")]).ok();
     let own = closed.get_with("/v1/models", &[("sec-fetch-site", "same-origin")]);
     own.ok();
     assert!(!own.headers.contains_key("access-control-allow-origin"));

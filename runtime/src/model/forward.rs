@@ -292,7 +292,7 @@ impl Forward<'_> {
         readers: &[&Linear],
         activations: &mut ActivationBuffer,
     ) {
-        // Whoever reads a list of rows may read these activations too.
+        // Whoever reads a list of rows of this length reads these activations too, if at all.
         let listed = self.model.sparse.iter().filter(|_| self.n == 1).map(SparseFfn::rows);
         let listed = listed.filter(|rows| rows.spec().k == width);
         let steps = &self.model.steps;

@@ -152,8 +152,15 @@ fn admit(app: &App, request: &Request, path: &str) -> (Client, Result<(), ApiErr
 /// Whether a browser sends this on behalf of a page from elsewhere. It would not let that page read the answer, but the
 /// work would be done.
 fn is_foreign(request: &Request) -> bool {
-    let site = request.headers().get("sec-fetch-site").and_then(|value| value.to_str().ok());
-    matches!(site, Some("cross-site" | "same-site"))
+    let header = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
+    match header("sec-fetch-site") {
+        Some(site) => matches!(site, "cross-site" | "same-site"),
+        // Browsers that do not say it name the page's origin where it matters.
+        None => header("origin").is_some_and(|origin| {
+            let authority = origin.split_once("://").map(|(_, authority)| authority);
+            authority.is_none() || authority != header("host")
+        }),
+    }
 }
 
 /// What one client has of addresses: one of version 4, or 2^64 of version 6.
