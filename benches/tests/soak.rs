@@ -42,7 +42,7 @@ fn soaked(options: Options, engine: EngineOptions, clients: usize) -> Outcome {
 }
 
 fn engine(parallel: usize, queue: usize) -> EngineOptions {
-    EngineOptions { parallel, chunk: 64, queue, prefix_bytes: 8_000_000, kv: KvType::F16, context: 512 }
+    EngineOptions { parallel, chunk: 64, queue, prefix_bytes: 8_000_000, kv: KvType::F16, context: 256 }
 }
 
 #[test]

@@ -143,7 +143,8 @@ fn where_there_are_keys_only_they_open() {
 
     let mut server = Server::start(&["--api-key-file", file, "--rate-limit", "20"]);
     server.get("/health").ok();
-    let wrong = format!("{}0", &user[..user.len() - 1]);
+    let last = if user.ends_with('0') { '1' } else { '0' };
+    let wrong = format!("{}{last}", &user[..user.len() - 1]);
     for key in [None, Some(""), Some("tn-"), Some(wrong.as_str())] {
         server.with_key(key);
         server.get("/v1/models").refused(401, "INVALID_API_KEY");
@@ -267,7 +268,7 @@ fn pages_of_other_origins_may_ask_only_if_they_are_let() {
     for origin in ["https://example.org", "http://127.0.0.1:1", "null"] {
         closed.get_with("/v1/models", &[("origin", origin)]).refused(403, "FORBIDDEN");
     }
-    closed.get_with("/v1/models", &[("origin", "http://a"), ("host", "a")]).ok();
+    closed.get_with("/v1/models", &[("origin", &closed.url(""))]).ok();
     let own = closed.get_with("/v1/models", &[("sec-fetch-site", "same-origin")]);
     own.ok();
     assert!(!own.headers.contains_key("access-control-allow-origin"));
