@@ -173,6 +173,15 @@ impl Layout {
                     reorder_columns(tile, &mut row, chunk.into(), false);
                     target.copy_from_slice(&row[..row_bytes]);
                 }
+                // What most prepared files have, and what models wait for when they are loaded.
+                Self::Lanes { group: 4, .. } => {
+                    let (whole, tail) = target.as_chunks_mut::<4>();
+                    let mut groups = tile.as_chunks::<4>().0[r..].iter().step_by(tile_rows);
+                    whole.iter_mut().zip(groups.by_ref()).for_each(|(target, bytes)| *target = *bytes);
+                    if let Some(bytes) = groups.next().filter(|_| !tail.is_empty()) {
+                        tail.copy_from_slice(&bytes[..tail.len()]);
+                    }
+                }
                 Self::Rows { chunk: part, .. } | Self::Lanes { group: part @ 2.., .. } => {
                     for (c, target) in target.chunks_mut(part.into()).enumerate() {
                         target.copy_from_slice(&tile[(c * tile_rows + r) * usize::from(part)..][..target.len()]);
@@ -256,8 +265,16 @@ fn pack_dense(dense: Dense, source: PackedMatrix<'_>, rows: Range<usize>, tile_r
     for r in 0..tile_rows {
         let row: &[u8] = if r < rows.len() { source.row(rows.start + r) } else { &[] };
         dense.pack(row, source.k(), &mut packed);
-        for (i, byte) in packed.iter().enumerate() {
-            target[dense.place(tile_rows, r, i)] = *byte;
+        match dense {
+            Dense::Fives => {
+                let places = target.as_chunks_mut::<4>().0[r..].iter_mut().step_by(tile_rows);
+                places.zip(packed.as_chunks::<4>().0).for_each(|(place, bytes)| *place = *bytes);
+            }
+            Dense::Threes => {
+                for (i, byte) in packed.iter().enumerate() {
+                    target[dense.place(tile_rows, r, i)] = *byte;
+                }
+            }
         }
     }
 }

@@ -49,11 +49,22 @@ impl Dense {
 
     /// Packs the first `k` weights of a canonical row; all of `row` is written.
     pub(super) fn pack(self, canonical: &[u8], k: usize, row: &mut [u8]) {
-        let mut codes = canonical.iter().flat_map(|byte| [0, 2, 4, 6].map(|shift| byte >> shift & 3)).take(k);
-        let mut next = || codes.next().unwrap_or(1);
         match self {
-            Self::Fives => row.fill_with(|| five_trits(std::array::from_fn(|_| next()))),
+            Self::Fives => {
+                // Five bytes hold the weights of four.
+                let whole = canonical[..(k / 4).min(canonical.len())].as_chunks::<5>().0;
+                let (row, rest) = row.split_at_mut(4 * whole.len());
+                for (bytes, row) in whole.iter().zip(row.as_chunks_mut::<4>().0) {
+                    let codes = bytes.iter().rev().fold(0, |codes, byte| codes << 8 | u64::from(*byte));
+                    *row = [0, 10, 20, 30].map(|shift| FIVE_TRITS[(codes >> shift) as usize % FIVE_TRITS.len()]);
+                }
+                let mut codes = codes_of(&canonical[whole.as_flattened().len()..], k - 20 * whole.len());
+                let mut next = || codes.next().unwrap_or(1);
+                rest.fill_with(|| five_trits(std::array::from_fn(|_| next())));
+            }
             Self::Threes => {
+                let mut codes = codes_of(canonical, k);
+                let mut next = || codes.next().unwrap_or(1);
                 for block in row.as_chunks_mut::<BLOCK_BYTES>().0 {
                     *block = [0; BLOCK_BYTES];
                     for group in 0..8 {
@@ -91,13 +102,35 @@ impl Dense {
     }
 }
 
+/// The first `k` codes of a canonical row.
+fn codes_of(canonical: &[u8], k: usize) -> impl Iterator<Item = u8> {
+    canonical.iter().flat_map(|byte| [0, 2, 4, 6].map(|shift| byte >> shift & 3)).take(k)
+}
+
 /// One byte of five codes.
-fn five_trits(codes: [u8; 5]) -> u8 {
-    if codes.contains(&3) {
+const fn five_trits([a, b, c, d, e]: [u8; 5]) -> u8 {
+    if a == 3 || b == 3 || c == 3 || d == 3 || e == 3 {
         return u8::MAX;
     }
-    codes.iter().rev().fold(0, |byte, code| 3 * byte + code)
+    a + 3 * (b + 3 * (c + 3 * (d + 3 * e)))
 }
+
+/// [`five_trits`] of five codes in ten bits.
+static FIVE_TRITS: [u8; 1 << 10] = {
+    let mut bytes = [0; 1 << 10];
+    let mut bits = 0;
+    while bits < bytes.len() {
+        bytes[bits] = five_trits([
+            (bits & 3) as u8,
+            (bits >> 2 & 3) as u8,
+            (bits >> 4 & 3) as u8,
+            (bits >> 6 & 3) as u8,
+            (bits >> 8 & 3) as u8,
+        ]);
+        bits += 1;
+    }
+    bytes
+};
 
 /// The five codes of a byte, all 3 if it is no byte of five weights.
 fn five_codes(byte: u8) -> [u8; 5] {
