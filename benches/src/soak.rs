@@ -22,6 +22,8 @@ pub struct Load {
     pub time: Duration,
     /// Tokens to generate with each request.
     pub tokens: usize,
+    /// Temperature that they are chosen with.
+    pub temperature: f32,
 }
 
 /// What became of it.
@@ -137,7 +139,7 @@ fn ask_until(agent: &Agent, load: &Load, client: usize, end: Instant) -> Client 
 fn ask(agent: &Agent, load: &Load, client: usize, number: usize) -> Result<Result<Answer, (u16, Duration)>> {
     let body = json!({
         "messages": [{"role": "user", "content": format!("Story {number} of client {client}: a dog")}],
-        "max_tokens": load.tokens, "temperature": 0.8, "seed": number, "ignore_eos": true,
+        "max_tokens": load.tokens, "temperature": load.temperature, "seed": number, "ignore_eos": true,
         "stream": true, "stream_options": {"include_usage": true},
     });
     let mut request =

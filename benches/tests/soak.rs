@@ -34,7 +34,8 @@ fn soaked(options: Options, engine: EngineOptions, clients: usize) -> Outcome {
             ternion_server::run(app, any, stopped, listening, |_| {})
         });
         let url = format!("http://{}", address.recv().expect("it listens"));
-        let outcome = soak(&Load { url, key: None, clients, time: Duration::from_secs(4), tokens: 8 });
+        let outcome =
+            soak(&Load { url, key: None, clients, time: Duration::from_secs(4), tokens: 8, temperature: 0.8 });
         stop.store(true, Ordering::SeqCst);
         assert!(server.join().expect("no panic").expect("it ran"), "everything was answered");
         outcome.expect("the server was there")

@@ -28,15 +28,24 @@ struct Arguments {
     /// Tokens to generate with each request
     #[arg(long, default_value_t = 32)]
     tokens: usize,
+    /// Temperature; 0 takes the likeliest token, which spares the head most of its work
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f32,
 }
 
 fn main() -> Result<()> {
-    let Arguments { url, key, clients, seconds, tokens } = Arguments::parse();
+    let Arguments { url, key, clients, seconds, tokens, temperature } = Arguments::parse();
     let time = Duration::try_from_secs_f64(seconds)?;
     let mut failed = 0;
     for clients in clients {
-        let outcome =
-            soak(&Load { url: url.trim_end_matches('/').to_owned(), key: key.clone(), clients, time, tokens })?;
+        let outcome = soak(&Load {
+            url: url.trim_end_matches('/').to_owned(),
+            key: key.clone(),
+            clients,
+            time,
+            tokens,
+            temperature,
+        })?;
         println!("{}", serde_json::to_string(&outcome)?);
         failed += outcome.failed.values().sum::<usize>();
     }
