@@ -21,6 +21,10 @@ use crate::{ActivationFormat, Columns, Cpu, KernelSpec, Layout, MachineKind, Mul
 /// Records whose lanes are added up at once.
 const RECORDS: usize = 4;
 
+/// Planes of activations. With [`Multiply::Dot`] each has sums of its own while a record is read: one chain of forty dependent
+/// instructions would take longer than the record takes to arrive.
+const PLANES: usize = 4;
+
 /// The family.
 pub(super) struct SparseRows;
 
@@ -61,8 +65,8 @@ impl Rules for SparseRows {
     }
 
     fn registers(&self, schedule: &Schedule) -> Option<usize> {
-        // The sums of four records, with pairs one of 16 bits; bytes, codes and their mask.
-        Some(if schedule.multiply == Multiply::Pairs { 5 } else { 4 } + 3)
+        // The sums of four records, the last still apart or, with pairs, one of 16 bits; bytes, codes and their mask.
+        Some(RECORDS - 1 + if schedule.multiply == Multiply::Pairs { 2 } else { PLANES } + 3)
     }
 
     fn emit(&self, m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
@@ -78,10 +82,13 @@ fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
     m.name_loop(Some("records of the list"));
     while_at_least(m, left, RECORDS as i32, |m| {
         let totals: [_; RECORDS] = std::array::from_fn(|r| {
-            let (here, weights, zero) = (m.get_int(list), m.argument(Argument::Weights), m.zero());
+            let (here, weights) = (m.get_int(list), m.argument(Argument::Weights));
             let offset = m.load32(here, 4 * r as i32);
             let start = m.add(weights, offset);
-            let (bytes, total) = (m.int_variable(start), m.vector_variable(zero));
+            let bytes = m.int_variable(start);
+            let chains = if schedule.multiply == Multiply::Dot { PLANES } else { 1 };
+            let zeros: Vec<_> = (0..chains).map(|_| m.zero()).collect();
+            let totals: Vec<_> = zeros.into_iter().map(|zero| m.vector_variable(zero)).collect();
             let activations = m.argument(Argument::Activations);
             let activations = m.int_variable(activations);
             let ahead = (schedule.prefetch > 0).then(|| {
@@ -90,9 +97,10 @@ fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
                 m.int_variable(start)
             });
             let turn = |m: &mut dyn Machine, count: usize| {
-                let (start, column, before) = (m.get_int(bytes), m.get_int(activations), m.get(total));
-                let after = add_vectors(m, schedule, plane_bytes(spec.k, 4), count, start, column, before);
-                m.set(total, after);
+                let (start, column) = (m.get_int(bytes), m.get_int(activations));
+                let mut sums: Vec<_> = totals.iter().map(|total| m.get(*total)).collect();
+                add_vectors(m, schedule, plane_bytes(spec.k, PLANES), count, start, column, &mut sums);
+                totals.iter().zip(sums).for_each(|(total, sum)| m.set(*total, sum));
                 if let Some(ahead) = ahead {
                     let start = m.get_int(ahead);
                     for line in (0..count * width).step_by(64) {
@@ -106,7 +114,9 @@ fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
             m.name_loop(Some("vectors of a row, unroll at a time"));
             repeat(m, vectors / unroll, |m| turn(m, unroll));
             repeat(m, (vectors % unroll).min(1), |m| turn(m, vectors % unroll));
-            total
+            let sums: Vec<_> = totals.iter().map(|total| m.get(*total)).collect();
+            let all = sums.into_iter().reduce(|all, sum| m.add32(all, sum)).expect("at least one");
+            m.vector_variable(all)
         });
         let sums = m.argument(Argument::Sums);
         let sum = m.load_splat32(sums, 0);
@@ -121,7 +131,7 @@ fn emit(m: &mut dyn Machine, spec: &KernelSpec, schedule: &Schedule) {
     });
 }
 
-/// `total`, a vector of 32-bit lanes, and what `count` vectors of a record add to it.
+/// Adds to `totals`, vectors of 32-bit lanes, one for each plane or one for all, what `count` vectors of a record give.
 fn add_vectors(
     m: &mut dyn Machine,
     schedule: &Schedule,
@@ -129,20 +139,20 @@ fn add_vectors(
     count: usize,
     record: Int,
     activations: Int,
-    mut total: Vector,
-) -> Vector {
+    totals: &mut [Vector],
+) {
     let width = m.vector_bytes();
     let mask = m.splat8(3);
     // With `pairs`, 16-bit sums of this turn; `Schedule::check` knows that they fit.
     let mut sum: Option<Vector> = None;
     for at in (0..count).map(|vector| vector * width) {
         let bytes = m.load(record, at as i32);
-        for place in 0..4 {
+        for place in 0..PLANES {
             let shifted = if place == 0 { bytes } else { m.shift_right16(bytes, 2 * place as u8) };
             let codes = m.and(shifted, mask);
             let activations = m.load(activations, (place * plane + at) as i32);
             match schedule.multiply {
-                Multiply::Dot => total = m.dot(total, codes, activations),
+                Multiply::Dot => totals[place] = m.dot(totals[place], codes, activations),
                 Multiply::Pairs => {
                     let pairs = m.multiply_add_pairs(codes, activations);
                     sum = Some(match sum {
@@ -153,11 +163,8 @@ fn add_vectors(
             }
         }
     }
-    match sum {
-        None => total,
-        Some(sum) => {
-            let wide = m.sum_pairs16(sum);
-            m.add32(total, wide)
-        }
+    if let Some(sum) = sum {
+        let wide = m.sum_pairs16(sum);
+        totals[0] = m.add32(totals[0], wide);
     }
 }
