@@ -142,7 +142,7 @@ fn add_vectors(
     totals: &mut [Vector],
 ) {
     let width = m.vector_bytes();
-    let mask = m.splat8(3);
+    let (mask, chains) = (m.splat8(3), totals.len());
     // With `pairs`, 16-bit sums of this turn; `Schedule::check` knows that they fit.
     let mut sum: Option<Vector> = None;
     for at in (0..count).map(|vector| vector * width) {
@@ -152,7 +152,10 @@ fn add_vectors(
             let codes = m.and(shifted, mask);
             let activations = m.load(activations, (place * plane + at) as i32);
             match schedule.multiply {
-                Multiply::Dot => totals[place] = m.dot(totals[place], codes, activations),
+                Multiply::Dot => {
+                    let total = &mut totals[place % chains];
+                    *total = m.dot(*total, codes, activations);
+                }
                 Multiply::Pairs => {
                     let pairs = m.multiply_add_pairs(codes, activations);
                     sum = Some(match sum {
