@@ -222,16 +222,24 @@ fn reorder_columns(source: &[u8], target: &mut [u8], chunk: usize, forth: bool) 
             let canonical = |j: usize| start + (4 * x + j) * chunk / 16 + l;
             let ordered = |i: usize| start + 16 * l + 4 * x + i;
             let codes = std::array::from_fn(|at| if forth { byte(canonical(at)) } else { byte(ordered(at)) });
-            for (at, codes) in transposed(codes).into_iter().enumerate() {
+            for (at, codes) in transpose_codes(codes).into_iter().enumerate() {
                 target[if forth { ordered(at) } else { canonical(at) }] = codes;
             }
         }
     }
 }
 
-/// Sixteen codes, code j of byte i as code i of byte j.
-fn transposed(bytes: [u8; 4]) -> [u8; 4] {
-    std::array::from_fn(|i| (0..4).fold(0, |byte, j| byte | (bytes[j] >> (2 * i) & 3) << (2 * j)))
+/// Transposes a 4×4 matrix of two-bit codes: code `j` of byte `i` becomes code `i` of byte `j`.
+#[inline(always)]
+#[must_use]
+pub fn transpose_codes(bytes: [u8; 4]) -> [u8; 4] {
+    let mut x = u32::from_le_bytes(bytes);
+    // Swap the off-diagonal codes of each 2×2 block, then the off-diagonal blocks.
+    let t = (x ^ x >> 6) & 0x00cc_00cc;
+    x ^= t ^ t << 6;
+    let t = (x ^ x >> 12) & 0x0000_f0f0;
+    x ^= t ^ t << 12;
+    x.to_le_bytes()
 }
 
 /// Columns `columns` of a matrix as rows in canonical order, `columns.len() · ⌈m/4⌉` bytes: what is packed for kernels
@@ -248,7 +256,7 @@ pub fn transpose_columns(source: PackedMatrix<'_>, columns: Range<usize>, target
     for at in 0..bytes {
         let rows: [&[u8]; 4] = std::array::from_fn(|r| if 4 * at + r < m { source.row(4 * at + r) } else { &[] });
         for byte in columns.start / 4..columns.end.div_ceil(4) {
-            let codes = transposed(rows.map(|row| row.get(byte).copied().unwrap_or(ZERO_BYTE)));
+            let codes = transpose_codes(rows.map(|row| row.get(byte).copied().unwrap_or(ZERO_BYTE)));
             for (i, codes) in codes.into_iter().enumerate() {
                 let column = 4 * byte + i;
                 if columns.contains(&column) {

@@ -50,10 +50,18 @@ impl Layout {
     pub fn repack_tiles(self, to: Self, [m, k]: [usize; 2], bytes: &[u8], tiles: Range<usize>, target: &mut [u8]) {
         assert!(tiles.end <= to.tiles(m), "repack_tiles: tiles of the matrix");
         let rows = m.min(tiles.start * to.tile_rows())..m.min(tiles.end * to.tile_rows());
-        let mut canonical = vec![0; rows.len() * PackedMatrix::row_bytes(k)];
-        self.unpack_rows(m, k, bytes, rows.clone(), &mut canonical);
+        let row_bytes = PackedMatrix::row_bytes(k);
+        let mut own = Vec::new();
+        let canonical = if self == Self::Canonical {
+            assert_eq!(Some(bytes.len()), self.bytes(m, k), "repack_tiles: bytes of the matrix");
+            &bytes[rows.start * row_bytes..rows.end * row_bytes]
+        } else {
+            own.resize(rows.len() * row_bytes, 0);
+            self.unpack_rows(m, k, bytes, rows.clone(), &mut own);
+            &own
+        };
         // A matrix of these rows alone has the same tiles, since the first row begins one.
-        let rows = PackedMatrix::new(rows.len(), k, &canonical).expect("bytes of its rows");
+        let rows = PackedMatrix::new(rows.len(), k, canonical).expect("bytes of its rows");
         to.pack_tiles(rows, 0..tiles.len(), target);
     }
 }

@@ -12,6 +12,7 @@
 
 use safetensors::Dtype;
 use ternion_compiler::Layout;
+use ternion_compiler::layout::transpose_codes;
 use ternion_kernels_ref::matrix::ZERO_BYTE;
 use ternion_kernels_ref::quantize::{absmean_scale, absmean_trit};
 use ternion_kernels_ref::widen::{bf16_to_f32, f16_to_f32};
@@ -280,24 +281,8 @@ fn packed(weight: &RawTensor, m: usize, k: usize) -> Result<TernaryMatrix, Forma
             bytes[row * row_bytes..][..row_bytes].copy_from_slice(packed);
         }
     }
-    TernaryMatrix::from_bytes(m, k, bytes).map_err(|invalid| FormatError::InvalidCode {
-        path: weight.path.clone(),
-        tensor: weight.name.clone(),
-        row: invalid.row,
-        column: invalid.column,
-    })
-}
-
-/// Transposes a 4×4 matrix of two-bit codes: code `j` of byte `i` becomes code `i` of byte `j`.
-#[inline(always)]
-pub(super) fn transpose_codes(bytes: [u8; 4]) -> [u8; 4] {
-    let mut x = u32::from_le_bytes(bytes);
-    // Swap the off-diagonal codes of each 2×2 block, then the off-diagonal blocks.
-    let t = (x ^ x >> 6) & 0x00cc_00cc;
-    x ^= t ^ t << 6;
-    let t = (x ^ x >> 12) & 0x0000_f0f0;
-    x ^= t ^ t << 12;
-    x.to_le_bytes()
+    TernaryMatrix::from_bytes(m, k, bytes)
+        .map_err(|invalid| FormatError::invalid_code(&weight.path, &weight.name, invalid))
 }
 
 #[cfg(test)]

@@ -1,7 +1,9 @@
 //! Everything that can be wrong with a model's files. Each message is one line: what, where, and what to do.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use ternion_kernels_ref::InvalidCode;
 
 use crate::text::TokenizerError;
 
@@ -234,4 +236,11 @@ pub enum FormatError {
         /// Number of layers.
         layers: usize,
     },
+}
+
+impl FormatError {
+    /// That a weight of a tensor is none, and where.
+    pub(crate) fn invalid_code(path: &Path, tensor: &str, InvalidCode { row, column }: InvalidCode) -> Self {
+        Self::InvalidCode { path: path.to_owned(), tensor: tensor.to_owned(), row, column }
+    }
 }

@@ -10,8 +10,8 @@ use std::path::Path;
 
 use half::bf16;
 use serde_json::{Map, Value, json};
+use ternion_compiler::layout::transpose_codes;
 
-use super::dress::transpose_codes;
 use super::family::{self, Family};
 use super::{
     Activation, Bytes, Checkpoint, FloatMatrix, FloatType, FormatError, LayerNorm, Projection, RopeScaling, RowType,
@@ -299,12 +299,7 @@ fn floats(values: &[f32], dtype: FloatType) -> Vec<u8> {
 /// Hugging Face's packing: rows `r`, `r + R`, `r + 2R`, `r + 3R` share a byte, `R = ⌈m/4⌉`. Where `m` is no multiple of
 /// 4, rows that are not there hold code 0, as `transformers` leaves them.
 fn pack(model: &Checkpoint, name: &str, tensor: &TernaryTensor) -> Result<Vec<u8>, FormatError> {
-    let matrix = tensor.to_matrix().map_err(|invalid| FormatError::InvalidCode {
-        path: model.path().to_owned(),
-        tensor: name.to_owned(),
-        row: invalid.row,
-        column: invalid.column,
-    })?;
+    let matrix = tensor.to_matrix().map_err(|invalid| FormatError::invalid_code(model.path(), name, invalid))?;
     let (matrix, quarter) = (matrix.view(), tensor.m.div_ceil(4));
     let mut bytes = Vec::with_capacity(quarter * tensor.k);
     for r in 0..quarter {

@@ -220,6 +220,9 @@ fn places(config: &ModelConfig, layouts: [Layout; 2]) -> (Vec<[Range<usize>; 2]>
 /// Packs a matrix, or its transpose, record by record.
 fn pack(tensor: &TernaryTensor, layout: Layout, transposed: bool, room: &mut [u8]) {
     let (m, k) = (tensor.m, tensor.k);
+    if !transposed {
+        return tensor.layout.repack_tiles(layout, [m, k], &tensor.bytes, 0..m, room);
+    }
     let mut own = Vec::new();
     let bytes = if tensor.layout == Layout::Canonical {
         &*tensor.bytes
@@ -229,9 +232,6 @@ fn pack(tensor: &TernaryTensor, layout: Layout, transposed: bool, room: &mut [u8
         &own
     };
     let source = PackedMatrix::new(m, k, bytes).expect("the bytes of its shape, which loading has checked");
-    if !transposed {
-        return layout.pack_tiles(source, 0..m, room);
-    }
     let record = layout.row_bytes(m);
     let mut columns = vec![0; BLOCK.min(k) * PackedMatrix::row_bytes(m)];
     for start in (0..k).step_by(BLOCK) {

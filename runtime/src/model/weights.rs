@@ -10,7 +10,6 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ternion_compiler::{Cpu, Layout, Schedule, StepKernel};
-use ternion_kernels_ref::PackedMatrix;
 use ternion_tuner::Workers;
 
 use super::kernels::{Kernels, compile_all};
@@ -18,7 +17,7 @@ use super::low_rank::LowRank;
 use super::sparse::SparseFfn;
 use super::steps::Steps;
 use super::{Head, KernelChoice, ModelError};
-use crate::formats::{Bytes, Checkpoint, FloatMatrix, LayerNorm, ModelConfig, Projection, TernaryTensor};
+use crate::formats::{Bytes, Checkpoint, FloatMatrix, LayerNorm, ModelConfig, Projection};
 use crate::memory::PageBuffer;
 use crate::team::SharedSlice;
 
@@ -361,7 +360,7 @@ fn load(checkpoint: &Checkpoint, plan: &Plan<'_>, room: &mut [u8]) -> Result<Lin
     let place = if room.is_empty() {
         Place::File(tensor.bytes.clone())
     } else {
-        repack(&tensor, *layout, room);
+        tensor.layout.repack_tiles(*layout, [m, k], &tensor.bytes, 0..layout.tiles(m), room);
         Place::Buffer(plan.room.clone())
     };
     let bias = checkpoint.bias(layer, projection)?;
@@ -376,19 +375,4 @@ fn load(checkpoint: &Checkpoint, plan: &Plan<'_>, room: &mut [u8]) -> Result<Lin
         adapters: Vec::new(),
         copies: vec![(*layout, place)],
     })
-}
-
-/// Brings a tensor into another layout.
-fn repack(tensor: &TernaryTensor, target: Layout, room: &mut [u8]) {
-    let TernaryTensor { m, k, layout, bytes, .. } = tensor;
-    let tiles = 0..target.tiles(*m);
-    match PackedMatrix::new(*m, *k, bytes).filter(|_| *layout == Layout::Canonical) {
-        Some(canonical) => target.pack_tiles(canonical, tiles, room),
-        None => {
-            let mut canonical = vec![0; m * PackedMatrix::row_bytes(*k)];
-            layout.unpack_rows(*m, *k, bytes, 0..*m, &mut canonical);
-            let canonical = PackedMatrix::new(*m, *k, &canonical).expect("the size it was just made with");
-            target.pack_tiles(canonical, tiles, room);
-        }
-    }
 }

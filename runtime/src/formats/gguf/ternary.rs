@@ -11,12 +11,12 @@
 //! differ was quantised from weights that are not ternary and is refused.
 
 use ternion_compiler::Layout;
+use ternion_compiler::layout::transpose_codes;
 use ternion_kernels_ref::matrix::ZERO_BYTE;
 use ternion_kernels_ref::widen::f16_to_f32;
 use ternion_kernels_ref::{PackedMatrix, TernaryMatrix};
 
 use super::types::TensorType;
-use crate::formats::dress::transpose_codes;
 use crate::formats::{Bytes, TernaryTensor};
 
 /// Bytes after the codes of an I2_S tensor.

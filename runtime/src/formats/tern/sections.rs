@@ -262,12 +262,7 @@ fn repack(model: &Checkpoint, name: &str, tensor: TernaryTensor, layout: Layout)
     if tensor.layout == layout {
         return Ok(tensor.bytes);
     }
-    let matrix = tensor.to_matrix().map_err(|invalid| FormatError::InvalidCode {
-        path: model.path().to_owned(),
-        tensor: name.to_owned(),
-        row: invalid.row,
-        column: invalid.column,
-    })?;
+    let matrix = tensor.to_matrix().map_err(|invalid| FormatError::invalid_code(model.path(), name, invalid))?;
     Ok(Bytes::from(layout.pack(matrix.view())))
 }
 

@@ -1,10 +1,10 @@
 //! Trits into GGUF's ternary types: the inverse of reading them.
 
 use half::f16;
+use ternion_compiler::layout::transpose_codes;
 use ternion_kernels_ref::PackedMatrix;
 
 use super::TernaryType;
-use crate::formats::dress::transpose_codes;
 use crate::formats::gguf::ternary::I2S_TAIL;
 
 /// Encodes a matrix whose shape fits the type, `factor` being what its trits stand for.

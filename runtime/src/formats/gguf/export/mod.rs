@@ -321,12 +321,8 @@ impl Tensor {
             }
             Content::Projection(layer, projection) => {
                 let tensor = model.projection(layer, projection)?;
-                let matrix = tensor.to_matrix().map_err(|invalid| FormatError::InvalidCode {
-                    path: model.path().to_owned(),
-                    tensor: self.name.clone(),
-                    row: invalid.row,
-                    column: invalid.column,
-                })?;
+                let invalid = |invalid| FormatError::invalid_code(model.path(), &self.name, invalid);
+                let matrix = tensor.to_matrix().map_err(invalid)?;
                 let matrix = permute(matrix, architecture, projection, config);
                 let apart = has_scale_tensor(architecture, ternary, &tensor);
                 let factor = if apart { 1.0 } else { tensor.scale };
