@@ -293,9 +293,10 @@ mod tests {
     use crate::workers::test_team::Scoped;
     use ternion_compiler::Family;
 
-    /// Kernels that fault: by a signal, as an illegal instruction or a wild read does.
+    /// Kernels that fault: by a signal, as an illegal instruction or a wild read does. Some of the family that every CPU
+    /// races beside `mad`.
     fn is_faulty((_, schedule): &Job) -> bool {
-        schedule.family == Family::Tl1 && schedule.unroll == 4
+        [(Family::T5, 2), (Family::Tl1, 4)].contains(&(schedule.family, schedule.unroll))
     }
 
     const SIGNAL: &str = "TERNION_TEST_SIGNAL";
@@ -339,7 +340,7 @@ mod tests {
             assert_eq!(choices.found[0].source, Source::Raced);
             let crashes: Vec<String> = choices.warnings.iter().map(ToString::to_string).collect();
             assert!(!crashes.is_empty());
-            assert!(crashes.iter().all(|line| line.contains("tl1/") && line.contains("signal")), "{crashes:?}");
+            assert!(crashes.iter().all(|line| !line.contains("mad/") && line.contains("signal")), "{crashes:?}");
             assert_eq!(known.refused.len(), crashes.len());
             let refused = |schedule: &Schedule| known.refused.iter().any(|r| r.schedule == schedule.to_string());
             assert!(!choices.found[0].choice.schedules.iter().any(refused));

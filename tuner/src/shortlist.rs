@@ -92,7 +92,9 @@ fn spread(schedules: impl Iterator<Item = Schedule>) -> Vec<Schedule> {
             let layout_at = place(layouts.entry(schedule.family).or_default(), schedule.layout);
             let depth = depths.entry((schedule.family, schedule.layout)).or_default();
             *depth += 1;
-            ((*depth, layout_at, family_at), schedule)
+            // Two layouts of the first family, which is the one that most often wins, and one of each other.
+            let turn = if family_at == 0 { layout_at.saturating_sub(1) } else { layout_at };
+            ((*depth, turn, family_at, layout_at), schedule)
         })
         .collect();
     keyed.sort_by_key(|(key, _)| *key);
