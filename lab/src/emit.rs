@@ -174,7 +174,7 @@ mod tests {
                 "1: tiles of rows, until none",
                 "2: columns, ntile at a time",
                 "3: chunks of k, unroll at a time, 16 turns",
-                "4: columns that are left, one at a time",
+                "4: columns that are left, by halves",
                 "5: chunks of k, unroll at a time, 16 turns",
             ] {
                 assert_eq!(text.matches(&format!("; loop {words}")).count(), 1, "{words}: {text}");

@@ -17,7 +17,7 @@
 //! then enough, and one shift at the end takes the place of one per vector. With `pairs` the registers hold 16-bit sums, which go to the
 //! results in memory before they can overflow.
 
-use super::{Tile, for_each_tile, t5};
+use super::{Tile, for_each_tile, passes, t5};
 use crate::activations::plane_bytes;
 use crate::machine::{Int, Machine, Vector, advance, repeat};
 use crate::{KernelSpec, Layout, MachineKind, Multiply, Schedule};
@@ -37,7 +37,6 @@ pub(super) fn heights(machine: MachineKind) -> impl Iterator<Item = u8> {
 pub(super) fn registers(schedule: &Schedule) -> usize {
     let vectors = 4 * schedule.layout.tile_rows() / schedule.machine.vector_bytes();
     let wide = schedule.machine == MachineKind::Avx512;
-    // Those of a pass over `ntile` columns, and over the columns that are left.
     let of_pass = |columns: usize| {
         let results = vectors * columns;
         let scaled = schedule.multiply == Multiply::Dot && may_scale(results);
@@ -58,7 +57,7 @@ pub(super) fn registers(schedule: &Schedule) -> usize {
         };
         sums + others
     };
-    of_pass(schedule.ntile.into()).max(of_pass(1))
+    passes(schedule.ntile).map(of_pass).max().unwrap_or_default()
 }
 
 /// Whether there are so few results that each place of a byte may have sums of its own.

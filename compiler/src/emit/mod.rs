@@ -71,14 +71,20 @@ impl Tile {
     }
 }
 
-/// Emits the loops over the tiles of a call and, within a tile, over its columns: `ntile` at a time, then one by one.
+/// The widths of the passes over the columns of a call: `ntile` at a time, then what is left by halves of that.
+pub(crate) fn passes(ntile: u8) -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(usize::from(ntile)), |columns| Some(columns / 2)).take_while(|columns| *columns > 0)
+}
+
+/// Emits the loops over the tiles of a call and, within a tile, over its columns: `ntile` at a time, then what is left by
+/// halves of that, so that a few columns are not read one by one.
 pub fn for_each_tile(
     m: &mut dyn Machine,
     spec: &KernelSpec,
     schedule: &Schedule,
     body: impl Fn(&mut dyn Machine, &Tile),
 ) {
-    let (layout, ntile) = (schedule.layout, usize::from(schedule.ntile));
+    let layout = schedule.layout;
     let column_bytes = schedule.activation_format().bytes(spec.k);
     let weights = m.argument(Argument::Weights);
     let out = m.argument(Argument::Out);
@@ -95,8 +101,9 @@ pub fn for_each_tile(
             let left = m.argument(Argument::Columns);
             let [column, sums, column_out, left] =
                 [activations, sums, first_out, left].map(|start| m.int_variable(start));
-            let mut columns_by = |columns: usize, name: &'static str| {
-                m.name_loop(Some(name));
+            for columns in passes(schedule.ntile) {
+                let all = columns == usize::from(schedule.ntile);
+                m.name_loop(Some(if all { "columns, ntile at a time" } else { "columns that are left, by halves" }));
                 while_at_least(m, left, columns as i32, |m| {
                     let [activations, sums_now, out] = [column, sums, column_out].map(|now| m.get_int(now));
                     body(m, &Tile { weights: tile, activations, sums: sums_now, out, columns });
@@ -105,10 +112,6 @@ pub fn for_each_tile(
                     advance_by(m, column_out, Argument::OutStride, columns);
                     advance(m, left, -(columns as i32));
                 });
-            };
-            columns_by(ntile, "columns, ntile at a time");
-            if ntile > 1 {
-                columns_by(1, "columns that are left, one at a time");
             }
         }
         advance(m, weights, layout.tile_bytes(spec.k) as i32);
