@@ -1,5 +1,6 @@
 //! The HTTP interface: OpenAI's, and what an operator needs.
 
+mod answer;
 mod chat;
 mod completions;
 mod door;
@@ -19,14 +20,12 @@ use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodRouter, get, post};
-use serde_json::{Value, json};
 
 pub use door::RateLimit;
 pub use error::{ApiError, Code};
 pub use fields::Fields;
 
 use crate::App;
-use crate::engine::Done;
 use crate::security_log::now;
 
 /// What is served: method, path and handler. `openapi.json` describes the same, which a test checks.
@@ -88,30 +87,6 @@ impl FromRequest<Arc<App>> for JsonBody {
     }
 }
 
-/// Tokens of a request.
-#[derive(Clone, Copy, Debug, Default)]
-struct Usage {
-    prompt: usize,
-    completion: usize,
-    cached: usize,
-}
-
-impl Usage {
-    fn add(&mut self, done: Option<Done>) {
-        self.completion += done.map_or(0, |done| done.completion_tokens);
-        self.cached = self.cached.max(done.map_or(0, |done| done.cached_tokens));
-    }
-
-    fn json(&self) -> Value {
-        json!({
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        })
-    }
-}
-
 /// A name for an answer, and when it was made.
 fn identity(kind: &str, app: &App) -> (String, u64) {
     let number = app.answers.fetch_add(1, Ordering::Relaxed);
@@ -121,6 +96,7 @@ fn identity(kind: &str, app: &App) -> (String, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::Value;
     use std::collections::BTreeSet;
 
     #[test]

@@ -98,6 +98,11 @@ impl Settings {
         })
     }
 
+    /// Whether tokens come with their probabilities.
+    pub(super) fn logprobs(&self) -> bool {
+        self.generation.logprobs.is_some()
+    }
+
     /// The `n` jobs for a prompt.
     ///
     /// # Errors
