@@ -17,6 +17,7 @@ use ternion_compiler::Cpu;
 use ternion_runtime::formats::Checkpoint;
 use ternion_runtime::model::{DEFAULT_CHUNK, KernelChoice, KvType, problems};
 use ternion_runtime::team::Team;
+use ternion_server::api::Hosts;
 use ternion_server::engine::EngineOptions;
 use ternion_server::filter::Filter;
 use ternion_server::keys::{Keys, new_key};
@@ -175,12 +176,24 @@ struct Security {
     /// The certificate's key (PEM)
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
+    /// Let requests in that ask for this host (a proxy's name, say) and refuse other names; addresses and localhost are
+    /// always let in; may be given several times; `*` lets all in [default: none with a local --host, else all]
+    #[arg(long, value_name = "NAME", value_parser = parse_host)]
+    allow_host: Vec<String>,
     /// Let the pages of this origin ask, for example https://example.org; `*` lets all
     #[arg(long, value_name = "ORIGIN", value_parser = parse_origin)]
     cors: Option<String>,
     /// Serve no web page
     #[arg(long)]
     no_page: bool,
+}
+
+fn parse_host(text: &str) -> Result<String, String> {
+    let is_name = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+    match text.strip_suffix('.').unwrap_or(text) {
+        name if name == "*" || !name.is_empty() && is_name(name) => Ok(name.to_owned()),
+        _ => Err("expected a host's name, without https:// and port, or *".to_owned()),
+    }
 }
 
 fn parse_origin(text: &str) -> Result<String, String> {
@@ -361,6 +374,7 @@ fn server_options(options: &Serve) -> Result<Options> {
         bandwidth: None,
         thresholds: alerts.thresholds(),
         webhook: alerts.alert_webhook.clone(),
+        hosts: Hosts::new(options.host, &security.allow_host),
         cors: security.cors.as_deref().map(|origin| origin.parse().expect("checked with the arguments")),
         page: !security.no_page,
         tls,
@@ -459,6 +473,15 @@ mod tests {
         assert_eq!(split("models/a=b.tern"), (None, Path::new("models/a=b.tern")));
         assert_eq!(split("a.tern"), (None, Path::new("a.tern")));
         assert_eq!(["a.tern", "b.gguf", "ternary-tales (embedded)"].map(short), ["a", "b", "ternary-tales"]);
+    }
+
+    #[test]
+    fn hosts_have_no_port() {
+        assert_eq!(parse_host("chat.example.org."), Ok("chat.example.org".to_owned()));
+        assert_eq!(parse_host("*"), Ok("*".to_owned()));
+        for host in ["", ".", "example.org:80", "http://example.org", "a b", "*.example.org", "[::1]"] {
+            assert!(parse_host(host).is_err(), "{host:?}");
+        }
     }
 
     #[test]

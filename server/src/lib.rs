@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 use axum::http::HeaderValue;
 use tokio_rustls::TlsAcceptor;
 
-use api::{ApiError, Fields, RateLimit};
+use api::{ApiError, Fields, Hosts, RateLimit};
 use engine::{Engine, EngineOptions, Parts};
 use filter::Filter;
 use keys::Keys;
@@ -106,6 +106,8 @@ pub struct Options {
     pub thresholds: Thresholds,
     /// Where alerts are sent, as JSON by POST.
     pub webhook: Option<String>,
+    /// The names that it may be asked under.
+    pub hosts: Hosts,
     /// The origin whose pages may read answers.
     pub cors: Option<HeaderValue>,
     /// Whether there is a web page, if it is built in.
@@ -130,6 +132,7 @@ impl Default for Options {
             bandwidth: None,
             thresholds: Thresholds::default(),
             webhook: None,
+            hosts: Hosts::default(),
             cors: None,
             page: true,
             tls: None,

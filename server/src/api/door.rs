@@ -14,6 +14,7 @@ use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use sha2::{Digest, Sha256};
 
+use super::origin::is_foreign;
 use super::{ApiError, Client, Code};
 use crate::App;
 use crate::keys::Caller;
@@ -134,6 +135,7 @@ fn admit(app: &App, request: &Request, path: &str) -> (Client, Result<(), ApiErr
     let needs = needs(path);
     let admitted = match (&app.options.keys, needs) {
         (_, Needs::Nothing) => Ok(()),
+        _ if !app.options.hosts.allow(request) => Err(ApiError::unknown_host()),
         _ if app.options.cors.is_none() && is_foreign(request) => Err(ApiError::foreign()),
         (Some(_), _) if caller.is_none() => Err(ApiError::unauthorised()),
         (Some(_), Needs::Admin) if caller.is_some_and(|caller| !caller.admin) => Err(ApiError::forbidden()),
@@ -147,20 +149,6 @@ fn admit(app: &App, request: &Request, path: &str) -> (Client, Result<(), ApiErr
         _ => app.rate.count(client.0).map_err(ApiError::rate_limited),
     };
     (client, counted.and(admitted))
-}
-
-/// Whether a browser sends this on behalf of a page from elsewhere. It would not let that page read the answer, but the
-/// work would be done.
-fn is_foreign(request: &Request) -> bool {
-    let header = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
-    match header("sec-fetch-site") {
-        Some(site) => matches!(site, "cross-site" | "same-site"),
-        // Browsers that do not say it name the page's origin where it matters.
-        None => header("origin").is_some_and(|origin| {
-            let authority = origin.split_once("://").map(|(_, authority)| authority);
-            authority.is_none() || authority != header("host")
-        }),
-    }
 }
 
 /// What one client has of addresses: one of version 4, or 2^64 of version 6.

@@ -7,6 +7,7 @@ mod door;
 mod embeddings;
 mod error;
 mod fields;
+mod origin;
 mod plain;
 mod settings;
 mod stream;
@@ -24,6 +25,7 @@ use axum::routing::{MethodRouter, get, post};
 pub use door::RateLimit;
 pub use error::{ApiError, Code};
 pub use fields::Fields;
+pub use origin::Hosts;
 
 use crate::App;
 use crate::security_log::now;
