@@ -8,7 +8,7 @@ use std::time::Instant;
 use ternion_runtime::formats::Pooling;
 use ternion_runtime::model::{Batch, Candidate, HeadScratch, ModelError, Part, Sequence};
 
-use super::prefix::PrefixCache;
+use super::prefix::{PrefixCache, Step, step};
 use super::queue::FairQueue;
 use super::slot::{Progress, Slot};
 use super::{Event, Failure, Shared, Submitted, Task};
@@ -114,12 +114,11 @@ impl Scheduler<'_> {
             let options = &self.shared.options;
             // A mean needs the states of all tokens.
             let all = matches!(job.task, Task::Embed) && self.shared.model.config().pooling == Some(Pooling::Mean);
-            let running = self.slots.iter().map(|slot| &slot.sequence);
-            let known = if all { None } else { self.prefixes.find(&job.prompt, running) };
+            let known = if all { None } else { self.prefixes.find(&job.prompt) };
             let sequence =
                 known.map_or_else(|| Sequence::new(&self.shared.model, options.kv, Some(options.context)), Ok);
             match sequence {
-                Ok(sequence) => self.slots.push(Slot::new(self.shared, job, events, sequence)),
+                Ok(sequence) => self.slots.push(Slot::new(self.shared, job, events, sequence, !all)),
                 Err(_) => drop(events.send(Event::Failed(Failure::Internal))),
             }
         }
@@ -136,7 +135,7 @@ impl Scheduler<'_> {
         let Some(batch) = batch else {
             return fail(slots, Failure::Memory);
         };
-        let counts = shares(&slots.iter().map(Slot::unread).collect::<Vec<_>>(), options.chunk);
+        let counts = shares(&ready(slots), options.chunk);
         let mut parts: Vec<Part<'_>> = Vec::with_capacity(slots.len());
         for (slot, count) in slots.iter_mut().zip(&counts).filter(|(_, count)| **count > 0) {
             let (sequence, tokens) = slot.part(*count);
@@ -181,6 +180,26 @@ impl Scheduler<'_> {
         let bytes = self.slots.iter().map(|slot| slot.sequence.kv_bytes()).sum::<usize>() + self.prefixes.bytes();
         metrics.kv_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
     }
+}
+
+/// How many tokens each text could read now. Those that begin like another one go on from what that has read, or wait for
+/// it.
+fn ready(slots: &mut [Slot<'_>]) -> Vec<usize> {
+    let mut counts: Vec<usize> = slots.iter().map(Slot::unread).collect();
+    // A text that has one token to read has nothing to share.
+    for at in (0..slots.len()).filter(|at| slots[*at].unread() > 1).collect::<Vec<_>>() {
+        let beginnings: Vec<_> = slots.iter().map(Slot::beginning).collect();
+        match step(&beginnings, at) {
+            Step::Read => {}
+            Step::Wait => counts[at] = 0,
+            Step::Fork { from, tokens } => {
+                let sequence = slots[from].sequence.fork(tokens);
+                slots[at].go_on_from(sequence);
+                counts[at] = slots[at].unread();
+            }
+        }
+    }
+    counts
 }
 
 /// How many of its unread tokens each text reads in a pass. A running text has one and always reads it; prompts share
