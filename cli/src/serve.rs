@@ -24,6 +24,7 @@ use ternion_server::keys::{Keys, new_key};
 use ternion_server::listen::{ConnectionLimits, tls};
 use ternion_server::monitor::{Alert, Thresholds};
 use ternion_server::security_log::SecurityLog;
+use ternion_server::trace::Tracer;
 use ternion_server::{App, Limits, Offer, Options};
 use ternion_tuner::{Budget, CpuProfile, Request, SystemStopwatch, probe};
 
@@ -62,6 +63,8 @@ pub(crate) struct Serve {
     security: Security,
     #[command(flatten)]
     alerts: Alerts,
+    #[command(flatten)]
+    traces: Traces,
 }
 
 /// How models run.
@@ -244,6 +247,30 @@ fn parse_url(text: &str) -> Result<String, String> {
     }
 }
 
+/// Spans of requests for a collector.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Traces")]
+struct Traces {
+    /// Send traces of requests (times, tokens, codes; never what was said) to this OpenTelemetry collector, by OTLP over HTTP,
+    /// for example http://127.0.0.1:4318 [default: OTEL_EXPORTER_OTLP_ENDPOINT of the environment, or else nowhere]
+    #[arg(long, value_name = "URL", value_parser = parse_url)]
+    otlp_endpoint: Option<String>,
+}
+
+impl Traces {
+    fn tracer(&self) -> Result<Option<Tracer>> {
+        let variable = "OTEL_EXPORTER_OTLP_ENDPOINT";
+        let endpoint = match (&self.otlp_endpoint, std::env::var(variable)) {
+            (Some(endpoint), _) => endpoint.clone(),
+            (None, Ok(endpoint)) if !endpoint.is_empty() => {
+                parse_url(&endpoint).map_err(|error| UsageError(format!("{variable} {endpoint:?}: {error}")))?
+            }
+            _ => return Ok(None),
+        };
+        Ok(Some(Tracer::new(&endpoint, |warning| note(&format!("warning: {warning}")))?))
+    }
+}
+
 impl Alerts {
     fn thresholds(&self) -> Thresholds {
         let on = |threshold: f64| (threshold > 0.0).then_some(threshold);
@@ -330,7 +357,7 @@ fn add_key(name: &str, admin: bool, path: &Path) -> Result<ExitCode> {
 
 /// Everything but models.
 fn server_options(options: &Serve) -> Result<Options> {
-    let Serve { layout, limits, security, alerts, .. } = options;
+    let Serve { layout, limits, security, alerts, traces, .. } = options;
     let read =
         |path: &Path| std::fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()));
     let keys = security.api_key_file.as_deref().map(|path| {
@@ -367,6 +394,7 @@ fn server_options(options: &Serve) -> Result<Options> {
             drain: limits.drain,
         },
         keys: keys.transpose()?,
+        tracer: traces.tracer()?,
         filter,
         log,
         response_bytes: layout.response_cache.saturating_mul(1_000_000),

@@ -6,8 +6,8 @@ use axum::Json;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::settings::Settings;
-use super::stream::{Encode, Merged, collect, respond};
+use super::settings::{Settings, submit};
+use super::stream::{Encode, collect, respond};
 use super::{ApiError, Client, identity};
 use crate::engine::{Done, Event, TokenLogprob};
 use crate::{App, Served};
@@ -46,10 +46,10 @@ pub(super) async fn generate(
 ) -> Result<Response, ApiError> {
     let mut jobs = Vec::new();
     for prompt in prompts {
-        jobs.extend(settings.jobs(&app, &served, client, prompt)?);
+        jobs.extend(settings.jobs(&app, &served, &client, prompt)?);
     }
     let texts = jobs.len();
-    let events = Merged::new(served.engine.submit(jobs)?);
+    let events = submit(&served, &client, jobs)?;
     let mut answer = Answer::new(&app, served, &settings, prompts, texts, form);
     if settings.stream {
         return respond(app, events, answer).await;

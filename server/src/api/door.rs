@@ -75,12 +75,15 @@ pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next
     let number = format!("req-{}{:08x}", app.run, app.requests.fetch_add(1, Ordering::Relaxed));
     let route = request.extensions().get::<MatchedPath>().map_or("none".to_owned(), |path| path.as_str().to_owned());
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    // Nobody wants traces of those who watch.
+    let tracer = app.options.tracer.as_ref().filter(|_| needs(&path) == Needs::Key);
+    let trace = tracer.map(|tracer| tracer.request(method.as_str(), &route, request.headers())).unwrap_or_default();
     let (client, admitted) = admit(&app, &request, &path);
     let mut response = match admitted {
         // A browser asks first whether it may.
         _ if app.options.cors.is_some() && method == Method::OPTIONS => StatusCode::NO_CONTENT.into_response(),
         Ok(()) => {
-            request.extensions_mut().insert(client);
+            request.extensions_mut().insert(Client { number: client, trace: trace.clone() });
             next.run(request).await
         }
         Err(error) => error.into_response(),
@@ -93,11 +96,12 @@ pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next
         app.metrics.errors.with_label_values(&[code]).inc();
     }
     app.monitor.request(status, time);
+    trace.answered(status, code);
     let logged = app.log.write(&Entry {
         time: now(),
         event: code,
         request: &number,
-        client: &format!("{:016x}", client.0),
+        client: &format!("{client:016x}"),
         method: method.as_str(),
         path: &path,
         status,
@@ -118,8 +122,8 @@ pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next
     response
 }
 
-/// Who asks, and whether they may.
-fn admit(app: &App, request: &Request, path: &str) -> (Client, Result<(), ApiError>) {
+/// Who asks, as a number, and whether they may.
+fn admit(app: &App, request: &Request, path: &str) -> (u64, Result<(), ApiError>) {
     let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip().to_canonical());
     let bearer = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let key = bearer.and_then(|value| value.strip_prefix("Bearer "));
@@ -131,7 +135,7 @@ fn admit(app: &App, request: &Request, path: &str) -> (Client, Result<(), ApiErr
         None => digest.update(format!("peer {:?}", peer.map(network))),
     }
     let digest: [u8; 32] = digest.finalize().into();
-    let client = Client(u64::from_le_bytes(std::array::from_fn(|at| digest[at])));
+    let client = u64::from_le_bytes(std::array::from_fn(|at| digest[at]));
     let needs = needs(path);
     let admitted = match (&app.options.keys, needs) {
         (_, Needs::Nothing) => Ok(()),
@@ -146,7 +150,7 @@ fn admit(app: &App, request: &Request, path: &str) -> (Client, Result<(), ApiErr
     let counted = match needs {
         Needs::Nothing => Ok(()),
         Needs::Admin | Needs::Watcher if admitted.is_ok() => Ok(()),
-        _ => app.rate.count(client.0).map_err(ApiError::rate_limited),
+        _ => app.rate.count(client).map_err(ApiError::rate_limited),
     };
     (client, counted.and(admitted))
 }

@@ -29,6 +29,7 @@ pub use origin::Hosts;
 
 use crate::App;
 use crate::security_log::now;
+use crate::trace::Trace;
 
 /// What is served: method, path and handler. `openapi.json` describes the same, which a test checks.
 fn routes() -> [(&'static str, &'static str, MethodRouter<Arc<App>>); 15] {
@@ -63,15 +64,20 @@ pub fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// Who asks, as a number that says nothing about them outside this run of the server.
-#[derive(Clone, Copy, Debug)]
-pub struct Client(pub u64);
+/// Who asks.
+#[derive(Clone, Debug, Default)]
+pub struct Client {
+    /// A number that says nothing about them outside this run of the server.
+    number: u64,
+    /// The trace of what they ask.
+    trace: Trace,
+}
 
 impl FromRequestParts<Arc<App>> for Client {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &Arc<App>) -> Result<Self, ApiError> {
-        Ok(parts.extensions.get::<Self>().copied().unwrap_or(Self(0)))
+        Ok(parts.extensions.get::<Self>().cloned().unwrap_or_default())
     }
 }
 

@@ -28,6 +28,7 @@ pub use grammar::{Grammar, GrammarError, Grammars};
 use crate::filter::Filter;
 use crate::metrics::EngineMetrics;
 use crate::responses::{Key, Responses};
+use crate::trace::{End, TextTrace};
 
 /// How an engine runs its model.
 #[derive(Clone, Copy, Debug)]
@@ -89,6 +90,8 @@ pub struct Job {
     pub key: Option<Key>,
     /// When it was submitted.
     pub since: Instant,
+    /// What is told of it.
+    pub trace: TextTrace,
 }
 
 /// Why a text ended.
@@ -138,6 +141,20 @@ pub enum Failure {
     Grammar,
     /// A bug: a pass failed.
     Internal,
+}
+
+impl Failure {
+    /// A word for it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Timeout => "timeout",
+            Self::Draining => "draining",
+            Self::Memory => "memory",
+            Self::Grammar => "grammar",
+            Self::Internal => "internal",
+        }
+    }
 }
 
 /// What a job hears.
@@ -272,12 +289,15 @@ impl Engine {
     /// If the queue has no room for all, or the server is about to stop. Nothing has been started then.
     pub fn submit(&self, jobs: Vec<Job>) -> Result<Vec<UnboundedReceiver<Event>>, Refused> {
         let (mut receivers, mut submitted) = (Vec::with_capacity(jobs.len()), Vec::new());
-        for job in jobs {
+        for mut job in jobs {
             let (events, receiver) = unbounded_channel();
             receivers.push(receiver);
             match job.key.as_ref().and_then(|key| self.shared.responses.get(key)) {
-                // The receiver is in our hands.
-                Some(answer) => answer.iter().for_each(|event| drop(events.send(event.clone()))),
+                Some(answer) => {
+                    job.trace.ended(End::Known, job.prompt.len());
+                    // The receiver is in our hands.
+                    answer.iter().for_each(|event| drop(events.send(event.clone())));
+                }
                 None => submitted.push(Submitted { job, events }),
             }
         }

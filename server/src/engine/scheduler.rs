@@ -12,6 +12,7 @@ use super::prefix::{PrefixCache, Step, step};
 use super::queue::FairQueue;
 use super::slot::{Progress, Slot};
 use super::{Event, Failure, Shared, Submitted, Task};
+use crate::trace::End;
 
 /// Runs until nobody can submit anything more and all that was submitted is done.
 pub(super) fn run(shared: &Shared, jobs: &Receiver<Submitted>) {
@@ -85,10 +86,12 @@ impl Scheduler<'_> {
         let giving_up = self.shared.giving_up.load(Ordering::SeqCst);
         let failure = if giving_up { Failure::Draining } else { Failure::Timeout };
         let leaves = |waiting: &Submitted| giving_up || waiting.events.is_closed() || now >= waiting.job.deadline;
-        for gone in self.queue.take_out(leaves) {
+        for mut gone in self.queue.take_out(leaves) {
             metrics.waiting.dec();
             if gone.events.is_closed() {
                 metrics.cancelled.inc();
+            } else {
+                gone.job.trace.ended(End::Failed(failure.name()), 0);
             }
             // Whoever has gone does not hear it.
             let _ = gone.events.send(Event::Failed(failure));

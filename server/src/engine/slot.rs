@@ -12,6 +12,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::prefix::Beginning;
 use super::text::Gate;
 use super::{Done, Event, Failure, Finish, Generation, Job, Shared, Task, TokenLogprob};
+use crate::trace::End;
 
 /// A text that is being generated.
 struct Running<'a> {
@@ -78,6 +79,7 @@ impl<'a> Slot<'a> {
             })),
             Task::Embed => Work::Embed(Vec::new()),
         };
+        job.trace.started(job.prompt.len());
         shared.metrics.queue_time.observe(job.since.elapsed().as_secs_f64());
         shared.metrics.prompt_tokens.inc_by(job.prompt.len() as u64);
         shared.metrics.cached_tokens.inc_by(cached as u64);
@@ -172,6 +174,7 @@ impl<'a> Slot<'a> {
             Some(last) => metrics.token_time.observe((now - last).as_secs_f64()),
         }
         metrics.completion_tokens.inc();
+        self.job.trace.token();
         let complete = match &mut asked.grammar {
             Some(grammar) => grammar.accept(token),
             None => Ok(false),
@@ -219,6 +222,7 @@ impl<'a> Slot<'a> {
     }
 
     fn end(&mut self, finish: Finish, completion_tokens: usize) -> Progress {
+        self.job.trace.ended(End::Finished(finish.name()), self.cached);
         self.send(Event::Done(Done { finish, completion_tokens, cached_tokens: self.cached }));
         if let Some(key) = self.job.key.take() {
             self.shared.responses.keep(key, std::mem::take(&mut self.sent));
@@ -229,6 +233,7 @@ impl<'a> Slot<'a> {
     /// Ends without success.
     pub(super) fn fail(&mut self, failure: Failure) -> Progress {
         self.job.key = None;
+        self.job.trace.ended(End::Failed(failure.name()), self.cached);
         self.send(Event::Failed(failure));
         Progress::Ended
     }
