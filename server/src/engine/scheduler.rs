@@ -3,16 +3,21 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use ternion_runtime::formats::Pooling;
 use ternion_runtime::model::{Batch, Candidate, HeadScratch, ModelError, Part, Sequence};
+use ternion_runtime::team::{Team, Workers, share};
 
 use super::prefix::{PrefixCache, Step, step};
 use super::queue::FairQueue;
 use super::slot::{Progress, Slot};
 use super::{Event, Failure, Shared, Submitted, Task};
 use crate::trace::End;
+
+/// Candidates of all texts from which on it is worth waking the team to choose among them.
+const MANY: usize = 1 << 14;
 
 /// Runs until nobody can submit anything more and all that was submitted is done.
 pub(super) fn run(shared: &Shared, jobs: &Receiver<Submitted>) {
@@ -164,9 +169,8 @@ impl Scheduler<'_> {
         lists.resize_with(queries.len().max(lists.len()), Vec::new);
         shared.model.head().candidates(&shared.team, queries.iter().copied(), head, &mut lists[..asking.len()]);
         let mut ended = vec![false; slots.len()];
-        for (at, candidates) in asking.into_iter().zip(lists) {
-            ended[at] = slots[at].choose(candidates) == Progress::Ended;
-        }
+        let asked = slots.iter_mut().zip(&mut ended).enumerate().filter(|(at, _)| asking.binary_search(at).is_ok());
+        choose(&shared.team, asked.map(|(_, asked)| asked).zip(lists));
         for (slot, ended) in slots.iter_mut().zip(&mut ended).filter(|(slot, _)| slot.embeds()) {
             *ended = slot.embed() == Progress::Ended;
         }
@@ -182,6 +186,27 @@ impl Scheduler<'_> {
         metrics.running.set(i64::try_from(self.slots.len()).unwrap_or(i64::MAX));
         let bytes = self.slots.iter().map(|slot| slot.sequence.kv_bytes()).sum::<usize>() + self.prefixes.bytes();
         metrics.kv_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+}
+
+/// Chooses each text's next token and notes whether it has ended. Where there is much to choose from, the texts are shared
+/// among the team: sorting a vocabulary takes long, and so do grammars and logarithmic probabilities of all of it.
+fn choose<'a: 's, 's>(
+    team: &Team,
+    texts: impl Iterator<Item = ((&'s mut Slot<'a>, &'s mut bool), &'s mut Vec<Candidate>)>,
+) {
+    let texts: Vec<_> = texts.collect();
+    let candidates: usize = texts.iter().map(|(_, candidates)| candidates.len()).sum();
+    let texts: Vec<_> = texts.into_iter().map(Mutex::new).collect();
+    let one = |at: usize| {
+        // Each is in one part of the work, so nobody waits.
+        let ((slot, ended), candidates) = &mut *texts[at].lock().unwrap_or_else(PoisonError::into_inner);
+        **ended = slot.choose(candidates) == Progress::Ended;
+    };
+    if candidates < MANY {
+        (0..texts.len()).for_each(one);
+    } else {
+        team.divide(&|part| share(texts.len(), team.threads(), part).for_each(one));
     }
 }
 
