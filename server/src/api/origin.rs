@@ -21,7 +21,7 @@ impl Hosts {
     /// to keys who may ask. The name `*` is any.
     #[must_use]
     pub fn new(address: IpAddr, names: &[String]) -> Self {
-        let any = names.iter().any(|name| name == "*") || names.is_empty() && !address.is_loopback();
+        let any = names.iter().any(|name| name == "*") || names.is_empty() && !address.to_canonical().is_loopback();
         Self { any, names: names.to_vec() }
     }
 

@@ -251,7 +251,7 @@ pub struct Parts {
 /// A handle on an engine.
 pub struct Engine {
     shared: Arc<Shared>,
-    jobs: Mutex<Option<mpsc::Sender<Submitted>>>,
+    jobs: Mutex<Option<mpsc::Sender<Vec<Submitted>>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -304,7 +304,7 @@ impl Engine {
         if submitted.is_empty() {
             return Ok(receivers);
         }
-        // Held until all are on their way, so that nobody else takes the room that they have been promised.
+        // Held until they are on their way, so that nobody else takes the room that they have been promised.
         let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(jobs) = jobs.as_ref().filter(|_| !self.shared.draining.load(Ordering::SeqCst)) else {
             return Err(Refused::Draining);
@@ -313,12 +313,10 @@ impl Engine {
         if waiting.get().saturating_add(more) > i64::try_from(self.shared.options.queue).unwrap_or(i64::MAX) {
             return Err(Refused::Full);
         }
-        for submitted in submitted {
-            waiting.inc();
-            if jobs.send(submitted).is_err() {
-                waiting.dec();
-                return Err(Refused::Draining);
-            }
+        waiting.add(more);
+        if jobs.send(submitted).is_err() {
+            waiting.sub(more);
+            return Err(Refused::Draining);
         }
         Ok(receivers)
     }

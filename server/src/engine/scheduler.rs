@@ -20,7 +20,7 @@ use crate::trace::End;
 const MANY: usize = 1 << 14;
 
 /// Runs until nobody can submit anything more and all that was submitted is done.
-pub(super) fn run(shared: &Shared, jobs: &Receiver<Submitted>) {
+pub(super) fn run(shared: &Shared, jobs: &Receiver<Vec<Submitted>>) {
     let mut engine = Scheduler {
         shared,
         batch: None,
@@ -70,18 +70,22 @@ struct Scheduler<'a> {
 
 impl Scheduler<'_> {
     /// Takes what has been submitted, waiting if there is nothing to do. `false`: all is done.
-    fn receive(&mut self, jobs: &Receiver<Submitted>) -> bool {
+    fn receive(&mut self, jobs: &Receiver<Vec<Submitted>>) -> bool {
         loop {
             match jobs.try_recv() {
-                Ok(submitted) => self.queue.push(submitted.job.client, submitted),
+                Ok(together) => self.enqueue(together),
                 Err(TryRecvError::Empty) if !self.slots.is_empty() || !self.queue.is_empty() => return true,
                 Err(TryRecvError::Empty) => match jobs.recv() {
-                    Ok(submitted) => self.queue.push(submitted.job.client, submitted),
+                    Ok(together) => self.enqueue(together),
                     Err(_) => return false,
                 },
                 Err(TryRecvError::Disconnected) => return !self.slots.is_empty() || !self.queue.is_empty(),
             }
         }
+    }
+
+    fn enqueue(&mut self, together: Vec<Submitted>) {
+        together.into_iter().for_each(|submitted| self.queue.push(submitted.job.client, submitted));
     }
 
     /// Ends what has lost its client or is late, or everything if the server can wait no longer.
