@@ -17,12 +17,14 @@ use ternion_compiler::Cpu;
 use ternion_runtime::formats::Checkpoint;
 use ternion_runtime::model::{DEFAULT_CHUNK, KernelChoice, KvType, problems};
 use ternion_runtime::team::Team;
+use ternion_server::api::Hosts;
 use ternion_server::engine::EngineOptions;
 use ternion_server::filter::Filter;
 use ternion_server::keys::{Keys, new_key};
 use ternion_server::listen::{ConnectionLimits, tls};
 use ternion_server::monitor::{Alert, Thresholds};
 use ternion_server::security_log::SecurityLog;
+use ternion_server::trace::Tracer;
 use ternion_server::{App, Limits, Offer, Options};
 use ternion_tuner::{Budget, CpuProfile, Request, SystemStopwatch, probe};
 
@@ -61,6 +63,8 @@ pub(crate) struct Serve {
     security: Security,
     #[command(flatten)]
     alerts: Alerts,
+    #[command(flatten)]
+    traces: Traces,
 }
 
 /// How models run.
@@ -175,12 +179,24 @@ struct Security {
     /// The certificate's key (PEM)
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
+    /// Let requests in that ask for this host (a proxy's name, say) and refuse other names; addresses and localhost are
+    /// always let in; may be given several times; `*` lets all in [default: none with a local --host, else all]
+    #[arg(long, value_name = "NAME", value_parser = parse_host)]
+    allow_host: Vec<String>,
     /// Let the pages of this origin ask, for example https://example.org; `*` lets all
     #[arg(long, value_name = "ORIGIN", value_parser = parse_origin)]
     cors: Option<String>,
     /// Serve no web page
     #[arg(long)]
     no_page: bool,
+}
+
+fn parse_host(text: &str) -> Result<String, String> {
+    let is_name = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+    match text.strip_suffix('.').unwrap_or(text) {
+        name if name == "*" || !name.is_empty() && is_name(name) => Ok(name.to_owned()),
+        _ => Err("expected a host's name, without https:// and port, or *".to_owned()),
+    }
 }
 
 fn parse_origin(text: &str) -> Result<String, String> {
@@ -228,6 +244,30 @@ fn parse_url(text: &str) -> Result<String, String> {
     match text.starts_with("http://") || text.starts_with("https://") {
         true => Ok(text.to_owned()),
         false => Err("expected http://… or https://…".to_owned()),
+    }
+}
+
+/// Spans of requests for a collector.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Traces")]
+struct Traces {
+    /// Send traces of requests (times, tokens, codes; never what was said) to this OpenTelemetry collector, by OTLP over HTTP,
+    /// for example http://127.0.0.1:4318 [default: OTEL_EXPORTER_OTLP_ENDPOINT of the environment, or else nowhere]
+    #[arg(long, value_name = "URL", value_parser = parse_url)]
+    otlp_endpoint: Option<String>,
+}
+
+impl Traces {
+    fn tracer(&self) -> Result<Option<Tracer>> {
+        let variable = "OTEL_EXPORTER_OTLP_ENDPOINT";
+        let endpoint = match (&self.otlp_endpoint, std::env::var(variable)) {
+            (Some(endpoint), _) => endpoint.clone(),
+            (None, Ok(endpoint)) if !endpoint.is_empty() => {
+                parse_url(&endpoint).map_err(|error| UsageError(format!("{variable} {endpoint:?}: {error}")))?
+            }
+            _ => return Ok(None),
+        };
+        Ok(Some(Tracer::new(&endpoint, |warning| note(&format!("warning: {warning}")))?))
     }
 }
 
@@ -317,7 +357,7 @@ fn add_key(name: &str, admin: bool, path: &Path) -> Result<ExitCode> {
 
 /// Everything but models.
 fn server_options(options: &Serve) -> Result<Options> {
-    let Serve { layout, limits, security, alerts, .. } = options;
+    let Serve { layout, limits, security, alerts, traces, .. } = options;
     let read =
         |path: &Path| std::fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()));
     let keys = security.api_key_file.as_deref().map(|path| {
@@ -354,6 +394,7 @@ fn server_options(options: &Serve) -> Result<Options> {
             drain: limits.drain,
         },
         keys: keys.transpose()?,
+        tracer: traces.tracer()?,
         filter,
         log,
         response_bytes: layout.response_cache.saturating_mul(1_000_000),
@@ -361,6 +402,7 @@ fn server_options(options: &Serve) -> Result<Options> {
         bandwidth: None,
         thresholds: alerts.thresholds(),
         webhook: alerts.alert_webhook.clone(),
+        hosts: Hosts::new(options.host, &security.allow_host),
         cors: security.cors.as_deref().map(|origin| origin.parse().expect("checked with the arguments")),
         page: !security.no_page,
         tls,
@@ -459,6 +501,15 @@ mod tests {
         assert_eq!(split("models/a=b.tern"), (None, Path::new("models/a=b.tern")));
         assert_eq!(split("a.tern"), (None, Path::new("a.tern")));
         assert_eq!(["a.tern", "b.gguf", "ternary-tales (embedded)"].map(short), ["a", "b", "ternary-tales"]);
+    }
+
+    #[test]
+    fn hosts_have_no_port() {
+        assert_eq!(parse_host("chat.example.org."), Ok("chat.example.org".to_owned()));
+        assert_eq!(parse_host("*"), Ok("*".to_owned()));
+        for host in ["", ".", "example.org:80", "http://example.org", "a b", "*.example.org", "[::1]"] {
+            assert!(parse_host(host).is_err(), "{host:?}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! - [`engine`]: one thread per model; continuous batching, prompts in chunks, prefix reuse, a fair and bounded queue.
 //! - [`api`]: routes, requests and answers; the door that every request passes.
 //! - [`listen`]: connections, TLS, limits, draining.
-//! - [`metrics`], [`monitor`]: what happened, for machines and for people.
+//! - [`metrics`], [`monitor`], [`trace`]: what happened, for machines and for people.
 //!
 //! Tokens are a function of model, prompt, settings and seed: what else runs, is cached or was asked before changes
 //! none of them.
@@ -18,11 +18,13 @@ pub mod listen;
 mod live;
 pub mod metrics;
 pub mod monitor;
+mod outgoing;
 pub mod process;
 pub mod responses;
 pub mod sanitise;
 pub mod security_log;
 mod served;
+pub mod trace;
 #[cfg(feature = "page")]
 mod web;
 
@@ -36,7 +38,7 @@ use std::time::{Duration, Instant};
 use axum::http::HeaderValue;
 use tokio_rustls::TlsAcceptor;
 
-use api::{ApiError, Fields, RateLimit};
+use api::{ApiError, Fields, Hosts, RateLimit};
 use engine::{Engine, EngineOptions, Parts};
 use filter::Filter;
 use keys::Keys;
@@ -48,6 +50,7 @@ use process::Usage;
 use responses::Responses;
 use security_log::{SecurityLog, now};
 pub use served::{Offer, Served};
+use trace::Tracer;
 
 /// Threads that read requests and write answers. They are idle most of the time: the work is done elsewhere.
 const HTTP_THREADS: usize = 2;
@@ -94,6 +97,8 @@ pub struct Options {
     pub keys: Option<Keys>,
     /// What neither requests nor answers may say.
     pub filter: Filter,
+    /// Where spans of requests are sent; `None`: nowhere.
+    pub tracer: Option<Tracer>,
     /// Where requests are noted.
     pub log: SecurityLog,
     /// Bytes that kept answers may take; 0 keeps none.
@@ -106,6 +111,8 @@ pub struct Options {
     pub thresholds: Thresholds,
     /// Where alerts are sent, as JSON by POST.
     pub webhook: Option<String>,
+    /// The names that it may be asked under.
+    pub hosts: Hosts,
     /// The origin whose pages may read answers.
     pub cors: Option<HeaderValue>,
     /// Whether there is a web page, if it is built in.
@@ -124,12 +131,14 @@ impl Default for Options {
             connections: ConnectionLimits::default(),
             keys: None,
             filter: Filter::default(),
+            tracer: None,
             log: SecurityLog::default(),
             response_bytes: 16_000_000,
             seed: Some(0),
             bandwidth: None,
             thresholds: Thresholds::default(),
             webhook: None,
+            hosts: Hosts::default(),
             cors: None,
             page: true,
             tls: None,
@@ -295,9 +304,15 @@ pub async fn serve(
     give_up();
     let engines = Arc::clone(&app);
     let joined = tokio::task::spawn_blocking(move || {
-        engines.models.iter().all(|served| served.engine.join(Duration::from_secs(5)))
+        let ended = engines.models.iter().all(|served| served.engine.join(Duration::from_secs(5)));
+        if let Some(tracer) = &engines.options.tracer {
+            tracer.stop();
+        }
+        ended
     });
-    Ok(answered && joined.await.unwrap_or(false))
+    // Waited for even if not all was answered: engines end their texts, and traces are sent.
+    let joined = joined.await.unwrap_or(false);
+    Ok(answered && joined)
 }
 
 /// [`serve`] on a runtime of its own, until `stop` says so.

@@ -2,19 +2,20 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
-use ureq::Agent;
-use ureq::tls::{TlsConfig, TlsProvider};
 
 use crate::metrics::Totals;
+use crate::outgoing;
 use crate::process::Usage;
 
 /// Minutes that are remembered.
 const MINUTES: usize = 24 * 60;
 const MINUTE: Duration = Duration::from_secs(60);
+/// Time for a webhook to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// When to raise an alert. What is `None` raises none.
 #[derive(Clone, Copy, Debug)]
@@ -232,12 +233,8 @@ impl Monitor {
 
 /// Sends an alert to a webhook. What the other side says to it is of no interest.
 pub(crate) fn post(url: &str, alert: &Alert) {
-    let crypto = Arc::new(rustls_rustcrypto::provider());
-    let tls = TlsConfig::builder().provider(TlsProvider::Rustls).unversioned_rustls_crypto_provider(crypto).build();
-    let config = Agent::config_builder().tls_config(tls).timeout_global(Some(Duration::from_secs(10))).build();
     if let Ok(body) = serde_json::to_string(alert) {
-        let agent: Agent = config.into();
-        let _ = agent.post(url).header("Content-Type", "application/json").send(body);
+        let _ = outgoing::agent(PATIENCE).post(url).header("Content-Type", "application/json").send(body);
     }
 }
 

@@ -119,6 +119,57 @@ fn several_texts_differ_and_the_first_is_the_only_one_of_one() {
 }
 
 #[test]
+fn what_prompts_have_in_common_is_read_once_though_they_come_together() {
+    let server = Server::start(&[
+        "--parallel",
+        "8",
+        "--chunk",
+        "16",
+        "--prefix-cache",
+        "0",
+        "--response-cache",
+        "0",
+        "--threads",
+        "2",
+    ]);
+    let beginning =
+        "Once upon a time there was a little girl who lived with her dog in a small house near the forest. ".repeat(2);
+    let prompts =
+        ["She", "One day it rained", "The dog", "Her mother said that"].map(|end| format!("{beginning}{end}"));
+    let tokens = prompts.each_ref().map(|prompt| {
+        let reply = server.post("/tokenize", &json!({"content": prompt, "add_special": true})).ok();
+        reply["tokens"].as_array().expect("tokens").clone()
+    });
+    let common = (0..).take_while(|at| tokens.iter().all(|one| one.get(*at) == tokens[0].get(*at))).count();
+    let alone = prompts.each_ref().map(|prompt| text(&server.post(TEXT, &seeded(prompt, 3)).ok()).to_owned());
+    assert_eq!(server.metric("ternion_prefix_cached_tokens_total"), 0.0, "each was read alone");
+    let mut body = seeded("", 3);
+    body["prompt"] = json!(prompts);
+    let together = server.post(TEXT, &body).ok();
+    for (at, alone) in alone.iter().enumerate() {
+        assert_eq!(together["choices"][at]["text"], *alone, "text {at}");
+    }
+    assert_eq!(server.metric("ternion_prefix_cached_tokens_total"), 3.0 * common as f64);
+    assert_eq!(together["usage"]["prompt_tokens_details"]["cached_tokens"], 3 * common);
+    // The same prompt for several texts: all but one of them read its last token only.
+    let several = |n: usize| {
+        let mut body = seeded(&prompts[0], 3);
+        body["n"] = json!(n);
+        server.post(TEXT, &body).ok()
+    };
+    let (few, before) = (several(2), server.metric("ternion_prefix_cached_tokens_total"));
+    let many = several(6);
+    assert_eq!(text(&many), alone[0]);
+    assert_eq!(many["choices"][1]["text"], few["choices"][1]["text"]);
+    let spared = server.metric("ternion_prefix_cached_tokens_total") - before;
+    assert_eq!(spared, 5.0 * (tokens[0].len() - 1) as f64);
+    assert_eq!(
+        many["usage"]["prompt_tokens_details"]["cached_tokens"], 0,
+        "the request as a whole has read its prompt"
+    );
+}
+
+#[test]
 fn a_stop_text_ends_the_answer_and_is_not_in_it() {
     let server = Server::start(&[]);
     let body = |stop: Value| json!({"prompt": "Once upon a time", "max_tokens": 40, "stop": stop, "ignore_eos": true});

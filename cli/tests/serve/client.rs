@@ -68,6 +68,11 @@ impl Server {
     /// the threads of a team would wait for each other.
     #[track_caller]
     pub(crate) fn start(arguments: &[&str]) -> Self {
+        Self::run(ternion(&Self::arguments(arguments)))
+    }
+
+    /// The arguments of [`start`](Self::start), completed.
+    pub(crate) fn arguments<'a>(arguments: &[&'a str]) -> Vec<&'a str> {
         let mut all = vec!["serve", "--port", "0", "--no-page"];
         if !arguments.contains(&"--rate-limit") {
             all.extend(["--rate-limit", "0"]);
@@ -76,13 +81,19 @@ impl Server {
             all.extend(["--threads", "1"]);
         }
         all.extend(arguments);
-        Self::of(&all)
+        all
     }
 
     /// Starts one with these arguments alone.
     #[track_caller]
     pub(crate) fn of(arguments: &[&str]) -> Self {
-        let mut child = ternion(arguments).stderr(Stdio::piped()).spawn().expect("the binary runs");
+        Self::run(ternion(arguments))
+    }
+
+    /// Runs this command, which starts one.
+    #[track_caller]
+    pub(crate) fn run(mut command: Command) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().expect("the binary runs");
         let mut lines = BufReader::new(child.stderr.take().expect("a pipe")).lines();
         let mut before = Vec::new();
         let address = loop {
@@ -129,14 +140,18 @@ impl Server {
         self.post_bytes(path, body.to_string().as_bytes())
     }
 
-    pub(crate) fn post_bytes(&self, path: &str, body: &[u8]) -> Reply {
-        read(self.send(path, body))
+    pub(crate) fn post_with(&self, path: &str, body: &Value, headers: &[(&str, &str)]) -> Reply {
+        read(self.send(path, body.to_string().as_bytes(), headers))
     }
 
-    fn send(&self, path: &str, body: &[u8]) -> ureq::http::Response<ureq::Body> {
+    pub(crate) fn post_bytes(&self, path: &str, body: &[u8]) -> Reply {
+        read(self.send(path, body, &[]))
+    }
+
+    fn send(&self, path: &str, body: &[u8], headers: &[(&str, &str)]) -> ureq::http::Response<ureq::Body> {
         let mut request = self.agent.post(self.url(path)).header("content-type", "application/json");
-        if let Some(key) = &self.key {
-            request = request.header("authorization", key);
+        for (name, value) in self.key.iter().map(|key| ("authorization", key.as_str())).chain(headers.iter().copied()) {
+            request = request.header(name, value);
         }
         request.send(body).expect("an answer")
     }
@@ -153,7 +168,7 @@ impl Server {
 
     /// A stream whose events are read one at a time.
     pub(crate) fn open(&self, path: &str, body: &Value) -> impl Iterator<Item = String> + use<> {
-        let reply = self.send(path, body.to_string().as_bytes());
+        let reply = self.send(path, body.to_string().as_bytes(), &[]);
         assert_eq!(reply.status(), 200);
         let lines = BufReader::new(reply.into_body().into_reader()).lines();
         lines.map_while(Result::ok).filter_map(|line| line.strip_prefix("data: ").map(str::to_owned))

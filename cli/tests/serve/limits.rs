@@ -229,7 +229,7 @@ fn slow_and_senseless_clients_are_given_up_and_others_do_not_notice() {
         // A head that comes byte by byte, and a body that does.
         let head = scope.spawn(|| server.raw(&drops, pause));
         let body = scope.spawn(|| {
-            let start = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n";
+            let start = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n";
             server.raw(&[&[&start[..]], &drops[..]].concat(), pause)
         });
         // Somebody who says nothing at all.
@@ -244,14 +244,14 @@ fn slow_and_senseless_clients_are_given_up_and_others_do_not_notice() {
     for garbage in [
         &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"[..],
         b"GET / HTTP/9.9\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
-        b"GET /%ff%fe/../..//etc/passwd HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /%ff%fe/../..//etc/passwd HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n",
     ] {
         let answer = server.raw(&[garbage], Duration::from_millis(10));
         assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
     }
-    let header = format!("GET / HTTP/1.1\r\nhost: a\r\nx: {}\r\n\r\n", "y".repeat(1 << 20));
+    let header = format!("GET / HTTP/1.1\r\nhost: localhost\r\nx: {}\r\n\r\n", "y".repeat(1 << 20));
     let answer = server.raw(&[header.as_bytes()], Duration::from_millis(10));
     assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
     server.get("/v1/models").ok();
@@ -272,11 +272,26 @@ fn pages_of_other_origins_may_ask_only_if_they_are_let() {
     let own = closed.get_with("/v1/models", &[("sec-fetch-site", "same-origin")]);
     own.ok();
     assert!(!own.headers.contains_key("access-control-allow-origin"));
+    // A page whose name has come to mean this machine is of the same origin.
+    let port = closed.address.port();
+    let rebound = [("host", format!("evil.example:{port}")), ("origin", format!("http://evil.example:{port}"))];
+    let rebound = rebound.each_ref().map(|(name, value)| (*name, value.as_str()));
+    let rebound = [&rebound[..], &[("sec-fetch-site", "same-origin")]].concat();
+    for path in ["/v1/models", "/metrics", "/admin/report.json"] {
+        let message = closed.get_with(path, &rebound).refused(403, "FORBIDDEN");
+        assert!(message.contains("--allow-host"), "{message}");
+    }
+    closed.get_with("/v1/models", &[("host", &format!("localhost:{port}"))]).ok();
+    let named = Server::start(&["--allow-host", "evil.example", "--allow-host", "other.example"]);
+    named.get_with("/v1/models", &[("host", "Evil.Example"), ("sec-fetch-site", "same-origin")]).ok();
+    named.get_with("/v1/models", &[("host", "third.example")]).refused(403, "FORBIDDEN");
     let open = Server::start(&["--cors", "https://example.org"]);
     let reply = open.get_with("/v1/models", &[("sec-fetch-site", "cross-site")]);
     reply.ok();
     assert_eq!(reply.headers["access-control-allow-origin"], "https://example.org");
-    let asked =
-        open.raw(&[b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"], Duration::ZERO);
+    let asked = open.raw(
+        &[b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"],
+        Duration::ZERO,
+    );
     assert!(asked.starts_with("HTTP/1.1 204") && asked.contains("authorization"), "{asked}");
 }

@@ -8,3 +8,4 @@ mod limits;
 mod openai;
 mod operation;
 mod page;
+mod traces;

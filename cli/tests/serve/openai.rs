@@ -1,4 +1,5 @@
-//! The `openai` package of Python, unchanged: where `TERNION_OPENAI_PYTHON` names an interpreter that has it.
+//! The `openai` package of Python, unchanged: where `TERNION_OPENAI_PYTHON` names a Python that has
+//! what `server/tests/requirements.txt` lists.
 
 use std::process::Command;
 

@@ -136,7 +136,7 @@ fn files_and_settings_that_cannot_be_used_are_named_before_anything_is_loaded() 
     };
     let (filter, keys, empty) = (file("filter", "ok\n(\n"), file("keys", "alice 12\n"), file("empty", "# none\n"));
     let tales = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/ternary-tales.tern");
-    let cases: [(&[&str], i32, &str); 12] = [
+    let cases: [(&[&str], i32, &str); 14] = [
         (&["--filter", &filter], 1, "line 2"),
         (&["--api-key-file", &keys], 1, "line 1"),
         (&["--api-key-file", &empty], 1, "--add-key"),
@@ -146,6 +146,8 @@ fn files_and_settings_that_cannot_be_used_are_named_before_anything_is_loaded() 
         (&["--model", tales, "--model", tales], 1, "ternary-tales"),
         (&["--context", "100000"], 1, "context"),
         (&["--cors", "example.org"], 2, "--cors"),
+        (&["--allow-host", "example.org:80"], 2, "--allow-host"),
+        (&["--otlp-endpoint", "localhost:4318"], 2, "--otlp-endpoint"),
         (&["--parallel", "0"], 2, "--parallel"),
         (&["--alert-cpu", "nan"], 2, "--alert-cpu"),
         (&["--seed", "x"], 2, "--seed"),

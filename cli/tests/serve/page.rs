@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-/// `TERNION_PAGE_PYTHON` names a Python that has what `server/tests/page/requirements.txt` lists.
+/// `TERNION_PAGE_PYTHON` names a Python that has what `server/tests/requirements.txt` lists.
 #[test]
 fn people_can_use_the_page() {
     let Some(python) = std::env::var_os("TERNION_PAGE_PYTHON") else {

@@ -2,17 +2,16 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde_json::{Value, json};
 use ternion_runtime::text::{Message, Tokenizer};
 use tokio::task::block_in_place;
 
+use super::answer::{Form, generate};
 use super::settings::{MOST_ALTERNATIVES, Settings};
-use super::stream::{Encode, Merged, collect, respond};
-use super::{ApiError, Client, Fields, JsonBody, Usage, identity};
-use crate::engine::{Event, TokenLogprob};
+use super::{ApiError, Client, Fields, JsonBody};
+use crate::engine::TokenLogprob;
 use crate::{App, Served};
 
 /// Most messages of a conversation.
@@ -38,37 +37,8 @@ pub(super) async fn complete(
         // The template writes its own BOS.
         Ok::<_, ApiError>((settings, served.encode(&rendered, false)?))
     })?;
-    let events = Merged::new(served.engine.submit(settings.jobs(&app, &served, client, &prompt)?)?);
-    let (id, created) = identity("chatcmpl", &app);
-    let usage = Usage { prompt: prompt.len(), ..Usage::default() };
-    let mut answer = Answer {
-        id,
-        created,
-        served,
-        usage,
-        logprobs: logprobs.is_some(),
-        include_usage: settings.include_usage,
-        begun: vec![false; settings.n],
-    };
-    if settings.stream {
-        return respond(app, events, answer).await;
-    }
-    let texts = collect(events).await?;
-    let choices: Vec<Value> = texts
-        .into_iter()
-        .enumerate()
-        .map(|(index, text)| {
-            answer.usage.add(text.done);
-            let logprobs = answer.logprobs.then(|| logprobs_json(&answer.served.tokenizer, &text.logprobs));
-            json!({
-                "index": index,
-                "message": {"role": "assistant", "content": text.text, "refusal": null},
-                "logprobs": logprobs,
-                "finish_reason": text.done.map(|done| done.finish.name()),
-            })
-        })
-        .collect();
-    Ok(Json(answer.object("chat.completion", &Value::from(choices), Some(&answer.usage.json()))).into_response())
+    let form = Chat { served: Arc::clone(&served) };
+    generate(app, served, client, settings, &[prompt], form).await
 }
 
 /// The conversation, made harmless.
@@ -132,61 +102,35 @@ fn logprobs_json(tokenizer: &Tokenizer, logprobs: &[TokenLogprob]) -> Value {
     json!({"content": content, "refusal": null})
 }
 
-/// What all objects of an answer have in common.
-struct Answer {
-    id: String,
-    created: u64,
+/// Messages, and the deltas of one.
+struct Chat {
     served: Arc<Served>,
-    usage: Usage,
-    logprobs: bool,
-    include_usage: bool,
-    /// Whether each text's first object has been sent.
-    begun: Vec<bool>,
 }
 
-impl Answer {
-    fn object(&self, kind: &str, choices: &Value, usage: Option<&Value>) -> Value {
-        let mut object = json!({
-            "id": self.id, "object": kind, "created": self.created, "model": self.served.name,
-            "system_fingerprint": self.served.fingerprint, "choices": choices,
-        });
-        if let Some(usage) = usage {
-            object["usage"] = usage.clone();
-        }
-        object
-    }
-
-    fn chunk(&self, at: usize, delta: &Value, logprobs: &Value, finish: Option<&str>) -> Value {
-        let choices = json!([{"index": at, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]);
-        let usage = self.include_usage.then_some(Value::Null);
-        self.object("chat.completion.chunk", &choices, usage.as_ref())
+impl Chat {
+    fn logprobs(&self, logprobs: Option<&[TokenLogprob]>) -> Option<Value> {
+        logprobs.map(|logprobs| logprobs_json(&self.served.tokenizer, logprobs))
     }
 }
 
-impl Encode for Answer {
-    fn encode(&mut self, at: usize, event: Event) -> Vec<Value> {
-        let mut objects = Vec::new();
-        if !std::mem::replace(&mut self.begun[at], true) {
-            objects.push(self.chunk(at, &json!({"role": "assistant", "content": ""}), &Value::Null, None));
-        }
-        match event {
-            Event::Text { text, logprobs } => {
-                let logprobs =
-                    if self.logprobs { logprobs_json(&self.served.tokenizer, &logprobs) } else { Value::Null };
-                objects.push(self.chunk(at, &json!({"content": text}), &logprobs, None));
-            }
-            Event::Done(done) => {
-                self.usage.add(Some(done));
-                objects.push(self.chunk(at, &json!({}), &Value::Null, Some(done.finish.name())));
-            }
-            Event::Embedding(_) | Event::Failed(_) => {}
-        }
-        objects
+impl Form for Chat {
+    const ID: &'static str = "chatcmpl";
+    const OBJECTS: [&'static str; 2] = ["chat.completion", "chat.completion.chunk"];
+
+    fn whole(&mut self, _: usize, text: &str, logprobs: Option<&[TokenLogprob]>) -> Value {
+        let message = json!({"role": "assistant", "content": text, "refusal": null});
+        json!({"message": message, "logprobs": self.logprobs(logprobs)})
     }
 
-    fn finish(&mut self) -> Vec<Value> {
-        let usage = self.usage.json();
-        let last = || self.object("chat.completion.chunk", &json!([]), Some(&usage));
-        self.include_usage.then(last).into_iter().collect()
+    fn first(&self) -> Option<Value> {
+        Some(json!({"delta": {"role": "assistant", "content": ""}, "logprobs": null}))
+    }
+
+    fn piece(&mut self, _: usize, text: &str, logprobs: Option<&[TokenLogprob]>) -> Value {
+        json!({"delta": {"content": text}, "logprobs": self.logprobs(logprobs)})
+    }
+
+    fn last(&self) -> Value {
+        json!({"delta": {}, "logprobs": null})
     }
 }

@@ -14,6 +14,7 @@ use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use sha2::{Digest, Sha256};
 
+use super::origin::is_foreign;
 use super::{ApiError, Client, Code};
 use crate::App;
 use crate::keys::Caller;
@@ -74,12 +75,15 @@ pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next
     let number = format!("req-{}{:08x}", app.run, app.requests.fetch_add(1, Ordering::Relaxed));
     let route = request.extensions().get::<MatchedPath>().map_or("none".to_owned(), |path| path.as_str().to_owned());
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    // Nobody wants traces of those who watch.
+    let tracer = app.options.tracer.as_ref().filter(|_| needs(&path) == Needs::Key);
+    let trace = tracer.map(|tracer| tracer.request(method.as_str(), &route, request.headers())).unwrap_or_default();
     let (client, admitted) = admit(&app, &request, &path);
     let mut response = match admitted {
         // A browser asks first whether it may.
         _ if app.options.cors.is_some() && method == Method::OPTIONS => StatusCode::NO_CONTENT.into_response(),
         Ok(()) => {
-            request.extensions_mut().insert(client);
+            request.extensions_mut().insert(Client { number: client, trace: trace.clone() });
             next.run(request).await
         }
         Err(error) => error.into_response(),
@@ -92,11 +96,12 @@ pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next
         app.metrics.errors.with_label_values(&[code]).inc();
     }
     app.monitor.request(status, time);
+    trace.answered(status, code);
     let logged = app.log.write(&Entry {
         time: now(),
         event: code,
         request: &number,
-        client: &format!("{:016x}", client.0),
+        client: &format!("{client:016x}"),
         method: method.as_str(),
         path: &path,
         status,
@@ -117,8 +122,8 @@ pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next
     response
 }
 
-/// Who asks, and whether they may.
-fn admit(app: &App, request: &Request, path: &str) -> (Client, Result<(), ApiError>) {
+/// Who asks, as a number, and whether they may.
+fn admit(app: &App, request: &Request, path: &str) -> (u64, Result<(), ApiError>) {
     let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip().to_canonical());
     let bearer = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let key = bearer.and_then(|value| value.strip_prefix("Bearer "));
@@ -130,10 +135,11 @@ fn admit(app: &App, request: &Request, path: &str) -> (Client, Result<(), ApiErr
         None => digest.update(format!("peer {:?}", peer.map(network))),
     }
     let digest: [u8; 32] = digest.finalize().into();
-    let client = Client(u64::from_le_bytes(std::array::from_fn(|at| digest[at])));
+    let client = u64::from_le_bytes(std::array::from_fn(|at| digest[at]));
     let needs = needs(path);
     let admitted = match (&app.options.keys, needs) {
         (_, Needs::Nothing) => Ok(()),
+        _ if !app.options.hosts.allow(request) => Err(ApiError::unknown_host()),
         _ if app.options.cors.is_none() && is_foreign(request) => Err(ApiError::foreign()),
         (Some(_), _) if caller.is_none() => Err(ApiError::unauthorised()),
         (Some(_), Needs::Admin) if caller.is_some_and(|caller| !caller.admin) => Err(ApiError::forbidden()),
@@ -144,23 +150,9 @@ fn admit(app: &App, request: &Request, path: &str) -> (Client, Result<(), ApiErr
     let counted = match needs {
         Needs::Nothing => Ok(()),
         Needs::Admin | Needs::Watcher if admitted.is_ok() => Ok(()),
-        _ => app.rate.count(client.0).map_err(ApiError::rate_limited),
+        _ => app.rate.count(client).map_err(ApiError::rate_limited),
     };
     (client, counted.and(admitted))
-}
-
-/// Whether a browser sends this on behalf of a page from elsewhere. It would not let that page read the answer, but the
-/// work would be done.
-fn is_foreign(request: &Request) -> bool {
-    let header = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
-    match header("sec-fetch-site") {
-        Some(site) => matches!(site, "cross-site" | "same-site"),
-        // Browsers that do not say it name the page's origin where it matters.
-        None => header("origin").is_some_and(|origin| {
-            let authority = origin.split_once("://").map(|(_, authority)| authority);
-            authority.is_none() || authority != header("host")
-        }),
-    }
 }
 
 /// What one client has of addresses: one of version 4, or 2^64 of version 6.

@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use ternion_runtime::embedding;
 use tokio::task::block_in_place;
 
-use super::settings::{check_prompt, job};
-use super::stream::{Merged, collect};
+use super::settings::{check_prompt, job, submit};
+use super::stream::collect;
 use super::{ApiError, Client, JsonBody};
 use crate::App;
 use crate::engine::Task;
@@ -38,9 +38,9 @@ pub(super) async fn embed(
     let mut jobs = Vec::new();
     for tokens in &texts {
         check_prompt(&app, &served, tokens)?;
-        jobs.push(job(&app, client, tokens, Task::Embed, None));
+        jobs.push(job(&app, &client, tokens, Task::Embed, None));
     }
-    let vectors = collect(Merged::new(served.engine.submit(jobs)?)).await?;
+    let vectors = collect(submit(&served, &client, jobs)?).await?;
     let data = vectors.into_iter().enumerate().map(|(index, text)| {
         let embedding = if base64 { Vector::Base64(to_base64(&text.embedding)) } else { Vector::Float(text.embedding) };
         Data { object: "embedding", index, embedding }

@@ -85,6 +85,13 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "FORBIDDEN", "pages from other origins may not ask this server: see --cors")
     }
 
+    /// The server is asked under a name that it does not have.
+    pub fn unknown_host() -> Self {
+        let message = "this server is asked by address, as localhost, or under a name that --allow-host gives it: the \
+                       Host of this request is none of these";
+        Self::new(StatusCode::FORBIDDEN, "FORBIDDEN", message)
+    }
+
     /// Too many requests by this client.
     pub fn rate_limited(seconds: u64) -> Self {
         let message = format!("too many requests: wait {seconds} s");

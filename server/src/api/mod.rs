@@ -1,11 +1,13 @@
 //! The HTTP interface: OpenAI's, and what an operator needs.
 
+mod answer;
 mod chat;
 mod completions;
 mod door;
 mod embeddings;
 mod error;
 mod fields;
+mod origin;
 mod plain;
 mod settings;
 mod stream;
@@ -19,15 +21,15 @@ use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodRouter, get, post};
-use serde_json::{Value, json};
 
 pub use door::RateLimit;
 pub use error::{ApiError, Code};
 pub use fields::Fields;
+pub use origin::Hosts;
 
 use crate::App;
-use crate::engine::Done;
 use crate::security_log::now;
+use crate::trace::Trace;
 
 /// What is served: method, path and handler. `openapi.json` describes the same, which a test checks.
 fn routes() -> [(&'static str, &'static str, MethodRouter<Arc<App>>); 15] {
@@ -62,15 +64,20 @@ pub fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// Who asks, as a number that says nothing about them outside this run of the server.
-#[derive(Clone, Copy, Debug)]
-pub struct Client(pub u64);
+/// Who asks.
+#[derive(Clone, Debug, Default)]
+pub struct Client {
+    /// A number that says nothing about them outside this run of the server.
+    number: u64,
+    /// The trace of what they ask.
+    trace: Trace,
+}
 
 impl FromRequestParts<Arc<App>> for Client {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &Arc<App>) -> Result<Self, ApiError> {
-        Ok(parts.extensions.get::<Self>().copied().unwrap_or(Self(0)))
+        Ok(parts.extensions.get::<Self>().cloned().unwrap_or_default())
     }
 }
 
@@ -88,30 +95,6 @@ impl FromRequest<Arc<App>> for JsonBody {
     }
 }
 
-/// Tokens of a request.
-#[derive(Clone, Copy, Debug, Default)]
-struct Usage {
-    prompt: usize,
-    completion: usize,
-    cached: usize,
-}
-
-impl Usage {
-    fn add(&mut self, done: Option<Done>) {
-        self.completion += done.map_or(0, |done| done.completion_tokens);
-        self.cached = self.cached.max(done.map_or(0, |done| done.cached_tokens));
-    }
-
-    fn json(&self) -> Value {
-        json!({
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        })
-    }
-}
-
 /// A name for an answer, and when it was made.
 fn identity(kind: &str, app: &App) -> (String, u64) {
     let number = app.answers.fetch_add(1, Ordering::Relaxed);
@@ -121,6 +104,7 @@ fn identity(kind: &str, app: &App) -> (String, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::Value;
     use std::collections::BTreeSet;
 
     #[test]

@@ -5,9 +5,11 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use ternion_runtime::sampling::{Sampling, SamplingOptions};
 
+use super::stream::Merged;
 use super::{ApiError, Client, Fields};
-use crate::engine::{Generation, Job, Task};
+use crate::engine::{Generation, Job, Refused, Task};
 use crate::responses::Key;
+use crate::trace::TextTrace;
 use crate::{App, Served};
 
 /// Most texts of one request.
@@ -98,6 +100,11 @@ impl Settings {
         })
     }
 
+    /// Whether tokens come with their probabilities.
+    pub(super) fn logprobs(&self) -> bool {
+        self.generation.logprobs.is_some()
+    }
+
     /// The `n` jobs for a prompt.
     ///
     /// # Errors
@@ -106,7 +113,7 @@ impl Settings {
         &self,
         app: &App,
         served: &Served,
-        client: Client,
+        client: &Client,
         prompt: &[u32],
     ) -> Result<Vec<Job>, ApiError> {
         check_prompt(app, served, prompt)?;
@@ -131,10 +138,23 @@ impl Settings {
 }
 
 /// A job that begins now.
-pub(super) fn job(app: &App, client: Client, prompt: &[u32], task: Task, key: Option<Key>) -> Job {
+pub(super) fn job(app: &App, client: &Client, prompt: &[u32], task: Task, key: Option<Key>) -> Job {
     let since = Instant::now();
     let deadline = since + app.options.limits.request_time;
-    Job { prompt: prompt.to_vec(), task, deadline, client: client.0, key, since }
+    let trace = TextTrace::default();
+    Job { prompt: prompt.to_vec(), task, deadline, client: client.number, key, since, trace }
+}
+
+/// Hands in the jobs of a request, which are traced from now on.
+///
+/// # Errors
+/// If the queue has no room for all, or the server is about to stop.
+pub(super) fn submit(served: &Served, client: &Client, mut jobs: Vec<Job>) -> Result<Merged, Refused> {
+    client.trace.model(&served.name);
+    for (number, job) in (0..).zip(&mut jobs) {
+        job.trace = client.trace.text(number);
+    }
+    Ok(Merged::new(served.engine.submit(jobs)?))
 }
 
 /// Whether a prompt may be read.

@@ -28,6 +28,7 @@ pub use grammar::{Grammar, GrammarError, Grammars};
 use crate::filter::Filter;
 use crate::metrics::EngineMetrics;
 use crate::responses::{Key, Responses};
+use crate::trace::{End, TextTrace};
 
 /// How an engine runs its model.
 #[derive(Clone, Copy, Debug)]
@@ -89,6 +90,8 @@ pub struct Job {
     pub key: Option<Key>,
     /// When it was submitted.
     pub since: Instant,
+    /// What is told of it.
+    pub trace: TextTrace,
 }
 
 /// Why a text ended.
@@ -138,6 +141,20 @@ pub enum Failure {
     Grammar,
     /// A bug: a pass failed.
     Internal,
+}
+
+impl Failure {
+    /// A word for it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Timeout => "timeout",
+            Self::Draining => "draining",
+            Self::Memory => "memory",
+            Self::Grammar => "grammar",
+            Self::Internal => "internal",
+        }
+    }
 }
 
 /// What a job hears.
@@ -234,7 +251,7 @@ pub struct Parts {
 /// A handle on an engine.
 pub struct Engine {
     shared: Arc<Shared>,
-    jobs: Mutex<Option<mpsc::Sender<Submitted>>>,
+    jobs: Mutex<Option<mpsc::Sender<Vec<Submitted>>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -272,19 +289,22 @@ impl Engine {
     /// If the queue has no room for all, or the server is about to stop. Nothing has been started then.
     pub fn submit(&self, jobs: Vec<Job>) -> Result<Vec<UnboundedReceiver<Event>>, Refused> {
         let (mut receivers, mut submitted) = (Vec::with_capacity(jobs.len()), Vec::new());
-        for job in jobs {
+        for mut job in jobs {
             let (events, receiver) = unbounded_channel();
             receivers.push(receiver);
             match job.key.as_ref().and_then(|key| self.shared.responses.get(key)) {
-                // The receiver is in our hands.
-                Some(answer) => answer.iter().for_each(|event| drop(events.send(event.clone()))),
+                Some(answer) => {
+                    job.trace.ended(End::Known, job.prompt.len());
+                    // The receiver is in our hands.
+                    answer.iter().for_each(|event| drop(events.send(event.clone())));
+                }
                 None => submitted.push(Submitted { job, events }),
             }
         }
         if submitted.is_empty() {
             return Ok(receivers);
         }
-        // Held until all are on their way, so that nobody else takes the room that they have been promised.
+        // Held until they are on their way, so that nobody else takes the room that they have been promised.
         let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(jobs) = jobs.as_ref().filter(|_| !self.shared.draining.load(Ordering::SeqCst)) else {
             return Err(Refused::Draining);
@@ -293,12 +313,10 @@ impl Engine {
         if waiting.get().saturating_add(more) > i64::try_from(self.shared.options.queue).unwrap_or(i64::MAX) {
             return Err(Refused::Full);
         }
-        for submitted in submitted {
-            waiting.inc();
-            if jobs.send(submitted).is_err() {
-                waiting.dec();
-                return Err(Refused::Draining);
-            }
+        waiting.add(more);
+        if jobs.send(submitted).is_err() {
+            waiting.sub(more);
+            return Err(Refused::Draining);
         }
         Ok(receivers)
     }

@@ -3,18 +3,24 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use ternion_runtime::formats::Pooling;
 use ternion_runtime::model::{Batch, Candidate, HeadScratch, ModelError, Part, Sequence};
+use ternion_runtime::team::{Team, Workers, share};
 
-use super::prefix::PrefixCache;
+use super::prefix::{PrefixCache, Step, step};
 use super::queue::FairQueue;
 use super::slot::{Progress, Slot};
 use super::{Event, Failure, Shared, Submitted, Task};
+use crate::trace::End;
+
+/// Candidates of all texts from which on it is worth waking the team to choose among them.
+const MANY: usize = 1 << 14;
 
 /// Runs until nobody can submit anything more and all that was submitted is done.
-pub(super) fn run(shared: &Shared, jobs: &Receiver<Submitted>) {
+pub(super) fn run(shared: &Shared, jobs: &Receiver<Vec<Submitted>>) {
     let mut engine = Scheduler {
         shared,
         batch: None,
@@ -64,18 +70,22 @@ struct Scheduler<'a> {
 
 impl Scheduler<'_> {
     /// Takes what has been submitted, waiting if there is nothing to do. `false`: all is done.
-    fn receive(&mut self, jobs: &Receiver<Submitted>) -> bool {
+    fn receive(&mut self, jobs: &Receiver<Vec<Submitted>>) -> bool {
         loop {
             match jobs.try_recv() {
-                Ok(submitted) => self.queue.push(submitted.job.client, submitted),
+                Ok(together) => self.enqueue(together),
                 Err(TryRecvError::Empty) if !self.slots.is_empty() || !self.queue.is_empty() => return true,
                 Err(TryRecvError::Empty) => match jobs.recv() {
-                    Ok(submitted) => self.queue.push(submitted.job.client, submitted),
+                    Ok(together) => self.enqueue(together),
                     Err(_) => return false,
                 },
                 Err(TryRecvError::Disconnected) => return !self.slots.is_empty() || !self.queue.is_empty(),
             }
         }
+    }
+
+    fn enqueue(&mut self, together: Vec<Submitted>) {
+        together.into_iter().for_each(|submitted| self.queue.push(submitted.job.client, submitted));
     }
 
     /// Ends what has lost its client or is late, or everything if the server can wait no longer.
@@ -85,10 +95,12 @@ impl Scheduler<'_> {
         let giving_up = self.shared.giving_up.load(Ordering::SeqCst);
         let failure = if giving_up { Failure::Draining } else { Failure::Timeout };
         let leaves = |waiting: &Submitted| giving_up || waiting.events.is_closed() || now >= waiting.job.deadline;
-        for gone in self.queue.take_out(leaves) {
+        for mut gone in self.queue.take_out(leaves) {
             metrics.waiting.dec();
             if gone.events.is_closed() {
                 metrics.cancelled.inc();
+            } else {
+                gone.job.trace.ended(End::Failed(failure.name()), 0);
             }
             // Whoever has gone does not hear it.
             let _ = gone.events.send(Event::Failed(failure));
@@ -114,12 +126,11 @@ impl Scheduler<'_> {
             let options = &self.shared.options;
             // A mean needs the states of all tokens.
             let all = matches!(job.task, Task::Embed) && self.shared.model.config().pooling == Some(Pooling::Mean);
-            let running = self.slots.iter().map(|slot| &slot.sequence);
-            let known = if all { None } else { self.prefixes.find(&job.prompt, running) };
+            let known = if all { None } else { self.prefixes.find(&job.prompt) };
             let sequence =
                 known.map_or_else(|| Sequence::new(&self.shared.model, options.kv, Some(options.context)), Ok);
             match sequence {
-                Ok(sequence) => self.slots.push(Slot::new(self.shared, job, events, sequence)),
+                Ok(sequence) => self.slots.push(Slot::new(self.shared, job, events, sequence, !all)),
                 Err(_) => drop(events.send(Event::Failed(Failure::Internal))),
             }
         }
@@ -136,7 +147,7 @@ impl Scheduler<'_> {
         let Some(batch) = batch else {
             return fail(slots, Failure::Memory);
         };
-        let counts = shares(&slots.iter().map(Slot::unread).collect::<Vec<_>>(), options.chunk);
+        let counts = shares(&ready(slots), options.chunk);
         let mut parts: Vec<Part<'_>> = Vec::with_capacity(slots.len());
         for (slot, count) in slots.iter_mut().zip(&counts).filter(|(_, count)| **count > 0) {
             let (sequence, tokens) = slot.part(*count);
@@ -162,9 +173,8 @@ impl Scheduler<'_> {
         lists.resize_with(queries.len().max(lists.len()), Vec::new);
         shared.model.head().candidates(&shared.team, queries.iter().copied(), head, &mut lists[..asking.len()]);
         let mut ended = vec![false; slots.len()];
-        for (at, candidates) in asking.into_iter().zip(lists) {
-            ended[at] = slots[at].choose(candidates) == Progress::Ended;
-        }
+        let asked = slots.iter_mut().zip(&mut ended).enumerate().filter(|(at, _)| asking.binary_search(at).is_ok());
+        choose(&shared.team, asked.map(|(_, asked)| asked).zip(lists));
         for (slot, ended) in slots.iter_mut().zip(&mut ended).filter(|(slot, _)| slot.embeds()) {
             *ended = slot.embed() == Progress::Ended;
         }
@@ -181,6 +191,47 @@ impl Scheduler<'_> {
         let bytes = self.slots.iter().map(|slot| slot.sequence.kv_bytes()).sum::<usize>() + self.prefixes.bytes();
         metrics.kv_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
     }
+}
+
+/// Chooses each text's next token and notes whether it has ended. Where there is much to choose from, the texts are shared
+/// among the team: sorting a vocabulary takes long, and so do grammars and logarithmic probabilities of all of it.
+fn choose<'a: 's, 's>(
+    team: &Team,
+    texts: impl Iterator<Item = ((&'s mut Slot<'a>, &'s mut bool), &'s mut Vec<Candidate>)>,
+) {
+    let texts: Vec<_> = texts.collect();
+    let candidates: usize = texts.iter().map(|(_, candidates)| candidates.len()).sum();
+    let texts: Vec<_> = texts.into_iter().map(Mutex::new).collect();
+    let one = |at: usize| {
+        // Each is in one part of the work, so nobody waits.
+        let ((slot, ended), candidates) = &mut *texts[at].lock().unwrap_or_else(PoisonError::into_inner);
+        **ended = slot.choose(candidates) == Progress::Ended;
+    };
+    if candidates < MANY {
+        (0..texts.len()).for_each(one);
+    } else {
+        team.divide(&|part| share(texts.len(), team.threads(), part).for_each(one));
+    }
+}
+
+/// How many tokens each text could read now. Those that begin like another one go on from what that has read, or wait for
+/// it.
+fn ready(slots: &mut [Slot<'_>]) -> Vec<usize> {
+    let mut counts: Vec<usize> = slots.iter().map(Slot::unread).collect();
+    // A text that has one token to read has nothing to share.
+    for at in (0..slots.len()).filter(|at| slots[*at].unread() > 1).collect::<Vec<_>>() {
+        let beginnings: Vec<_> = slots.iter().map(Slot::beginning).collect();
+        match step(&beginnings, at) {
+            Step::Read => {}
+            Step::Wait => counts[at] = 0,
+            Step::Fork { from, tokens } => {
+                let sequence = slots[from].sequence.fork(tokens);
+                slots[at].go_on_from(sequence);
+                counts[at] = slots[at].unread();
+            }
+        }
+    }
+    counts
 }
 
 /// How many of its unread tokens each text reads in a pass. A running text has one and always reads it; prompts share

@@ -9,8 +9,10 @@ use ternion_runtime::sampling::Sampler;
 use ternion_runtime::text::Detokenizer;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::prefix::Beginning;
 use super::text::Gate;
 use super::{Done, Event, Failure, Finish, Generation, Job, Shared, Task, TokenLogprob};
+use crate::trace::End;
 
 /// A text that is being generated.
 struct Running<'a> {
@@ -41,6 +43,8 @@ pub(super) struct Slot<'a> {
     /// How many of `next` have been read.
     read: usize,
     cached: usize,
+    /// Whether it may go on from what another text has read.
+    shares: bool,
     work: Work<'a>,
     last_token: Option<Instant>,
 }
@@ -55,8 +59,14 @@ pub(super) enum Progress {
 }
 
 impl<'a> Slot<'a> {
-    /// `sequence` may have read a part of the prompt.
-    pub(super) fn new(shared: &'a Shared, mut job: Job, events: UnboundedSender<Event>, sequence: Sequence) -> Self {
+    /// `sequence` may have read a part of the prompt; `shares`: whether another one may do that.
+    pub(super) fn new(
+        shared: &'a Shared,
+        mut job: Job,
+        events: UnboundedSender<Event>,
+        sequence: Sequence,
+        shares: bool,
+    ) -> Self {
         let cached = sequence.tokens().len();
         let next = job.prompt[cached..].to_vec();
         let work = match std::mem::replace(&mut job.task, Task::Embed) {
@@ -69,10 +79,27 @@ impl<'a> Slot<'a> {
             })),
             Task::Embed => Work::Embed(Vec::new()),
         };
+        job.trace.started(job.prompt.len());
         shared.metrics.queue_time.observe(job.since.elapsed().as_secs_f64());
         shared.metrics.prompt_tokens.inc_by(job.prompt.len() as u64);
         shared.metrics.cached_tokens.inc_by(cached as u64);
-        Self { shared, job, events, sent: Vec::new(), sequence, next, read: 0, cached, work, last_token: None }
+        Self { shared, job, events, sent: Vec::new(), sequence, next, read: 0, cached, shares, work, last_token: None }
+    }
+
+    /// What it is to others whose prompts begin like it.
+    pub(super) fn beginning(&self) -> Beginning<'_> {
+        let (prompt, read) = (&self.job.prompt[..], self.sequence.tokens());
+        let tokens = if read.len() < prompt.len() { prompt } else { read };
+        Beginning { tokens, read: read.len(), shares: self.shares }
+    }
+
+    /// Goes on from a sequence that has read more of the prompt than its own.
+    pub(super) fn go_on_from(&mut self, sequence: Sequence) {
+        let (before, now) = (self.sequence.tokens().len(), sequence.tokens().len());
+        self.shared.metrics.cached_tokens.inc_by((now - before) as u64);
+        self.cached += now - before;
+        (self.next, self.read) = (self.job.prompt[now..].to_vec(), 0);
+        self.sequence = sequence;
     }
 
     /// Tokens to be read before something can be chosen.
@@ -147,6 +174,7 @@ impl<'a> Slot<'a> {
             Some(last) => metrics.token_time.observe((now - last).as_secs_f64()),
         }
         metrics.completion_tokens.inc();
+        self.job.trace.token();
         let complete = match &mut asked.grammar {
             Some(grammar) => grammar.accept(token),
             None => Ok(false),
@@ -194,6 +222,7 @@ impl<'a> Slot<'a> {
     }
 
     fn end(&mut self, finish: Finish, completion_tokens: usize) -> Progress {
+        self.job.trace.ended(End::Finished(finish.name()), self.cached);
         self.send(Event::Done(Done { finish, completion_tokens, cached_tokens: self.cached }));
         if let Some(key) = self.job.key.take() {
             self.shared.responses.keep(key, std::mem::take(&mut self.sent));
@@ -204,6 +233,7 @@ impl<'a> Slot<'a> {
     /// Ends without success.
     pub(super) fn fail(&mut self, failure: Failure) -> Progress {
         self.job.key = None;
+        self.job.trace.ended(End::Failed(failure.name()), self.cached);
         self.send(Event::Failed(failure));
         Progress::Ended
     }

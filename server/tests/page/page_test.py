@@ -3,7 +3,7 @@
     python page_test.py PROGRAM [--chromium FILE] [--screenshots DIRECTORY]
 
 starts `PROGRAM serve`, which must write its address to standard error, and stops it at the end. Needs what
-requirements.txt lists and a Chromium (Debian: `apt-get install chromium`). Every check is an assertion; the exit code is
+`server/tests/requirements.txt` lists and a Chromium (Debian: `apt-get install chromium`). Every check is an assertion; the exit code is
 0 if all hold. With --screenshots there is a picture of each size, theme and state to look at.
 """
 
