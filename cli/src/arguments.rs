@@ -68,18 +68,18 @@ pub(crate) enum Command {
     Doctor(Doctor),
 }
 
-/// What a GGUF file leaves open.
+/// What a model's files leave open: GGUF has no place for an order, nor for an activation function.
 #[derive(Clone, Copy, Debug, Default, Args)]
-#[command(next_help_heading = "Reading GGUF files")]
+#[command(next_help_heading = "Reading model files")]
 pub(crate) struct ReadOptions {
     /// How I2_S matrices are ordered: 128 for released files, 64 for files quantised on ARM, rows4 for builds without
     /// ACT_PARALLEL; a wrong choice gives a model that talks nonsense
     #[arg(long, value_name = "LAYOUT", default_value = "128")]
     pub(crate) i2s_layout: I2sOrder,
-    /// Take the scales of I2_S matrices for reciprocals
+    /// Take the scales of a GGUF file's ternary matrices for reciprocals
     #[arg(long)]
     pub(crate) invert_scale: bool,
-    /// The activation function, instead of the one that the file's architecture stands for
+    /// The activation function, instead of the one that the model's files stand for
     #[arg(long, value_name = "FUNCTION")]
     pub(crate) activation: Option<ActivationName>,
 }
