@@ -52,8 +52,12 @@ pub(super) fn find(config: &ConfigFile) -> Result<&'static Family, FormatError> 
     })
 }
 
-/// The family of this name.
-pub(super) fn by_name(architecture: &str) -> Option<&'static Family> {
+/// The family as which `transformers` reads a model of this architecture. The community models' own code is not part of
+/// it; their layers are those of its BitNet class with another activation function.
+pub(super) fn in_transformers(architecture: &str) -> Option<&'static Family> {
+    if architecture == bitnet_community::FAMILY.architecture {
+        return Some(&bitnet::FAMILY);
+    }
     FAMILIES.iter().find(|family| family.architecture == architecture)
 }
 
