@@ -136,21 +136,24 @@ impl ConfigFile {
         Ok(RopeScaling::None)
     }
 
-    /// Layers with a sliding window: the ones that `layer_types` names, or, without it, all but every `group`th.
+    /// Layers with a sliding window: the ones that `layer_types` names, or, without it, those that `slides` picks. A window
+    /// that is not given is one of 4096 positions, as `transformers` has it; `null` is none.
     pub(super) fn sliding(
         &self,
         layers: usize,
         local_theta: f64,
-        group: usize,
+        slides: impl Fn(usize) -> bool,
     ) -> Result<Option<SlidingAttention>, FormatError> {
-        let window = self.size_or("sliding_window", 0)?;
-        let group = self.size_or("sliding_window_pattern", group)?.max(1);
+        let window = match self.json.get("sliding_window") {
+            None => 4096,
+            Some(_) => self.size_or("sliding_window", 0)?,
+        };
         let newer = &self.json["rope_parameters"]["sliding_attention"]["rope_theta"];
         let newer = self.number_at(newer, "rope_parameters", local_theta)?;
         let rope_theta = self.number_or("rope_local_base_freq", newer)?;
         let layers: Vec<usize> = match &self.json["layer_types"] {
             // More layers than the configuration's check lets through are refused there.
-            Value::Null => (0..layers.min(1 << 13)).filter(|layer| layer % group != group - 1).collect(),
+            Value::Null => (0..layers.min(1 << 13)).filter(|layer| slides(*layer)).collect(),
             Value::Array(kinds) => {
                 let slides = kinds.iter().enumerate().filter(|(_, kind)| *kind == "sliding_attention");
                 slides.map(|(layer, _)| layer).collect()
@@ -172,6 +175,11 @@ impl ConfigFile {
     pub(super) fn projection_norm_eps(&self) -> Result<f32, FormatError> {
         let field = "quantization_config.rms_norm_eps";
         self.number_at(self.quantization("rms_norm_eps"), field, 1e-6).map(|eps| eps as f32)
+    }
+
+    /// Whether there have to be norms in front of projections.
+    pub(super) fn promises_projection_norms(&self) -> bool {
+        self.quantization("use_rms_norm") == true
     }
 
     fn quantization(&self, field: &str) -> &Value {
@@ -251,6 +259,18 @@ mod tests {
         assert!(yarn.rope_scaling().unwrap_err().to_string().contains("yarn"));
         let plain = json!({"rope_scaling": null, "rope_parameters": {"rope_type": "default"}, "attention_bias": false});
         file(plain).refuse_what_is_not_implemented().unwrap();
+    }
+
+    #[test]
+    fn layers_slide_as_transformers_lets_them() {
+        let sliding = |json: Value| file(json).sliding(5, 1e4, |layer| layer >= 3).unwrap();
+        let expected =
+            |window, layers: &[usize]| Some(SlidingAttention { window, rope_theta: 1e4, layers: layers.to_vec() });
+        assert_eq!(sliding(json!({})), expected(4096, &[3, 4]));
+        assert_eq!(sliding(json!({"sliding_window": null})), None);
+        assert_eq!(sliding(json!({"sliding_window": 8})), expected(8, &[3, 4]));
+        let named = json!({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]});
+        assert_eq!(sliding(named), expected(8, &[1]));
     }
 
     #[test]

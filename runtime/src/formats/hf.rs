@@ -92,6 +92,9 @@ impl HuggingFace {
         };
         if self.projection_norm(0, Projection::Query).is_some() {
             self.config.projection_norm_eps = Some(file.projection_norm_eps()?);
+        } else if file.promises_projection_norms() {
+            let tensor = format!("{}.rms_norm.weight", self.projection_module(0, Projection::Query));
+            return Err(FormatError::MissingTensor { path: self.directory.clone(), tensor });
         }
         Ok(())
     }

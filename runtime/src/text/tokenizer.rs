@@ -51,7 +51,8 @@ pub enum TokenizerError {
 pub struct TokenizerConfig {
     /// Whether texts begin with the BOS token; if unknown, the tokenizer's own post-processor tells.
     pub add_bos: Option<bool>,
-    /// Whether texts end with the EOS token: those of embedding models do.
+    /// Whether texts end with the EOS token; if unknown, the tokenizer's own post-processor tells which token they end
+    /// with. Those of embedding models do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub add_eos: Option<bool>,
     /// Text of the token that begins a text.
@@ -69,7 +70,7 @@ impl TokenizerConfig {
         };
         Self {
             add_bos: json["add_bos_token"].as_bool(),
-            // `false` is what most files say, and what is meant without it.
+            // `false` is what most files say, and those of embedding models have a post-processor that appends a token.
             add_eos: json["add_eos_token"].as_bool().filter(|add| *add),
             bos_token: token("bos_token"),
             eos_token: token("eos_token"),
@@ -88,9 +89,9 @@ pub struct Tokenizer {
     /// Whether a text is encoded as if a space stood before it, which decoding takes away again.
     strip_space: bool,
     add_bos: bool,
-    add_eos: bool,
     bos: Option<u32>,
     eos: Option<u32>,
+    ending: Option<u32>,
 }
 
 impl Tokenizer {
@@ -143,9 +144,14 @@ impl Tokenizer {
             .and_then(|token| inner.token_to_id(token))
             .filter(|first| named.is_none_or(|bos| bos == *first));
         let add_bos = config.add_bos.unwrap_or(processed.is_some());
-        let add_eos = config.add_eos.unwrap_or(false);
+        let appended = last_special(&outline.post_processor).and_then(|token| inner.token_to_id(token));
+        let ending = match config.add_eos {
+            Some(false) => None,
+            Some(true) => appended.or(eos),
+            None => appended,
+        };
         let strip_space = alphabet == Alphabet::SentencePiece { strip_space: true };
-        Ok(Self { special, bytes, ends, strip_space, add_eos, add_bos, bos: named.or(processed), eos, inner })
+        Ok(Self { special, bytes, ends, strip_space, add_bos, bos: named.or(processed), eos, ending, inner })
     }
 
     /// Token ids of `text`, preceded by the BOS token if `add_bos` is set and the model has one. Special tokens
@@ -211,10 +217,11 @@ impl Tokenizer {
         self.add_bos && self.bos.is_some()
     }
 
-    /// Whether the model wants texts to end with the EOS token (embedding models).
+    /// The token that the model wants whole texts to end with, as embedding models do: what the tokenizer's own
+    /// post-processor appends, or the EOS token.
     #[must_use]
-    pub fn adds_eos(&self) -> bool {
-        self.add_eos && self.eos.is_some()
+    pub fn ending(&self) -> Option<u32> {
+        self.ending
     }
 
     /// The token that begins a text.
@@ -269,6 +276,19 @@ fn first_special(post_processor: &Value) -> Option<&str> {
     match post_processor["type"].as_str()? {
         "TemplateProcessing" => post_processor["single"][0]["SpecialToken"]["id"].as_str(),
         "Sequence" => post_processor["processors"].as_array()?.iter().find_map(first_special),
+        _ => None,
+    }
+}
+
+/// The special token that a post-processor puts after a text.
+fn last_special(post_processor: &Value) -> Option<&str> {
+    match post_processor["type"].as_str()? {
+        "TemplateProcessing" => {
+            let (last, before) = post_processor["single"].as_array()?.split_last()?;
+            let follows = before.iter().any(|part| !part["Sequence"].is_null());
+            last["SpecialToken"]["id"].as_str().filter(|_| follows)
+        }
+        "Sequence" => post_processor["processors"].as_array()?.iter().rev().find_map(last_special),
         _ => None,
     }
 }
@@ -359,6 +379,26 @@ mod tests {
         assert_eq!((0..=0x200).filter_map(char::from_u32).filter(|char| byte_of(*char).is_some()).count(), 256);
         assert_eq!(byte_of('Ġ'), Some(b' '));
         assert_eq!(byte_of('Ċ'), Some(b'\n'));
+    }
+
+    #[test]
+    fn a_post_processor_tells_what_stands_around_a_text() {
+        let special = |id: &str| serde_json::json!({"SpecialToken": {"id": id, "type_id": 0}});
+        let text = || serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+        let template = |single: &[Value]| {
+            let template = serde_json::json!({"type": "TemplateProcessing", "single": single});
+            serde_json::json!({"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]})
+        };
+        for (single, first, last) in [
+            (vec![special("<s>"), text()], Some("<s>"), None),
+            (vec![text(), special("<end>")], None, Some("<end>")),
+            (vec![special("<s>"), text(), special("</s>")], Some("<s>"), Some("</s>")),
+            (vec![special("<s>")], Some("<s>"), None),
+            (vec![text()], None, None),
+        ] {
+            let processor = template(&single);
+            assert_eq!((first_special(&processor), last_special(&processor)), (first, last));
+        }
     }
 
     #[test]

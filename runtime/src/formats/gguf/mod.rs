@@ -55,7 +55,7 @@ impl Gguf {
             Some(activation) => config.activation = activation,
             None if disguised => notes.push(format!(
                 "the file says {}, but its sizes are those of a bitnet_b1_58 community model: it runs with SiLU; choose \
-                 another activation if the text is nonsense",
+                 another (--activation) if the text is nonsense",
                 architecture.name
             )),
             None => {}
@@ -91,10 +91,10 @@ impl Gguf {
         scales.sort_unstable_by(f32::total_cmp);
         let Some(median) = scales.get(scales.len() / 2).copied() else { return Vec::new() };
         let odd = scales.iter().filter(|s| (**s / median).max(median / **s) > IMPLAUSIBLE).count();
-        if median > 1.0 && self.architecture.bitnet {
+        if median > 1.0 {
             vec![format!(
-                "its scales are around {median}, but those of a BitNet model are means of weights and below 1: if the \
-                 text is nonsense, open it with inverted scales"
+                "its scales are around {median}, but those of a ternary model are means of weights and below 1: if the \
+                 text is nonsense, open it with inverted scales (--invert-scale)"
             )]
         } else if odd > 0 {
             vec![format!("{odd} of its {} scales are far from the usual {median}: it may be damaged", scales.len())]
