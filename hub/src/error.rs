@@ -11,7 +11,9 @@ pub enum HubError {
     #[error("{0:?} is no model of a hub: give OWNER/NAME, for example microsoft/bitnet-b1.58-2B-4T")]
     Name(String),
     /// The hub wants a token, or another one.
-    #[error("{url}: the hub refuses access (status {status}): accept the model's licence on its page and set HF_TOKEN")]
+    #[error(
+        "{url}: the hub refuses access (status {status}): check its name, or accept its licence on its page and set HF_TOKEN"
+    )]
     Access {
         /// What was asked for.
         url: String,
