@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::dress::ScaleConvention;
+use super::error::brief;
 use super::{Activation, FormatError, RopeScaling, SlidingAttention};
 
 /// A `config.json`.
@@ -27,7 +28,7 @@ impl ConfigFile {
         match &self.json["architectures"] {
             Value::Null => Ok(Vec::new()),
             Value::Array(names) => Ok(names.iter().filter_map(Value::as_str).collect()),
-            other => Err(self.error("architectures", format!("is {other}, not a list"))),
+            other => Err(self.error("architectures", format!("is {}, not a list", brief(other)))),
         }
     }
 
@@ -36,7 +37,7 @@ impl ConfigFile {
             Value::Null => Err(self.error(field, "is missing".to_owned())),
             value => match value.as_u64().and_then(|size| usize::try_from(size).ok()) {
                 Some(size) => Ok(size),
-                None => Err(self.error(field, format!("is {value}, not a size"))),
+                None => Err(self.error(field, format!("is {}, not a size", brief(value)))),
             },
         }
     }
@@ -52,14 +53,16 @@ impl ConfigFile {
     fn number_at(&self, value: &Value, field: &str, default: f64) -> Result<f64, FormatError> {
         match value {
             Value::Null => Ok(default),
-            value => value.as_f64().ok_or_else(|| self.error(field, format!("is {value}, not a number"))),
+            value => value.as_f64().ok_or_else(|| self.error(field, format!("is {}, not a number", brief(value)))),
         }
     }
 
     pub(super) fn flag_or(&self, field: &str, default: bool) -> Result<bool, FormatError> {
         match &self.json[field] {
             Value::Null => Ok(default),
-            value => value.as_bool().ok_or_else(|| self.error(field, format!("is {value}, not true or false"))),
+            value => {
+                value.as_bool().ok_or_else(|| self.error(field, format!("is {}, not true or false", brief(value))))
+            }
         }
     }
 
@@ -93,7 +96,7 @@ impl ConfigFile {
                 Some("relu2") => Ok(Activation::Relu2),
                 Some("silu" | "swish") => Ok(Activation::Silu),
                 Some("gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
-                _ => Err(self.error(field, format!("is {value}, not relu2, silu or gelu_pytorch_tanh"))),
+                _ => Err(self.error(field, format!("is {}, not relu2, silu or gelu_pytorch_tanh", brief(value)))),
             },
         }
     }
@@ -108,7 +111,7 @@ impl ConfigFile {
         for rope in parts {
             let number = |field: &str| match rope[field].as_f64() {
                 Some(number) => Ok(number),
-                None => Err(self.error(field, format!("is {}, not a number", rope[field]))),
+                None => Err(self.error(field, format!("is {}, not a number", brief(&rope[field])))),
             };
             // An object without a type scales nothing; `rope_scaling: null` is usual.
             match (&rope["rope_type"], &rope["type"]) {
@@ -126,11 +129,11 @@ impl ConfigFile {
                         });
                     }
                     other => {
-                        let what = format!("rotary scaling of type {other}");
+                        let what = format!("rotary scaling of type {}", brief(other));
                         return Err(FormatError::Unsupported { path: self.path.clone(), what });
                     }
                 },
-                (kind, _) => return Err(self.error("rope_type", format!("is {kind}, not a name"))),
+                (kind, _) => return Err(self.error("rope_type", format!("is {}, not a name", brief(kind)))),
             }
         }
         Ok(RopeScaling::None)
@@ -158,7 +161,7 @@ impl ConfigFile {
                 let slides = kinds.iter().enumerate().filter(|(_, kind)| *kind == "sliding_attention");
                 slides.map(|(layer, _)| layer).collect()
             }
-            other => return Err(self.error("layer_types", format!("is {other}, not a list"))),
+            other => return Err(self.error("layer_types", format!("is {}, not a list", brief(other)))),
         };
         let slides = window > 0 && !layers.is_empty();
         Ok(slides.then_some(SlidingAttention { window, rope_theta, layers }))
@@ -199,7 +202,7 @@ impl ConfigFile {
         match self.quantization("quant_method") {
             Value::Null => Ok(()),
             method if method == "bitnet" => Ok(()),
-            method => refuse(format!("quant_method {method}")),
+            method => refuse(format!("quant_method {}", brief(method))),
         }
     }
 
@@ -208,16 +211,19 @@ impl ConfigFile {
             Value::Null => Ok(ScaleConvention::Inverse),
             class if class == "bitlinear" => Ok(ScaleConvention::Inverse),
             class if class == "autobitlinear" => Ok(ScaleConvention::Direct),
-            class => {
-                Err(self
-                    .error("quantization_config.linear_class", format!("is {class}, not autobitlinear or bitlinear")))
-            }
+            class => Err(self.error(
+                "quantization_config.linear_class",
+                format!("is {}, not autobitlinear or bitlinear", brief(class)),
+            )),
         }
     }
 
     pub(super) fn modules_to_not_convert(&self) -> Result<Vec<String>, FormatError> {
         let error = |value| {
-            self.error("quantization_config.modules_to_not_convert", format!("is {value}, not a list of modules"))
+            self.error(
+                "quantization_config.modules_to_not_convert",
+                format!("is {}, not a list of modules", brief(value)),
+            )
         };
         match self.quantization("modules_to_not_convert") {
             Value::Null => Ok(Vec::new()),

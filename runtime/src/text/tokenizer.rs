@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Detokenizer;
+use crate::formats::error::brief;
 
 /// Why a tokenizer cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -104,13 +105,14 @@ impl Tokenizer {
         let json = std::str::from_utf8(json).map_err(|error| invalid(&error))?;
         let outline: Outline = serde_json::from_str(json).map_err(|error| invalid(&error))?;
         let alphabet = Alphabet::of(&outline.decoder)?;
-        if mentions_precompiled(&outline.normalizer) {
-            return Err(TokenizerError::Invalid("a byte-level vocabulary with a Precompiled normalizer".to_owned()));
-        }
+        check_normalizer(&outline.normalizer).map_err(|problem| TokenizerError::Invalid(problem.to_owned()))?;
+        outline.model.check().map_err(|problem| TokenizerError::Invalid(problem.to_owned()))?;
         let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|error| invalid(&error))?;
         // A prompt is never cut or padded to suit a batch.
         inner.with_truncation(None).map_err(|error| invalid(&error))?;
         inner.with_padding(None);
+        // What stands around a text is added here, where the model wants it.
+        inner.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
 
         let vocab = inner.get_vocab(true);
         let largest = vocab.values().copied().max().unwrap_or(0);
@@ -136,7 +138,7 @@ impl Tokenizer {
             None => Ok(None),
             Some(token) => match inner.token_to_id(token) {
                 Some(id) => Ok(Some(id)),
-                None => Err(TokenizerError::NoSuchToken { role, token: token.clone() }),
+                None => Err(TokenizerError::NoSuchToken { role, token: brief(token) }),
             },
         };
         let (named, eos) = (find("BOS", &config.bos_token)?, find("EOS", &config.eos_token)?);
@@ -259,15 +261,47 @@ struct Outline {
     post_processor: Value,
     #[serde(default)]
     decoder: Value,
+    #[serde(default)]
+    model: ModelOutline,
 }
 
-fn mentions_precompiled(normalizer: &Value) -> bool {
-    match normalizer {
-        Value::Object(fields) => {
-            fields.get("type").is_some_and(|kind| kind == "Precompiled") || fields.values().any(mentions_precompiled)
+#[derive(Default, Deserialize)]
+struct ModelOutline {
+    #[serde(default)]
+    continuing_subword_prefix: Value,
+    #[serde(default)]
+    dropout: Value,
+}
+
+impl ModelOutline {
+    fn check(&self) -> Result<(), &'static str> {
+        if !(self.continuing_subword_prefix.is_null() || self.continuing_subword_prefix == "") {
+            return Err("a continuing_subword_prefix, which a vocabulary of bytes has not");
         }
-        Value::Array(items) => items.iter().any(mentions_precompiled),
-        _ => false,
+        if !(self.dropout.is_null() || self.dropout.as_f64() == Some(0.0)) {
+            return Err("a dropout, which makes tokens a matter of chance");
+        }
+        Ok(())
+    }
+}
+
+/// Whether this is a normalizer that vocabularies of bytes come with. Others change texts in ways that tokens do not
+/// give back, and the crate panics on a `Precompiled` one that is damaged and on a replaced pattern that matches nothing.
+fn check_normalizer(normalizer: &Value) -> Result<(), &'static str> {
+    if normalizer.is_null() {
+        return Ok(());
+    }
+    match normalizer["type"].as_str() {
+        Some("NFC" | "NFD" | "NFKC" | "NFKD" | "Lowercase" | "Strip" | "Prepend") => Ok(()),
+        Some("Replace") => match normalizer["pattern"]["String"].as_str() {
+            Some(pattern) if !pattern.is_empty() => Ok(()),
+            _ => Err("a normalizer that replaces something else than a fixed text"),
+        },
+        Some("Sequence") => match normalizer["normalizers"].as_array() {
+            Some(parts) => parts.iter().try_for_each(check_normalizer),
+            None => Err("a sequence of normalizers without any"),
+        },
+        _ => Err("a normalizer that vocabularies of bytes have not"),
     }
 }
 
@@ -334,7 +368,7 @@ fn push_piece(token: &str, bytes: &mut Vec<u8>) {
 }
 
 fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    brief(text.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
 /// Appends the bytes of a byte-level token. A token with a character outside the byte alphabet is plain text.

@@ -8,6 +8,7 @@ mod llama;
 mod qwen3;
 
 use super::config_file::ConfigFile;
+use super::error::brief;
 use super::{FormatError, LayerNorm, ModelConfig};
 
 /// What ternion has to know about a family.
@@ -46,7 +47,7 @@ pub(super) fn find(config: &ConfigFile) -> Result<&'static Family, FormatError> 
     FAMILIES.iter().find(|family| named.contains(&family.architecture)).ok_or_else(|| {
         FormatError::UnknownArchitecture {
             path: config.path().to_owned(),
-            found: if named.is_empty() { "(none named)".to_owned() } else { named.join(", ") },
+            found: if named.is_empty() { "(none named)".to_owned() } else { brief(named.join(", ")) },
             known: FAMILIES.iter().map(|family| family.architecture).collect(),
         }
     })
