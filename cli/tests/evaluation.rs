@@ -313,7 +313,7 @@ fn adapters_change_what_a_model_says_and_embeds() {
 fn mistakes_are_one_line_and_leave_nothing_behind() {
     let place = Place::new();
     let story = story(&place);
-    refused(&["eval"], 2, &["--text"]);
+    refused(&["eval"], 2, &["--text", "--choices", "--stats"]);
     refused(&["eval", "--text", "/no/such/file"], 1, &["/no/such/file"]);
     refused(&["eval", "--text", &story, "--stride", "300"], 2, &["--stride", "256"]);
     refused(&["eval", "--text", &story, "--context", "1"], 1, &["at least 2"]);
