@@ -431,6 +431,15 @@ fn a_norm_in_one_layer_only_is_refused() {
     assert!(error.contains("mlp.up_proj.norm"), "{error}");
 }
 
+#[test]
+fn norms_that_are_promised_and_missing_are_named() {
+    let promised = json!({"quantization_config": {"quant_method": "bitnet", "use_rms_norm": true}});
+    let path = tempfile::tempdir().unwrap();
+    llama(&promised).write(path.path());
+    let error = Checkpoint::open(path.path()).map(drop).unwrap_err().to_string();
+    assert!(error.contains("model.layers.0.self_attn.q_proj.rms_norm.weight"), "{error}");
+}
+
 /// `transformers` has to be given reciprocals then, which not every number has.
 #[test]
 fn scales_beside_biases_go_out_as_exact_reciprocals_or_are_refused() {
