@@ -26,13 +26,6 @@ pub fn load(path: &Path, threads: usize) -> Result<(Arc<Model>, Arc<Team>)> {
     Ok((Arc::new(model), team))
 }
 
-/// Some tokens of a vocabulary, the same every time (a Weyl sequence).
-#[must_use]
-pub fn tokens(count: usize, vocabulary: usize) -> Vec<u32> {
-    let step = |i: u64| i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-    (1..=count as u64).map(|i| (step(i) % vocabulary as u64) as u32).collect()
-}
-
 /// Reads tokens and chooses the next one greedily, which takes the time that is returned with it.
 ///
 /// # Errors

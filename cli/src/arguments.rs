@@ -68,19 +68,21 @@ pub(crate) enum Command {
     Doctor(Doctor),
 }
 
-/// What a GGUF file leaves open.
+/// Heading of their options: one for a whole group would be that of all options after it, too.
+const READING: &str = "Reading model files";
+
+/// What a model's files leave open: GGUF has no place for an order, nor for an activation function.
 #[derive(Clone, Copy, Debug, Default, Args)]
-#[command(next_help_heading = "Reading GGUF files")]
 pub(crate) struct ReadOptions {
     /// How I2_S matrices are ordered: 128 for released files, 64 for files quantised on ARM, rows4 for builds without
     /// ACT_PARALLEL; a wrong choice gives a model that talks nonsense
-    #[arg(long, value_name = "LAYOUT", default_value = "128")]
+    #[arg(long, value_name = "LAYOUT", default_value = "128", help_heading = READING)]
     pub(crate) i2s_layout: I2sOrder,
-    /// Take the scales of I2_S matrices for reciprocals
-    #[arg(long)]
+    /// Take the scales of a GGUF file's ternary matrices for reciprocals
+    #[arg(long, help_heading = READING)]
     pub(crate) invert_scale: bool,
-    /// The activation function, instead of the one that the file's architecture stands for
-    #[arg(long, value_name = "FUNCTION")]
+    /// The activation function, instead of the one that the model's files stand for
+    #[arg(long, value_name = "FUNCTION", help_heading = READING)]
     pub(crate) activation: Option<ActivationName>,
 }
 

@@ -97,7 +97,7 @@ pub(crate) fn embed(options: &Embed) -> Result<ExitCode> {
         }
         if length > limit {
             // The token that ends a text is what the last position is about.
-            let end = tokens.pop().filter(|_| tokenizer.adds_eos());
+            let end = tokens.pop().filter(|_| tokenizer.ending().is_some());
             tokens.truncate(limit - usize::from(end.is_some()));
             tokens.extend(end);
         }

@@ -1,7 +1,7 @@
 //! The model inside the binary, so that the first command needs no download and no path.
 
 use anyhow::Result;
-use ternion_runtime::formats::{Bytes, Checkpoint};
+use ternion_runtime::formats::{Bytes, Checkpoint, OpenOptions};
 
 /// Name of the embedded model in messages.
 pub(crate) const NAME: &str = "ternary-tales (embedded)";
@@ -13,6 +13,6 @@ struct Aligned<T: ?Sized>(T);
 static MODEL: &Aligned<[u8]> = &Aligned(*include_bytes!("../../assets/ternary-tales.tern"));
 
 /// Opens it.
-pub(crate) fn open() -> Result<Checkpoint> {
-    Ok(Checkpoint::from_prepared(NAME, Bytes::from_static(&MODEL.0))?)
+pub(crate) fn open(options: &OpenOptions) -> Result<Checkpoint> {
+    Ok(Checkpoint::from_bytes(NAME, Bytes::from_static(&MODEL.0), options)?)
 }

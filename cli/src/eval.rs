@@ -30,6 +30,7 @@ const WINDOW: usize = 4096;
 /// What to measure.
 #[derive(Debug, Args)]
 #[command(
+    group = clap::ArgGroup::new("what").required(true).multiple(true).args(["text", "choices", "stats"]),
     after_help = "Figures are the same with any kernel, number of threads and machine. Definitions, file formats \
     and what published models reach: docs/src/evaluation.md"
 )]
@@ -37,7 +38,7 @@ pub(crate) struct Eval {
     #[command(flatten)]
     model: ModelOptions,
     /// Measure the loss on this text (UTF-8)
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["choices", "stats"])]
+    #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Tokens that a prediction sees at most [default: the model's context, for a text at most 4096]
     #[arg(short, long, value_name = "TOKENS")]

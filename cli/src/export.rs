@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use ternion_runtime::formats::gguf::{TernaryType, TokenRowType};
-use ternion_runtime::formats::{Checkpoint, export_hf, gguf};
+use ternion_runtime::formats::{Activation, export_hf, gguf};
 
 use crate::arguments::ReadOptions;
 use crate::interrupt;
@@ -78,7 +78,12 @@ pub(crate) fn export(options: &Export) -> Result<ExitCode> {
             if written.rounded_scales > 0 {
                 note(&format!("note: this type has scales of 16 bits, {} were rounded", written.rounded_scales));
             }
-            warn_about_activation(&checkpoint);
+            if checkpoint.config().activation == Activation::Relu2 {
+                note(
+                    "note: only bitnet.cpp reads models with relu²; for llama.cpp's speed, not its text, export with \
+                     --activation silu",
+                );
+            }
         }
         (None, Some(path)) => {
             let written = with_bar(|progress| export_hf::export(&checkpoint, path, progress))?;
@@ -88,13 +93,6 @@ pub(crate) fn export(options: &Export) -> Result<ExitCode> {
         (None, None) => {}
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// GGUF does not say which activation function a model has.
-fn warn_about_activation(checkpoint: &Checkpoint) {
-    if checkpoint.config().activation == ternion_runtime::formats::Activation::Relu2 {
-        note("note: llama.cpp takes the activation to be SiLU, this model's is relu²: its text there is no comparison");
-    }
 }
 
 /// Calls `work` with a progress function that draws a bar and listens for an interruption.

@@ -51,7 +51,7 @@ pub(crate) fn open(path: Option<&Path>, read: &ReadOptions) -> Result<Checkpoint
             }
         },
         Some(path) => Checkpoint::open_with(path, &options)?,
-        None => embedded::open()?,
+        None => embedded::open(&options)?,
     };
     checkpoint.notes().iter().for_each(|line| note(&format!("note: {line}")));
     Ok(checkpoint)

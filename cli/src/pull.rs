@@ -23,16 +23,16 @@ pub(crate) struct Pull {
     /// The one file to fetch, where a model has several GGUF files
     #[arg(long, value_name = "FILE")]
     file: Option<String>,
-    /// What opens models with restricted access
+    /// What opens models with restricted access [default: HF_TOKEN, or what a login left]
     #[arg(long)]
     token: Option<String>,
-    /// The hub's address
+    /// The hub's address [default: HF_ENDPOINT, or Hugging Face's]
     #[arg(long, value_name = "URL")]
     endpoint: Option<String>,
-    /// The cache's directory
+    /// The cache's directory [default: HF_HUB_CACHE, or hub in HF_HOME]
     #[arg(long, value_name = "DIRECTORY")]
     cache: Option<PathBuf>,
-    /// Use the cache alone
+    /// Use the cache alone, as with HF_HUB_OFFLINE=1
     #[arg(long)]
     offline: bool,
 }
@@ -61,7 +61,13 @@ pub(crate) fn pull(options: &Pull) -> Result<ExitCode> {
     })?;
     drop(bar);
     output::print(&format!("{}\n", path.display()))?;
-    note(&format!("next: ternion setup {0}, or at once: ternion run {0} -p \"Once upon a time\"", options.name));
+    // Its name stands for the main revision in the usual cache.
+    let name = if pulled(Path::new(&options.name)).is_some_and(|known| known == path) {
+        options.name.clone()
+    } else {
+        path.display().to_string()
+    };
+    note(&format!("next: ternion setup {name}, or at once: ternion run {name} -p \"Once upon a time\""));
     Ok(ExitCode::SUCCESS)
 }
 

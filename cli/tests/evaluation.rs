@@ -231,6 +231,16 @@ fn an_embedding_model_embeds_and_does_not_generate() {
     assert_eq!(ended[0]["tokens"], 7);
     assert_ne!(plain[0]["embedding"], ended[0]["embedding"]);
 
+    // Where nothing names it, the tokenizer's own post-processor appends it: it need not be the EOS token.
+    let mut appending = support::small_tokenizer();
+    appending["post_processor"] = json!({
+        "type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+        "pair": [], "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+    });
+    place.write("tokenizer.json", &appending.to_string());
+    place.write("tokenizer_config.json", &json!({"bos_token": "<s>", "eos_token": "<s>"}).to_string());
+    assert_eq!(embed(&[]), ended);
+
     // A prepared file embeds alike.
     let prepared = place.path("model.tern");
     stdout(&["prepare", &model, "-o", &prepared]);
@@ -303,7 +313,7 @@ fn adapters_change_what_a_model_says_and_embeds() {
 fn mistakes_are_one_line_and_leave_nothing_behind() {
     let place = Place::new();
     let story = story(&place);
-    refused(&["eval"], 2, &["--text"]);
+    refused(&["eval"], 2, &["--text", "--choices", "--stats"]);
     refused(&["eval", "--text", "/no/such/file"], 1, &["/no/such/file"]);
     refused(&["eval", "--text", &story, "--stride", "300"], 2, &["--stride", "256"]);
     refused(&["eval", "--text", &story, "--context", "1"], 1, &["at least 2"]);

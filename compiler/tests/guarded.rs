@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 
 use ternion_compiler::harness::{self, Data, Placement, Problem};
 use ternion_compiler::{Columns, Cpu, Family, Feature, KernelSpec, Layout, Schedule, compile_each};
+use ternion_kernels_ref::SplitMix64;
 
 /// Set in the child.
 const CHILD: &str = "TERNION_TEST_GUARDED_CHILD";
@@ -53,7 +54,7 @@ fn say(line: &str) {
 
 fn run_cases() {
     let seed = std::env::var(SEED).map_or(1, |text| text.parse().expect("TERNION_TEST_SEED is a number"));
-    let mut random = Random(seed);
+    let mut random = SplitMix64::new(seed);
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     let mut total = 0;
     for batch in 0..BATCHES {
@@ -68,10 +69,10 @@ fn run_cases() {
                 let data = random.of(&Data::ALL);
                 let placement = random.of(&[Placement::BeforeGuard, Placement::AfterGuard, Placement::Unaligned]);
                 let problem = match spec.columns {
-                    Columns::One | Columns::Many => Problem::new(data, m, spec.k, n, random.next()),
-                    Columns::ListedRows => Problem::new(data, m, spec.k, 1, random.next()),
+                    Columns::One | Columns::Many => Problem::new(data, m, spec.k, n, random.next_u64()),
+                    Columns::ListedRows => Problem::new(data, m, spec.k, 1, random.next_u64()),
                     // A record is a column.
-                    Columns::ListedColumns => Problem::new(data, spec.k, m, 1, random.next()),
+                    Columns::ListedColumns => Problem::new(data, spec.k, m, 1, random.next_u64()),
                 };
                 let case = format!("{schedule}; {spec}; {cpu}; {problem}; placement={placement}");
                 say(&format!("case {case}"));
@@ -94,7 +95,7 @@ fn run_cases() {
 
 /// The host, in every other batch without some of its features: the stronger ones go first, so that the set is one that a
 /// CPU could have.
-fn lowered(random: &mut Random, batch: usize) -> Cpu {
+fn lowered(random: &mut SplitMix64, batch: usize) -> Cpu {
     let mut cpu = Cpu::host().expect("tests run where ternion emits code");
     if batch % 2 == 1 {
         let gone = random.below(Feature::ALL.len());
@@ -106,7 +107,7 @@ fn lowered(random: &mut Random, batch: usize) -> Cpu {
 }
 
 /// A kernel: a candidate, half of the time changed at random into another legal schedule.
-fn job(random: &mut Random, cpu: &Cpu) -> (KernelSpec, Schedule) {
+fn job(random: &mut SplitMix64, cpu: &Cpu) -> (KernelSpec, Schedule) {
     let columns = random.of(&[
         Columns::One,
         Columns::One,
@@ -137,7 +138,7 @@ fn job(random: &mut Random, cpu: &Cpu) -> (KernelSpec, Schedule) {
 
 /// Row lengths: short ones, ones next to a whole number of chunks, long ones; multiples of 4 as models have them, and
 /// now and then not.
-fn row_length(random: &mut Random) -> usize {
+fn row_length(random: &mut SplitMix64) -> usize {
     let k = match random.below(4) {
         0 => 4 * (1 + random.below(32)),
         1 => 256 * (1 + random.below(6)) + random.of(&[0, 4]),
@@ -147,27 +148,6 @@ fn row_length(random: &mut Random) -> usize {
     if random.below(8) == 0 { k - random.below(4) } else { k }
 }
 
-fn rows(random: &mut Random) -> usize {
+fn rows(random: &mut SplitMix64) -> usize {
     1 + if random.below(4) == 0 { random.below(140) } else { random.below(30) }
-}
-
-/// A stream of pseudo-random numbers (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
-    }
-
-    fn of<T: Copy>(&mut self, items: &[T]) -> T {
-        items[self.below(items.len())]
-    }
 }

@@ -10,8 +10,13 @@ pub enum HubError {
     /// A name that no repository or revision can have.
     #[error("{0:?} is no model of a hub: give OWNER/NAME, for example microsoft/bitnet-b1.58-2B-4T")]
     Name(String),
+    /// An address that nothing can be fetched from.
+    #[error("{0:?} is no address of a hub: give one that begins with https:// or http://")]
+    Endpoint(String),
     /// The hub wants a token, or another one.
-    #[error("{url}: the hub refuses access (status {status}): accept the model's licence on its page and set HF_TOKEN")]
+    #[error(
+        "{url}: the hub refuses access (status {status}): check its name, or accept its licence on its page and set HF_TOKEN"
+    )]
     Access {
         /// What was asked for.
         url: String,
@@ -70,7 +75,7 @@ pub enum HubError {
         files: Vec<String>,
     },
     /// Offline, and the model is not in the cache.
-    #[error("{repository} at {revision} is not in the cache {}: fetch it without HF_HUB_OFFLINE", cache.display())]
+    #[error("{repository} at {revision} is not in the cache {}: fetch it without --offline and HF_HUB_OFFLINE", cache.display())]
     Offline {
         /// The repository.
         repository: String,

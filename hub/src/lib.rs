@@ -96,6 +96,9 @@ impl Hub {
         if self.offline {
             return repository.cached(file);
         }
+        if !["https://", "http://"].iter().any(|scheme| self.endpoint.starts_with(scheme)) {
+            return Err(HubError::Endpoint(self.endpoint.clone()));
+        }
         let client = Client { agent: agent(), hub: self };
         let Revision { commit, files } = client.revision(&repository, progress)?;
         let wanted = repository.choose(&files, file)?;

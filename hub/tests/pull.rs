@@ -260,6 +260,9 @@ fn what_does_not_exist_is_said_not_to() {
     assert!(matches!(pull("someone/model", "v2", None), HubError::NotFound { .. }));
     assert!(matches!(pull("someone/model", "main", Some("m.gguf")), HubError::NotFound { .. }));
     assert!(matches!(pull("nobody", "main", None), HubError::Name(_)));
+    // Nothing is tried again there.
+    let hub = Hub { endpoint: "huggingface.co".to_owned(), ..server.hub(&cache) };
+    assert!(matches!(self::pull(&hub).unwrap_err(), HubError::Endpoint(_)));
 }
 
 #[test]

@@ -33,6 +33,7 @@ pub mod math;
 pub mod matrix;
 pub mod norm;
 pub mod quantize;
+pub mod random;
 pub mod rope;
 pub mod softmax;
 pub mod trit;
@@ -40,4 +41,5 @@ pub mod widen;
 
 pub use matrix::{InvalidCode, PackedMatrix, TernaryMatrix};
 pub use quantize::{Absmean, QuantizedRow};
+pub use random::SplitMix64;
 pub use trit::Trit;

@@ -2,10 +2,10 @@
 
 use ternion_compiler::listed::GROUP;
 use ternion_compiler::{Activations, Columns, Kernel, RecordList};
+use ternion_kernels_ref::SplitMix64;
 use ternion_tuner::{Product, Workers, fill_shared, share};
 
 use crate::Case;
-use crate::random::Random;
 
 /// A kernel that is ready to run.
 pub struct Entrant {
@@ -20,7 +20,7 @@ pub struct Entrant {
     sums: Vec<i32>,
     results: Vec<i32>,
     list: RecordList,
-    random: Random,
+    random: SplitMix64,
 }
 
 impl Entrant {
@@ -43,7 +43,7 @@ impl Entrant {
             Columns::ListedColumns => threads * 4 * layout.row_bytes(k),
         };
         let (results, list) = (vec![0; results], RecordList::with_capacity(case.records()));
-        Self { case, kernel, matrix_bytes, columns, start, stride, sums, results, list, random: Random::new(1) }
+        Self { case, kernel, matrix_bytes, columns, start, stride, sums, results, list, random: SplitMix64::new(1) }
     }
 
     /// What is measured.
@@ -66,7 +66,7 @@ impl Entrant {
     pub(crate) fn choose(&mut self) {
         if self.kernel.spec().columns.are_listed() {
             let record = self.kernel.layout().row_bytes(self.kernel.spec().k);
-            let (zeros, random) = (u64::from(self.case.zeros), &mut self.random);
+            let (zeros, random) = (usize::from(self.case.zeros), &mut self.random);
             let listed = (0..self.case.records()).filter(|_| random.below(100) >= zeros);
             self.list.fill(listed.map(|at| ((at * record) as u32, (at % 127) as i8)));
         }

@@ -13,7 +13,6 @@ mod entrant;
 mod filter;
 mod log;
 mod plot;
-mod random;
 mod report;
 mod row;
 mod shape;

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::random::Random;
+use ternion_kernels_ref::SplitMix64;
+
 use crate::row::Key;
 use crate::{Bench, Case, Log, LogError, Row, cpu_name};
 
@@ -56,7 +57,7 @@ impl Sweep {
         cases.dedup();
         let all = cases.len();
         // Shuffled before what is known is left out: a sweep that goes on keeps the order that it had.
-        Random::new(self.seed).shuffle(&mut cases);
+        SplitMix64::new(self.seed).shuffle(&mut cases);
         cases.retain(|case| !known.contains(&Key::here(*case, threads, &cpu)));
         let mut done = Done { before: all - cases.len(), left: cases.len(), ..Done::default() };
         let begin = bench.stopwatch().elapsed();

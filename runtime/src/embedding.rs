@@ -15,13 +15,13 @@ use crate::text::{Tokenizer, TokenizerError};
 /// The smallest length that a vector is divided by, as in PyTorch's `normalize`.
 const MIN_LENGTH: f32 = 1e-12;
 
-/// Token ids of a text to be embedded: with BOS and EOS where the model wants them.
+/// Token ids of a text to be embedded: with the tokens that the model wants before and after it.
 ///
 /// # Errors
 /// If the vocabulary has no tokens for some of the text.
 pub fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, TokenizerError> {
     let mut tokens = tokenizer.encode(text, tokenizer.adds_bos())?;
-    tokens.extend(tokenizer.eos().filter(|_| tokenizer.adds_eos()));
+    tokens.extend(tokenizer.ending());
     Ok(tokens)
 }
 

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use crate::formats::error::brief;
 use crate::formats::safetensors::Tensors;
 use crate::formats::{FloatMatrix, FormatError, ModelConfig, Projection};
 use crate::model::Model;
@@ -94,7 +95,7 @@ impl Adapter {
         let mut additions = Vec::new();
         for name in names {
             let Some(place) = Place::of(name).filter(|place| place.layer < config.layers) else {
-                return Err(LoraError::Unsupported { path, what: format!("it adapts {name}") });
+                return Err(LoraError::Unsupported { path, what: format!("it adapts {}", brief(name)) });
             };
             let Place { module, layer, projection, is_a } = place;
             if !is_a {
@@ -187,7 +188,7 @@ impl Settings {
     fn read(path: PathBuf) -> Result<Self, LoraError> {
         let text = std::fs::read_to_string(&path).map_err(|source| FormatError::Read { path: path.clone(), source })?;
         let json: Value = serde_json::from_str(&text)
-            .map_err(|error| FormatError::Json { path: path.clone(), problem: error.to_string() })?;
+            .map_err(|error| FormatError::Json { path: path.clone(), problem: brief(error) })?;
         if let Some(what) = unsupported(&json) {
             return Err(LoraError::Unsupported { path, what });
         }
@@ -195,7 +196,7 @@ impl Settings {
             |field: &str, problem: String| LoraError::Field { path: path.clone(), field: field.to_owned(), problem };
         let number = |field: &str| {
             let value = &json[field];
-            value.as_f64().ok_or_else(|| wrong(field, format!("is {value}, not a number")))
+            value.as_f64().ok_or_else(|| wrong(field, format!("is {}, not a number", brief(value))))
         };
         let pattern = |field: &str| -> Result<Vec<(String, f64)>, LoraError> {
             let entries = json[field].as_object().into_iter().flatten();
@@ -203,15 +204,16 @@ impl Settings {
                 // PEFT takes names for regular expressions; plain names mean the same either way.
                 let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_'));
                 let value = value.as_f64().filter(|_| plain);
-                let value =
-                    value.ok_or_else(|| wrong(field, format!("has {name:?}: expected a module's name and a number")));
+                let value = value.ok_or_else(|| {
+                    wrong(field, format!("has {:?}: expected a module's name and a number", brief(name)))
+                });
                 Ok((name.clone(), value?))
             };
             entries.map(entry).collect()
         };
         let rank = json["r"].as_u64().and_then(|rank| usize::try_from(rank).ok()).filter(|rank| *rank > 0);
         Ok(Self {
-            rank: rank.ok_or_else(|| wrong("r", format!("is {}, not a rank", json["r"])))?,
+            rank: rank.ok_or_else(|| wrong("r", format!("is {}, not a rank", brief(&json["r"]))))?,
             alpha: number("lora_alpha")?,
             rank_stabilised: json["use_rslora"].as_bool().unwrap_or(false),
             ranks: pattern("rank_pattern")?,
@@ -254,16 +256,16 @@ fn ends_with(module: &str, name: &str) -> bool {
 fn unsupported(json: &Value) -> Option<String> {
     let kind = &json["peft_type"];
     if kind != "LORA" {
-        return Some(format!("peft_type is {kind}"));
+        return Some(format!("peft_type is {}", brief(kind)));
     }
     if !matches!(json["bias"].as_str(), None | Some("none")) {
-        return Some(format!("bias is {}", json["bias"]));
+        return Some(format!("bias is {}", brief(&json["bias"])));
     }
     // Weights that start from the base's singular values leave a base that is not the model's own.
     if let Some(start) =
         json["init_lora_weights"].as_str().filter(|start| !["gaussian", "eva", "orthogonal"].contains(start))
     {
-        return Some(format!("init_lora_weights is {start}, which changes the base model"));
+        return Some(format!("init_lora_weights is {}, which changes the base model", brief(start)));
     }
     let flags = ["use_dora", "lora_bias", "fan_in_fan_out", "use_qalora"];
     if let Some(flag) = flags.into_iter().find(|flag| json[*flag] == true) {
@@ -286,7 +288,7 @@ fn unsupported(json: &Value) -> Option<String> {
         "velora_config",
         "use_bdlora",
     ];
-    lists.into_iter().find(|list| !empty(&json[*list])).map(|list| format!("{list} is {}", json[list]))
+    lists.into_iter().find(|list| !empty(&json[*list])).map(|list| format!("{list} is {}", brief(&json[list])))
 }
 
 #[cfg(test)]

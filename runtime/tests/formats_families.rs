@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use support::{Tensor, safetensors};
 use ternion_compiler::Layout;
 use ternion_runtime::formats::gguf::{TernaryType, TokenRowType, export};
+use ternion_runtime::formats::synth::Recipe;
 use ternion_runtime::formats::{
     Activation, Biases, Checkpoint, LayerNorm, ModelConfig, Pooling, Projection, RopeScaling, SlidingAttention,
     export_hf, tern,
@@ -160,6 +161,10 @@ fn assert_tensors(
 
 fn assert_same(model: &Checkpoint, expected: &Checkpoint) {
     assert_eq!(model.config(), expected.config());
+    assert_same_tensors(model, expected);
+}
+
+fn assert_same_tensors(model: &Checkpoint, expected: &Checkpoint) {
     assert_eq!(model.final_norm().unwrap(), expected.final_norm().unwrap());
     assert_eq!(*model.embedding().unwrap().bytes, *expected.embedding().unwrap().bytes);
     let head = |model: &Checkpoint| model.head().unwrap().map(|head| head.bytes.to_vec());
@@ -188,7 +193,10 @@ fn assert_comes_back(model: &Checkpoint, gguf: bool) {
     let exported = directory.path().join("exported");
     export_hf::export(model, &exported, &mut keep_going).unwrap();
     let again = Checkpoint::open(&exported).unwrap();
-    assert_same(&again, model);
+    // `transformers` has no class of the community's name, but one of another that computes the same.
+    let architecture = model.config().architecture.replace("BitnetFor", "BitNetFor");
+    assert_eq!(again.config(), &ModelConfig { architecture, ..model.config().clone() });
+    assert_same_tensors(&again, model);
     assert_eq!(again.generation(), model.generation());
     assert_eq!(again.tokenizer_config(), model.tokenizer_config());
     assert!(export_hf::export(model, &exported, &mut keep_going).unwrap_err().to_string().contains("already"));
@@ -421,4 +429,56 @@ fn a_norm_in_one_layer_only_is_refused() {
     directory.write(path.path());
     let error = Checkpoint::open(path.path()).map(drop).unwrap_err().to_string();
     assert!(error.contains("mlp.up_proj.norm"), "{error}");
+}
+
+#[test]
+fn norms_that_are_promised_and_missing_are_named() {
+    let promised = json!({"quantization_config": {"quant_method": "bitnet", "use_rms_norm": true}});
+    let path = tempfile::tempdir().unwrap();
+    llama(&promised).write(path.path());
+    let error = Checkpoint::open(path.path()).map(drop).unwrap_err().to_string();
+    assert!(error.contains("model.layers.0.self_attn.q_proj.rms_norm.weight"), "{error}");
+}
+
+/// `transformers` has to be given reciprocals then, which not every number has.
+#[test]
+fn scales_beside_biases_go_out_as_exact_reciprocals_or_are_refused() {
+    let (mut whole, mut refused) = (0, 0);
+    for zeros in 0..12 {
+        let config = ModelConfig {
+            architecture: "LlamaForCausalLM".to_owned(),
+            layers: 1,
+            hidden: 64,
+            ffn: 64,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 64,
+            vocabulary: 270,
+            context: 64,
+            biases: Biases { qkv: true, ..Biases::default() },
+            ..ModelConfig::default()
+        };
+        let zero_fraction = 0.4 + f64::from(zeros) / 100.0;
+        let recipe = Recipe { config, seed: 1, zero_fraction, gate_sparsity: None };
+        let model = Checkpoint::synthetic(recipe).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("exported");
+        match export_hf::export(&model, &path, &mut |_, _| ControlFlow::Continue(())) {
+            Ok(_) => {
+                let again = Checkpoint::open(&path).unwrap();
+                for projection in Projection::ALL {
+                    let scale = |model: &Checkpoint| model.projection(0, projection).unwrap().scale;
+                    assert_eq!(scale(&again), scale(&model), "{projection}");
+                }
+                whole += 1;
+            }
+            Err(error) => {
+                let error = error.to_string();
+                assert!(error.contains("reciprocal") && error.contains("export as GGUF"), "{error}");
+                assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+                refused += 1;
+            }
+        }
+    }
+    assert!(whole > 0 && refused > 0, "{whole} {refused}");
 }

@@ -201,6 +201,13 @@ fn architectures_tell_the_activation_and_the_user_may_know_better() {
     let options = OpenOptions { activation: Some(Activation::Silu), ..OpenOptions::default() };
     let model = open_with(&gguf(&embedded(), "bitnet-25", Weights::Tq2_0), &options).unwrap();
     assert_eq!(model.config().activation, Activation::Silu);
+    // So with what tells its activation itself; the file that is written says the new one.
+    let tales = Checkpoint::open_with(&support::embedded_path(), &options).unwrap();
+    assert_eq!(tales.config().activation, Activation::Silu);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model.gguf");
+    export_to(&tales, &path, TernaryType::Tq2_0).unwrap();
+    assert_eq!(Checkpoint::open(&path).unwrap().config().architecture, "BitnetForCausalLM");
     let error = message(open(&gguf(&embedded(), "mamba", Weights::Tq2_0)));
     assert!(error.contains("mamba") && error.contains("bitnet-b1.58"), "{error}");
 }
@@ -218,20 +225,30 @@ fn community_models_under_the_wrong_name_are_recognised() {
 
 #[test]
 fn reciprocal_scales_are_suspected_and_can_be_inverted() {
-    let mut file = gguf(&embedded(), "bitnet-b1.58", Weights::I2s128);
-    for (name, _, kind, bytes) in &mut file.tensors {
-        if *kind == 36 && name.starts_with("blk.") {
-            let tail = bytes.len() - 32;
-            let scale = f32::from_le_bytes(bytes[tail..tail + 4].try_into().unwrap());
-            bytes[tail..tail + 4].copy_from_slice(&(1.0 / scale).to_le_bytes());
+    // I2_S by bitnet.cpp's converter, the others by llama.cpp's. An f16 rounds a reciprocal.
+    for (weights, kind, unit) in [(Weights::I2s128, 36, 0), (Weights::Tq1_0, 34, 54), (Weights::Tq2_0, 35, 66)] {
+        let mut file = gguf(&embedded(), "bitnet-b1.58", weights);
+        let places = file.tensors.iter_mut().filter(|(name, _, of, _)| *of == kind && name.starts_with("blk."));
+        for (_, _, _, bytes) in places {
+            if kind == 36 {
+                let tail = bytes.len() - 32;
+                let scale = f32::from_le_bytes(bytes[tail..tail + 4].try_into().unwrap());
+                bytes[tail..tail + 4].copy_from_slice(&(1.0 / scale).to_le_bytes());
+            } else {
+                for d in bytes.chunks_exact_mut(unit).map(|block| &mut block[unit - 2..]) {
+                    let scale = half::f16::from_le_bytes(d.try_into().unwrap());
+                    d.copy_from_slice(&half::f16::from_f32(1.0 / scale.to_f32()).to_le_bytes());
+                }
+            }
         }
+        let model = open(&file).unwrap();
+        assert!(model.notes().iter().any(|note| note.contains("inverted scales")), "{:?}", model.notes());
+        let options = OpenOptions { invert_scale: true, ..OpenOptions::default() };
+        let model = open_with(&file, &options).unwrap();
+        assert_eq!(model.notes(), [""; 0]);
+        let rounded = |scale: f32| if kind == 36 { 1.0 / scale } else { half::f16::from_f32(1.0 / scale).to_f32() };
+        assert_weights(&model, |scale| 1.0 / rounded(scale));
     }
-    let model = open(&file).unwrap();
-    assert!(model.notes().iter().any(|note| note.contains("inverted scales")), "{:?}", model.notes());
-    let options = OpenOptions { invert_scale: true, ..OpenOptions::default() };
-    let model = open_with(&file, &options).unwrap();
-    assert_eq!(model.notes(), [""; 0]);
-    assert_weights(&model, |scale| 1.0 / (1.0 / scale));
 }
 
 #[test]

@@ -3,6 +3,8 @@
 //!
 //! A process of its own: its allocator counts.
 
+mod support;
+
 use std::alloc::{GlobalAlloc, Layout as Allocation, System};
 use std::fmt::Display;
 use std::ops::ControlFlow;
@@ -11,7 +13,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
 use ternion_compiler::Layout;
+use ternion_kernels_ref::SplitMix64;
 use ternion_runtime::formats::gguf::{TernaryType, TokenRowType, export};
 use ternion_runtime::formats::synth::Recipe;
 use ternion_runtime::formats::tern::{self, HeadType};
@@ -88,14 +92,11 @@ fn read_all(model: &Checkpoint) -> Result<(), FormatError> {
 }
 
 /// A generator of damage, the same each time.
-struct Damage(u64);
+struct Damage(SplitMix64);
 
 impl Damage {
     fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) as usize % bound.max(1)
+        self.0.below(bound)
     }
 
     /// Flips bits, replaces bytes, cuts, doubles, and puts telling numbers where a length may be; mostly in the first
@@ -150,10 +151,55 @@ impl Damage {
     }
 }
 
+/// A JSON document in which some values are others, or are gone: still JSON, but not what it should be.
+fn damage_json(damage: &mut Damage, whole: &Value) -> Vec<u8> {
+    let strange = [
+        json!(null),
+        json!(true),
+        json!(0),
+        json!(-1),
+        json!(0.5),
+        json!(1e300),
+        json!(7),
+        json!(u32::MAX),
+        json!(u64::MAX),
+        json!(i64::MIN),
+        json!(""),
+        json!("\u{0}🦊"),
+        json!("(?:[a"),
+        json!("(a*)*b"),
+        json!("{% for"),
+        json!("x".repeat(3000)),
+        json!([]),
+        json!({}),
+        json!([[], {}, null, "a", -3]),
+    ];
+    let mut json = whole.clone();
+    for _ in 0..=damage.below(2) {
+        let mut places = Vec::new();
+        support::pointers(&json, String::new(), &mut places);
+        // A vocabulary has more values than all the rest.
+        let (words, rest): (Vec<_>, Vec<_>) = places.into_iter().partition(|at| at.starts_with("/model/vocab/"));
+        let places = if damage.below(8) == 0 && !words.is_empty() { words } else { rest };
+        let other = json.pointer(&places[damage.below(places.len())]).cloned().unwrap_or_default();
+        let Some(value) = json.pointer_mut(&places[damage.below(places.len())]) else { continue };
+        match (damage.below(4), value) {
+            (0, Value::Array(items)) if !items.is_empty() => drop(items.remove(damage.below(items.len()))),
+            (0, Value::Object(fields)) if !fields.is_empty() => {
+                let name = fields.keys().nth(damage.below(fields.len())).cloned().unwrap();
+                fields.remove(&name);
+            }
+            (1, value) => *value = other,
+            (_, value) => *value = strange[damage.below(strange.len())].clone(),
+        }
+    }
+    json.to_string().into_bytes()
+}
+
 /// Reads `FILES` damaged files, which take `size` bytes when they are whole; `read` says how one is made and read.
 fn survive<E: Display>(size: usize, mut read: impl FnMut(&mut Damage) -> Result<(), E>) {
     let _one = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let mut damage = Damage(0x5eed);
+    let mut damage = Damage(SplitMix64::new(0x5eed));
     let mut refused = 0;
     for file in 0..FILES {
         let (before, start) = (NOW.load(Ordering::Relaxed), Instant::now());
@@ -216,7 +262,8 @@ fn damaged_prepared_files() {
     });
 }
 
-/// Damages one of a directory's files, in the first 4000 bytes for the most part, for as long as `read` reads it.
+/// Damages one of a directory's files for as long as `read` reads it: its JSON every second time if it is some, or else
+/// its bytes, for the most part among the first 4000.
 fn with_damaged<E>(
     file: &(PathBuf, Vec<u8>),
     damage: &mut Damage,
@@ -224,7 +271,11 @@ fn with_damaged<E>(
 ) -> Result<(), E> {
     let (name, whole) = file;
     let mut bytes = whole.clone();
-    damage.apply(&mut bytes, 4000);
+    let json = || serde_json::from_slice(whole).ok().filter(|_| name.extension().is_some_and(|kind| kind == "json"));
+    match json().filter(|_| damage.below(2) == 0) {
+        Some(json) => bytes = damage_json(damage, &json),
+        None => damage.apply(&mut bytes, 4000),
+    }
     // A mapped file must not change while it is open, so it is another one each time.
     std::fs::remove_file(name).unwrap();
     std::fs::write(name, bytes).unwrap();
@@ -249,14 +300,44 @@ fn damaged_hugging_face_directories() {
         export_hf::export(&tiny(), path, &mut |_, _| ControlFlow::Continue(())).unwrap();
     });
     let path = directory.path().join("model");
-    let names =
-        ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json"];
-    let files = files_of(&path, &names);
-    survive(files.iter().map(|(_, bytes)| bytes.len()).sum(), |damage| {
-        // The weights and the configuration more often than the rest.
-        let file = &files[[0, 0, 0, 1, 1, 2, 3, 4][damage.below(8)]];
-        with_damaged(file, damage, || read_all(&Checkpoint::open(&path)?))
+    let size = |files: &[(PathBuf, Vec<u8>)]| files.iter().map(|(_, bytes)| bytes.len()).sum();
+    // Everything that a tokenizer may have.
+    let mut tokenizer = support::small_tokenizer();
+    tokenizer["normalizer"] = json!({"type": "Sequence", "normalizers": [
+        {"type": "NFC"}, {"type": "Prepend", "prepend": "Ġ"}, {"type": "Replace", "pattern": {"String": "~"}, "content": "-"},
+    ]});
+    tokenizer["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}|\s+(?!\S)|\s+"}, "behavior": "Isolated", "invert": false},
+        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+    ]});
+    tokenizer["post_processor"] = json!({
+        "type": "TemplateProcessing", "pair": [],
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
     });
+    tokenizer["model"]["vocab"]["on"] = json!(258);
+    tokenizer["model"]["merges"] = json!([["o", "n"]]);
+    std::fs::write(path.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(path.join("tokenizer_config.json"), r#"{"bos_token": "<s>", "eos_token": "</s>"}"#).unwrap();
+    for (names, opens) in [
+        (&["model.safetensors"][..], true),
+        (&["config.json", "generation_config.json", "tokenizer_config.json"], true),
+        (&["tokenizer.json"], false),
+    ] {
+        let files = files_of(&path, names);
+        let whole = Checkpoint::open(&path).unwrap();
+        survive(size(&files), |damage| {
+            let file = &files[damage.below(files.len())];
+            with_damaged(file, damage, || {
+                if opens {
+                    return read_all(&Checkpoint::open(&path)?);
+                }
+                let tokenizer = whole.tokenizer()?;
+                let _ = tokenizer.encode("Once upon a time 🦊, 12345", true).map(|tokens| tokenizer.decode(&tokens));
+                Ok(())
+            })
+        });
+    }
 }
 
 /// The families' tokenizers as SentencePiece has them.
@@ -283,8 +364,9 @@ fn damaged_adapters() {
         std::fs::copy(fixtures().join("lora/first").join(name), directory.path().join(name)).unwrap();
     }
     let files = files_of(directory.path(), &names);
-    survive(files.iter().map(|(_, bytes)| bytes.len()).sum(), |damage| {
-        let file = &files[damage.below(2)];
-        with_damaged(file, damage, || Adapter::open(directory.path(), &config, 1.0).map(drop))
-    });
+    for file in &files {
+        survive(file.1.len(), |damage| {
+            with_damaged(file, damage, || Adapter::open(directory.path(), &config, 1.0).map(drop))
+        });
+    }
 }

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::Parser;
-use ternion_benches::model::{load, median, read, tokens};
+use ternion_benches::model::{load, median, read};
 use ternion_runtime::model::{KvType, Session, SessionOptions};
+use ternion_runtime::verify::some_tokens;
 
 /// Decoding speed by context length and type of the KV cache
 #[derive(Debug, Parser)]
@@ -46,7 +47,7 @@ fn main() -> Result<()> {
             for context in &arguments.contexts {
                 let mut session = Session::new(Arc::clone(&model), Arc::clone(&team), &options)?;
                 let start = Instant::now();
-                session.read(&tokens(*context, model.config().vocabulary))?;
+                session.read(&some_tokens(*context, model.config().vocabulary, 0))?;
                 sessions.push((*context, *context as f64 / start.elapsed().as_secs_f64(), session, 0, Vec::new()));
             }
             for _ in 0..arguments.n {

@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
-use ternion_benches::model::{load, median, tokens};
+use ternion_benches::model::{load, median};
 use ternion_runtime::formats::GenerationDefaults;
 use ternion_runtime::generate::{GenerateOptions, generate};
 use ternion_runtime::model::{Session, SessionOptions};
 use ternion_runtime::sampling::{Sampling, SamplingOptions};
 use ternion_runtime::team::available_threads;
+use ternion_runtime::verify::some_tokens;
 
 /// Growth over a run that allocators and page sizes explain: as a share, and in bytes.
 const FLAT: (f64, f64) = (0.002, 2e6);
@@ -86,7 +87,7 @@ fn main() -> Result<ExitCode> {
     ensure!(arguments.context > PROMPT, "--context: expected more than {PROMPT} tokens");
     let (model, team) = load(&arguments.model, arguments.threads.unwrap_or_else(available_threads))?;
     let context = arguments.context.min(model.config().context);
-    let prompt = tokens(PROMPT.min(context - 1), model.config().vocabulary);
+    let prompt = some_tokens(PROMPT.min(context - 1), model.config().vocabulary, 0);
     let options = SessionOptions { context: Some(context), ..SessionOptions::default() };
     let mut session = Session::new(model, team, &options)?;
     let sampling = SamplingOptions { temperature: Some(1.0), top_k: Some(40), ..SamplingOptions::default() };

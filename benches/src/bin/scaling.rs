@@ -15,12 +15,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use clap::Parser;
 use ternion_benches::Matrix;
-use ternion_benches::model::{median, read, tokens};
+use ternion_benches::model::{median, read};
 use ternion_compiler::{Columns, Cpu, KernelSpec, compile};
 use ternion_runtime::formats::synth::Recipe;
 use ternion_runtime::formats::{Activation, Checkpoint, Projection};
 use ternion_runtime::model::{KernelChoice, Model, Session, SessionOptions, problems};
 use ternion_runtime::team::Team;
+use ternion_runtime::verify::some_tokens;
 use ternion_tuner::{Budget, CacheDir, Choices, Class, Request, SystemStopwatch, choose, probe};
 
 /// The shapes that the model is made from.
@@ -150,7 +151,7 @@ fn measure(name: &str, team: &Arc<Team>, n: usize) -> Result<Shape> {
     let model = Model::load(&checkpoint, &KernelChoice::Tuned(choices), &cpu, &**team, &|_| {})?;
     let report = model.report();
     let bytes = (report.packed_bytes + report.mapped_bytes + report.screen_bytes) as f64;
-    let text = tokens(n, model.config().vocabulary);
+    let text = some_tokens(n, model.config().vocabulary, 0);
     let mut session = Session::new(Arc::new(model), Arc::clone(team), &SessionOptions::default())?;
     let mut times = Vec::with_capacity(n);
     for token in text {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use ternion_kernels_ref::{PackedMatrix, QuantizedRow, TernaryMatrix, Trit, gemm};
+use ternion_kernels_ref::{PackedMatrix, QuantizedRow, SplitMix64, TernaryMatrix, Trit, gemm};
 
 use crate::Layout;
 use crate::layout::transpose_columns;
@@ -196,9 +196,9 @@ fn activations(data: Data, k: usize, column: usize, random: &mut Random) -> Quan
     QuantizedRow::from_values((0..k).map(value).collect()).expect("no value is -128")
 }
 
-/// A stream of pseudo-random numbers (SplitMix64).
+/// Random words, and random trits cut out of them.
 pub(super) struct Random {
-    state: u64,
+    words: SplitMix64,
     /// What is left of a number that trits are taken from: a fraction of 64 bits.
     fraction: u64,
     /// Trits that may still be taken from it; each takes log₂ 3 bits.
@@ -207,15 +207,11 @@ pub(super) struct Random {
 
 impl Random {
     pub(super) const fn new(seed: u64) -> Self {
-        Self { state: seed, fraction: 0, left: 0 }
+        Self { words: SplitMix64::new(seed), fraction: 0, left: 0 }
     }
 
-    pub(super) fn next(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
+    pub(super) const fn next(&mut self) -> u64 {
+        self.words.next_u64()
     }
 
     fn trit(&mut self) -> Trit {

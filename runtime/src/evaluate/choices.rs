@@ -31,7 +31,7 @@ struct Line {
 
 /// One for all choices, or one for each.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "context is neither a text nor a list of texts")]
 enum Context {
     One(String),
     Each(Vec<String>),
@@ -234,6 +234,7 @@ mod tests {
             ("{\"context\": \"a\", \"choices\": [\"b\"], \"gold\": 0}", "of 1 choices"),
             ("{\"context\": \"a\", \"choices\": [\"b\", \"\"], \"gold\": 0}", "empty"),
             ("{\"context\": [\"a\"], \"choices\": [\"b\", \"c\"], \"gold\": 0}", "1 contexts for 2"),
+            ("{\"context\": 5, \"choices\": [\"b\", \"c\"], \"gold\": 0}", "neither a text nor a list"),
             ("{\"choices\": [\"b\", \"c\"], \"gold\": 0}", "context"),
         ] {
             let error = read(&format!("{good}{line}\n")).unwrap_err();

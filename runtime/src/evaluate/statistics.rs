@@ -99,6 +99,20 @@ impl ActivationCounts {
     pub fn new(config: &ModelConfig) -> Self {
         Self { layers: vec![LayerActivations::default(); config.layers] }
     }
+
+    /// All layers together.
+    #[must_use]
+    pub fn total(&self) -> LayerActivations {
+        self.layers.iter().fold(LayerActivations::default(), |mut total, layer| {
+            total.gates += layer.gates;
+            total.gates_not_positive += layer.gates_not_positive;
+            for at in 0..Projection::ALL.len() {
+                total.inputs[at] += layer.inputs[at];
+                total.zero_inputs[at] += layer.zero_inputs[at];
+            }
+            total
+        })
+    }
 }
 
 impl Observer for ActivationCounts {

@@ -23,6 +23,8 @@ use crate::text::{ChatError, ChatTemplate, Tokenizer, TokenizerConfig};
 pub struct Checkpoint {
     path: PathBuf,
     source: Source,
+    /// The source's configuration with another activation function, if there shall be another.
+    overruled: Option<Box<ModelConfig>>,
 }
 
 /// What a model's files leave open, and what it is opened for.
@@ -30,9 +32,9 @@ pub struct Checkpoint {
 pub struct OpenOptions {
     /// How I2_S matrices of a GGUF file are ordered; a wrong choice gives a model that talks nonsense.
     pub i2s_layout: I2sLayout,
-    /// Whether the scales of I2_S matrices are reciprocals.
+    /// Whether the scales of a GGUF file's ternary matrices are reciprocals.
     pub invert_scale: bool,
-    /// The activation function of a GGUF file's model, instead of the one that its architecture stands for.
+    /// The activation function, instead of the one that the model's files stand for.
     pub activation: Option<Activation>,
 }
 
@@ -66,7 +68,14 @@ impl Checkpoint {
         } else {
             return Err(FormatError::Foreign { path: path.to_owned() });
         };
-        Ok(Self { path: path.to_owned(), source })
+        Ok(Self::new(path.to_owned(), source, options.activation))
+    }
+
+    fn new(path: PathBuf, source: Source, activation: Option<Activation>) -> Self {
+        let model = Self { path, source, overruled: None };
+        let changed = activation.filter(|activation| *activation != model.config().activation);
+        let overruled = changed.map(|activation| Box::new(ModelConfig { activation, ..model.config().clone() }));
+        Self { overruled, ..model }
     }
 
     /// Opens a prepared file that is in memory; messages call it `name`.
@@ -76,7 +85,7 @@ impl Checkpoint {
     pub fn from_prepared(name: &str, bytes: Bytes) -> Result<Self, FormatError> {
         let path = PathBuf::from(name);
         let source = Source::Prepared(Box::new(Prepared::open(&path, bytes)?));
-        Ok(Self { path, source })
+        Ok(Self::new(path, source, None))
     }
 
     /// Opens a prepared or GGUF file that is in memory; messages call it `name`.
@@ -86,7 +95,7 @@ impl Checkpoint {
     pub fn from_bytes(name: &str, bytes: Bytes, options: &OpenOptions) -> Result<Self, FormatError> {
         let path = PathBuf::from(name);
         let source = Self::source_of_file(&path, bytes, options)?;
-        Ok(Self { path, source })
+        Ok(Self::new(path, source, options.activation))
     }
 
     /// A made-up model.
@@ -95,7 +104,7 @@ impl Checkpoint {
     /// If the recipe cannot be followed.
     pub fn synthetic(recipe: Recipe) -> Result<Self, RecipeError> {
         let path = PathBuf::from(format!("synthetic {}", recipe.config.architecture));
-        Ok(Self { path, source: Source::Synthetic(Box::new(Synthetic::new(recipe)?)) })
+        Ok(Self::new(path, Source::Synthetic(Box::new(Synthetic::new(recipe)?)), None))
     }
 
     fn source_of_file(path: &Path, bytes: Bytes, options: &OpenOptions) -> Result<Source, FormatError> {
@@ -118,6 +127,9 @@ impl Checkpoint {
     /// Sizes and constants.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
+        if let Some(config) = &self.overruled {
+            return config;
+        }
         match &self.source {
             Source::HuggingFace(model) => &model.config,
             Source::Gguf(model) => &model.config,
@@ -318,7 +330,8 @@ impl Checkpoint {
     /// build tools do. A model in memory without a checksum is like no other.
     pub(super) fn identity(&self) -> u64 {
         let facts = match &self.source {
-            Source::Prepared(model) => return model.digest(),
+            Source::Prepared(model) if self.overruled.is_none() => return model.digest(),
+            Source::Prepared(model) => Ok(format!("{:x}", model.digest())),
             Source::Synthetic(model) => Ok(format!("{:?}", model.recipe())),
             Source::HuggingFace(_) => facts_of_directory(&self.path),
             Source::Gguf(model) => {
@@ -326,7 +339,7 @@ impl Checkpoint {
             }
         };
         let facts = facts.unwrap_or_else(|_| format!("{:?}", SystemTime::now()));
-        xxh3_64(facts.as_bytes())
+        xxh3_64(format!("{facts} {:?}", self.config().activation).as_bytes())
     }
 
     /// Whether this is a prepared file.

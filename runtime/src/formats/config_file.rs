@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::dress::ScaleConvention;
+use super::error::brief;
 use super::{Activation, FormatError, RopeScaling, SlidingAttention};
 
 /// A `config.json`.
@@ -27,7 +28,7 @@ impl ConfigFile {
         match &self.json["architectures"] {
             Value::Null => Ok(Vec::new()),
             Value::Array(names) => Ok(names.iter().filter_map(Value::as_str).collect()),
-            other => Err(self.error("architectures", format!("is {other}, not a list"))),
+            other => Err(self.error("architectures", format!("is {}, not a list", brief(other)))),
         }
     }
 
@@ -36,7 +37,7 @@ impl ConfigFile {
             Value::Null => Err(self.error(field, "is missing".to_owned())),
             value => match value.as_u64().and_then(|size| usize::try_from(size).ok()) {
                 Some(size) => Ok(size),
-                None => Err(self.error(field, format!("is {value}, not a size"))),
+                None => Err(self.error(field, format!("is {}, not a size", brief(value)))),
             },
         }
     }
@@ -52,14 +53,16 @@ impl ConfigFile {
     fn number_at(&self, value: &Value, field: &str, default: f64) -> Result<f64, FormatError> {
         match value {
             Value::Null => Ok(default),
-            value => value.as_f64().ok_or_else(|| self.error(field, format!("is {value}, not a number"))),
+            value => value.as_f64().ok_or_else(|| self.error(field, format!("is {}, not a number", brief(value)))),
         }
     }
 
     pub(super) fn flag_or(&self, field: &str, default: bool) -> Result<bool, FormatError> {
         match &self.json[field] {
             Value::Null => Ok(default),
-            value => value.as_bool().ok_or_else(|| self.error(field, format!("is {value}, not true or false"))),
+            value => {
+                value.as_bool().ok_or_else(|| self.error(field, format!("is {}, not true or false", brief(value))))
+            }
         }
     }
 
@@ -93,7 +96,7 @@ impl ConfigFile {
                 Some("relu2") => Ok(Activation::Relu2),
                 Some("silu" | "swish") => Ok(Activation::Silu),
                 Some("gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
-                _ => Err(self.error(field, format!("is {value}, not relu2, silu or gelu_pytorch_tanh"))),
+                _ => Err(self.error(field, format!("is {}, not relu2, silu or gelu_pytorch_tanh", brief(value)))),
             },
         }
     }
@@ -108,7 +111,7 @@ impl ConfigFile {
         for rope in parts {
             let number = |field: &str| match rope[field].as_f64() {
                 Some(number) => Ok(number),
-                None => Err(self.error(field, format!("is {}, not a number", rope[field]))),
+                None => Err(self.error(field, format!("is {}, not a number", brief(&rope[field])))),
             };
             // An object without a type scales nothing; `rope_scaling: null` is usual.
             match (&rope["rope_type"], &rope["type"]) {
@@ -126,36 +129,39 @@ impl ConfigFile {
                         });
                     }
                     other => {
-                        let what = format!("rotary scaling of type {other}");
+                        let what = format!("rotary scaling of type {}", brief(other));
                         return Err(FormatError::Unsupported { path: self.path.clone(), what });
                     }
                 },
-                (kind, _) => return Err(self.error("rope_type", format!("is {kind}, not a name"))),
+                (kind, _) => return Err(self.error("rope_type", format!("is {}, not a name", brief(kind)))),
             }
         }
         Ok(RopeScaling::None)
     }
 
-    /// Layers with a sliding window: the ones that `layer_types` names, or, without it, all but every `group`th.
+    /// Layers with a sliding window: the ones that `layer_types` names, or, without it, those that `slides` picks. A window
+    /// that is not given is one of 4096 positions, as `transformers` has it; `null` is none.
     pub(super) fn sliding(
         &self,
         layers: usize,
         local_theta: f64,
-        group: usize,
+        slides: impl Fn(usize) -> bool,
     ) -> Result<Option<SlidingAttention>, FormatError> {
-        let window = self.size_or("sliding_window", 0)?;
-        let group = self.size_or("sliding_window_pattern", group)?.max(1);
+        let window = match self.json.get("sliding_window") {
+            None => 4096,
+            Some(_) => self.size_or("sliding_window", 0)?,
+        };
         let newer = &self.json["rope_parameters"]["sliding_attention"]["rope_theta"];
         let newer = self.number_at(newer, "rope_parameters", local_theta)?;
         let rope_theta = self.number_or("rope_local_base_freq", newer)?;
         let layers: Vec<usize> = match &self.json["layer_types"] {
             // More layers than the configuration's check lets through are refused there.
-            Value::Null => (0..layers.min(1 << 13)).filter(|layer| layer % group != group - 1).collect(),
+            Value::Null => (0..layers.min(1 << 13)).filter(|layer| slides(*layer)).collect(),
             Value::Array(kinds) => {
                 let slides = kinds.iter().enumerate().filter(|(_, kind)| *kind == "sliding_attention");
                 slides.map(|(layer, _)| layer).collect()
             }
-            other => return Err(self.error("layer_types", format!("is {other}, not a list"))),
+            other => return Err(self.error("layer_types", format!("is {}, not a list", brief(other)))),
         };
         let slides = window > 0 && !layers.is_empty();
         Ok(slides.then_some(SlidingAttention { window, rope_theta, layers }))
@@ -172,6 +178,11 @@ impl ConfigFile {
     pub(super) fn projection_norm_eps(&self) -> Result<f32, FormatError> {
         let field = "quantization_config.rms_norm_eps";
         self.number_at(self.quantization("rms_norm_eps"), field, 1e-6).map(|eps| eps as f32)
+    }
+
+    /// Whether there have to be norms in front of projections.
+    pub(super) fn promises_projection_norms(&self) -> bool {
+        self.quantization("use_rms_norm") == true
     }
 
     fn quantization(&self, field: &str) -> &Value {
@@ -191,7 +202,7 @@ impl ConfigFile {
         match self.quantization("quant_method") {
             Value::Null => Ok(()),
             method if method == "bitnet" => Ok(()),
-            method => refuse(format!("quant_method {method}")),
+            method => refuse(format!("quant_method {}", brief(method))),
         }
     }
 
@@ -200,16 +211,19 @@ impl ConfigFile {
             Value::Null => Ok(ScaleConvention::Inverse),
             class if class == "bitlinear" => Ok(ScaleConvention::Inverse),
             class if class == "autobitlinear" => Ok(ScaleConvention::Direct),
-            class => {
-                Err(self
-                    .error("quantization_config.linear_class", format!("is {class}, not autobitlinear or bitlinear")))
-            }
+            class => Err(self.error(
+                "quantization_config.linear_class",
+                format!("is {}, not autobitlinear or bitlinear", brief(class)),
+            )),
         }
     }
 
     pub(super) fn modules_to_not_convert(&self) -> Result<Vec<String>, FormatError> {
         let error = |value| {
-            self.error("quantization_config.modules_to_not_convert", format!("is {value}, not a list of modules"))
+            self.error(
+                "quantization_config.modules_to_not_convert",
+                format!("is {}, not a list of modules", brief(value)),
+            )
         };
         match self.quantization("modules_to_not_convert") {
             Value::Null => Ok(Vec::new()),
@@ -251,6 +265,18 @@ mod tests {
         assert!(yarn.rope_scaling().unwrap_err().to_string().contains("yarn"));
         let plain = json!({"rope_scaling": null, "rope_parameters": {"rope_type": "default"}, "attention_bias": false});
         file(plain).refuse_what_is_not_implemented().unwrap();
+    }
+
+    #[test]
+    fn layers_slide_as_transformers_lets_them() {
+        let sliding = |json: Value| file(json).sliding(5, 1e4, |layer| layer >= 3).unwrap();
+        let expected =
+            |window, layers: &[usize]| Some(SlidingAttention { window, rope_theta: 1e4, layers: layers.to_vec() });
+        assert_eq!(sliding(json!({})), expected(4096, &[3, 4]));
+        assert_eq!(sliding(json!({"sliding_window": null})), None);
+        assert_eq!(sliding(json!({"sliding_window": 8})), expected(8, &[3, 4]));
+        let named = json!({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]});
+        assert_eq!(sliding(named), expected(8, &[1]));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Everything that can be wrong with a model's files. Each message is one line: what, where, and what to do.
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -242,5 +243,28 @@ impl FormatError {
     /// That a weight of a tensor is none, and where.
     pub(crate) fn invalid_code(path: &Path, tensor: &str, InvalidCode { row, column }: InvalidCode) -> Self {
         Self::InvalidCode { path: path.to_owned(), tensor: tensor.to_owned(), row, column }
+    }
+}
+
+/// What a file says, for a message that repeats it: one line, and of what is long the beginning.
+pub(crate) fn brief(said: impl fmt::Display) -> String {
+    const LONGEST: usize = 200;
+    let said = said.to_string();
+    let mut line: String = said.chars().map(|char| if char.is_control() { ' ' } else { char }).take(LONGEST).collect();
+    if said.chars().nth(LONGEST).is_some() {
+        line.push('…');
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::brief;
+
+    #[test]
+    fn what_is_repeated_is_one_short_line() {
+        assert_eq!(brief("two\nlines"), "two lines");
+        assert_eq!(brief("ö".repeat(200)), "ö".repeat(200));
+        assert_eq!(brief("ö".repeat(5000)), format!("{}…", "ö".repeat(200)));
     }
 }

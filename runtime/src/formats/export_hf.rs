@@ -1,7 +1,8 @@
-//! Writing a Hugging Face directory: packed safetensors (`autobitlinear`), as `transformers` loads them.
+//! Writing a Hugging Face directory: packed safetensors, as `transformers` loads them.
 //!
 //! The trits and their multipliers are written exactly: norms and multipliers as bf16 where that holds them, as f32
-//! where it does not.
+//! where it does not. The linear class is `autobitlinear`, whose multipliers multiply, unless the model has biases: those
+//! `transformers` would multiply as well, so the class is `bitlinear` then and the multipliers' reciprocals are written.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -12,10 +13,11 @@ use half::bf16;
 use serde_json::{Map, Value, json};
 use ternion_compiler::layout::transpose_codes;
 
+use super::dress::ScaleConvention;
 use super::family::{self, Family};
 use super::{
-    Activation, Bytes, Checkpoint, FloatMatrix, FloatType, FormatError, LayerNorm, Projection, RopeScaling, RowType,
-    TernaryTensor,
+    Activation, Bytes, Checkpoint, FloatMatrix, FloatType, FormatError, LayerNorm, ModelConfig, Projection,
+    RopeScaling, RowType, TernaryTensor,
 };
 
 /// Writes `model` as a new directory at `path`; returns its size in bytes. `progress(done, total)` is told the bytes
@@ -32,7 +34,7 @@ pub fn export(
     model.verify_checksums()?;
     let config = model.config();
     let unsupported = |what: String| FormatError::Unsupported { path: model.path().to_owned(), what };
-    let family = family::by_name(&config.architecture)
+    let family = family::in_transformers(&config.architecture)
         .ok_or_else(|| unsupported(format!("no Hugging Face family is called {}", config.architecture)))?;
     if matches!(config.rope_scaling, RopeScaling::Factors { .. }) {
         return Err(unsupported("a rotary divisor for each frequency has no place in a config.json".to_owned()));
@@ -59,8 +61,18 @@ pub fn export(
     Ok(bytes)
 }
 
+/// What a `weight_scale` is to the model's multiplier.
+fn convention(config: &ModelConfig) -> ScaleConvention {
+    let biases = Projection::ALL.into_iter().any(|projection| projection.has_bias(config));
+    if biases { ScaleConvention::Inverse } else { ScaleConvention::Direct }
+}
+
 fn config_json(model: &Checkpoint, family: &Family) -> Value {
     let config = model.config();
+    let linear_class = match convention(config) {
+        ScaleConvention::Direct => "autobitlinear",
+        ScaleConvention::Inverse => "bitlinear",
+    };
     let activation = match config.activation {
         Activation::Relu2 => "relu2",
         Activation::Silu => "silu",
@@ -75,7 +87,7 @@ fn config_json(model: &Checkpoint, family: &Family) -> Value {
         }),
     };
     let mut json = json!({
-        "architectures": [config.architecture], "model_type": family.model_type, "hidden_size": config.hidden,
+        "architectures": [family.architecture], "model_type": family.model_type, "hidden_size": config.hidden,
         "intermediate_size": config.ffn, "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim, "vocab_size": config.vocabulary,
         "max_position_embeddings": config.context, "rope_theta": config.rope_theta, "rope_scaling": scaling,
@@ -83,7 +95,7 @@ fn config_json(model: &Checkpoint, family: &Family) -> Value {
         "tie_word_embeddings": config.tied_head, "attention_bias": config.biases.qkv, "mlp_bias": config.biases.ffn,
         "bos_token_id": model.generation().bos, "eos_token_id": model.generation().eos, "torch_dtype": "bfloat16",
         "quantization_config": {
-            "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline",
+            "quant_method": "bitnet", "linear_class": linear_class, "quantization_mode": "offline",
             "modules_to_not_convert": ["lm_head"],
         },
     });
@@ -195,7 +207,9 @@ fn plan(model: &Checkpoint, family: &Family) -> Result<Vec<Tensor>, FormatError>
         for projection in Projection::ALL {
             let module = format!("model.layers.{layer}.{projection}");
             let (m, k) = projection.shape(config);
-            floats(format!("{module}.weight_scale"), vec![model.projection(layer, projection)?.scale]);
+            let name = format!("{module}.weight_scale");
+            let scale = weight_scale(model, &name, model.projection(layer, projection)?.scale)?;
+            floats(name, vec![scale]);
             if projection.has_bias(config) {
                 floats(format!("{module}.bias"), model.bias(layer, projection)?);
             }
@@ -210,6 +224,18 @@ fn plan(model: &Checkpoint, family: &Family) -> Result<Vec<Tensor>, FormatError>
     }
     tensors.extend(packed);
     Ok(tensors)
+}
+
+/// A multiplier as the file has it, such that reading gives it back.
+fn weight_scale(model: &Checkpoint, name: &str, scale: f32) -> Result<f32, FormatError> {
+    if convention(model.config()) == ScaleConvention::Direct {
+        return Ok(scale);
+    }
+    let near = 1.0 / scale;
+    [near, near.next_down(), near.next_up()].into_iter().find(|near| 1.0 / near == scale).ok_or_else(|| {
+        let problem = format!("would have to be the reciprocal of {scale}, which no number is: export as GGUF");
+        FormatError::Tensor { path: model.path().to_owned(), tensor: name.to_owned(), problem }
+    })
 }
 
 /// A norm of the family's own as its files hold it.

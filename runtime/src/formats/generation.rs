@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::error::brief;
+
 /// Defaults of generation; `None` where the model's files say nothing.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -37,14 +39,14 @@ impl GenerationDefaults {
             Value::Null => Ok(None),
             value => match value.as_f64() {
                 Some(number) if (low..=high).contains(&number) => Ok(Some(number as f32)),
-                _ => Err((field, format!("is {value}, not a number in {low}..={high}"))),
+                _ => Err((field, format!("is {}, not a number in {low}..={high}", brief(value)))),
             },
         };
         let count = |field| match &generation[field] {
             Value::Null => Ok(None),
             value => match value.as_u64().and_then(|number| usize::try_from(number).ok()) {
                 Some(number) => Ok(Some(number)),
-                None => Err((field, format!("is {value}, not a count"))),
+                None => Err((field, format!("is {}, not a count", brief(value)))),
             },
         };
         let tokens = |field| {
@@ -54,14 +56,14 @@ impl GenerationDefaults {
                 Value::Array(ids) => ids.iter().map(token_id).collect(),
                 id => token_id(id).map(|id| vec![id]),
             };
-            ids.ok_or_else(|| (field, format!("is {value}, not a token id or a list of them")))
+            ids.ok_or_else(|| (field, format!("is {}, not a token id or a list of them", brief(value))))
         };
         let max = f64::from(f32::MAX);
         Ok(Self {
             do_sample: match &generation["do_sample"] {
                 Value::Null => None,
                 Value::Bool(sample) => Some(*sample),
-                value => return Err(("do_sample", format!("is {value}, not true or false"))),
+                value => return Err(("do_sample", format!("is {}, not true or false", brief(value)))),
             },
             temperature: float("temperature", 0.0, max)?,
             top_k: count("top_k")?,

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::config_file::ConfigFile;
 use super::dress::{self, Masters, ScaleConvention};
+use super::error::brief;
 use super::family::{self, Family};
 use super::safetensors::{RawTensor, Tensors};
 use super::{
@@ -92,6 +93,9 @@ impl HuggingFace {
         };
         if self.projection_norm(0, Projection::Query).is_some() {
             self.config.projection_norm_eps = Some(file.projection_norm_eps()?);
+        } else if file.promises_projection_norms() {
+            let tensor = format!("{}.rms_norm.weight", self.projection_module(0, Projection::Query));
+            return Err(FormatError::MissingTensor { path: self.directory.clone(), tensor });
         }
         Ok(())
     }
@@ -130,7 +134,7 @@ impl HuggingFace {
         if let Some(listed) = self.not_converted.iter().find(|listed| lies_in(&module, listed)) {
             return Err(FormatError::Unsupported {
                 path: self.directory.clone(),
-                what: format!("{module} keeps full precision (modules_to_not_convert lists {listed})"),
+                what: format!("{module} keeps full precision (modules_to_not_convert lists {})", brief(listed)),
             });
         }
         let (weight, scale) = (weight(&module), format!("{module}.weight_scale"));

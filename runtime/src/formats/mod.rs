@@ -9,7 +9,7 @@ mod checkpoint;
 mod config;
 mod config_file;
 mod dress;
-mod error;
+pub(crate) mod error;
 pub mod export_hf;
 mod family;
 mod generation;

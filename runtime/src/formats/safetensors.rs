@@ -13,6 +13,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, de::IgnoredAny};
 
+use super::error::brief;
 use super::{Bytes, FormatError};
 
 /// One tensor of a file, not looked into yet.
@@ -78,7 +79,7 @@ impl Tensors {
         }
         let text = std::fs::read(&path).map_err(|source| FormatError::Read { path: path.clone(), source })?;
         let index: Index = serde_json::from_slice(&text)
-            .map_err(|error| FormatError::Json { path: path.clone(), problem: error.to_string() })?;
+            .map_err(|error| FormatError::Json { path: path.clone(), problem: brief(error) })?;
 
         let mut shards: Vec<&String> = index.weight_map.values().collect();
         shards.sort_unstable();
@@ -90,7 +91,7 @@ impl Tensors {
                 return Err(FormatError::Field {
                     path,
                     field: "weight_map".to_owned(),
-                    problem: format!("names {shard:?}, which is no file of this directory"),
+                    problem: format!("names {:?}, which is no file of this directory", brief(shard)),
                 });
             }
             files.push(File::open(directory.join(shard))?);
@@ -100,7 +101,7 @@ impl Tensors {
             // Found, since `shards` is made of these very names.
             let place = shards.partition_point(|other| *other < shard);
             if !files[place].tensors.contains_key(tensor) {
-                return Err(FormatError::MissingTensor { path: files[place].path.clone(), tensor: tensor.clone() });
+                return Err(FormatError::MissingTensor { path: files[place].path.clone(), tensor: brief(tensor) });
             }
             places.insert(tensor.clone(), place);
         }
@@ -117,7 +118,7 @@ impl Tensors {
     }
 
     pub(crate) fn get(&self, name: &str) -> Result<RawTensor, FormatError> {
-        let missing = || FormatError::MissingTensor { path: self.path.clone(), tensor: name.to_owned() };
+        let missing = || FormatError::MissingTensor { path: self.path.clone(), tensor: brief(name) };
         let file = &self.files[*self.places.get(name).ok_or_else(missing)?];
         let info = file.tensors.get(name).ok_or_else(missing)?;
         let (start, end) = info.data_offsets;
@@ -136,7 +137,7 @@ impl File {
         let bytes = Bytes::map(&path)?;
         match read_header(&bytes) {
             Ok((data, tensors)) => Ok(Self { path, bytes, data, tensors }),
-            Err(problem) => Err(FormatError::Safetensors { path, problem }),
+            Err(problem) => Err(FormatError::Safetensors { path, problem: brief(problem) }),
         }
     }
 }

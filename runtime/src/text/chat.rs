@@ -12,6 +12,7 @@ use minijinja::{Environment, Error, ErrorKind, context};
 use serde::{Deserialize, Serialize};
 
 use super::python_json;
+use crate::formats::error::brief;
 
 /// What [`ChatTemplate::plain`] renders: BOS, then each message's text as a paragraph.
 const PLAIN: &str =
@@ -140,7 +141,7 @@ fn refusal(error: &Error) -> Option<String> {
 }
 
 fn one_line(error: &Error) -> String {
-    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+    brief(error.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
 /// Seconds since 1970, UTC.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Detokenizer;
+use crate::formats::error::brief;
 
 /// Why a tokenizer cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +52,8 @@ pub enum TokenizerError {
 pub struct TokenizerConfig {
     /// Whether texts begin with the BOS token; if unknown, the tokenizer's own post-processor tells.
     pub add_bos: Option<bool>,
-    /// Whether texts end with the EOS token: those of embedding models do.
+    /// Whether texts end with the EOS token; if unknown, the tokenizer's own post-processor tells which token they end
+    /// with. Those of embedding models do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub add_eos: Option<bool>,
     /// Text of the token that begins a text.
@@ -69,7 +71,7 @@ impl TokenizerConfig {
         };
         Self {
             add_bos: json["add_bos_token"].as_bool(),
-            // `false` is what most files say, and what is meant without it.
+            // `false` is what most files say, and those of embedding models have a post-processor that appends a token.
             add_eos: json["add_eos_token"].as_bool().filter(|add| *add),
             bos_token: token("bos_token"),
             eos_token: token("eos_token"),
@@ -88,9 +90,9 @@ pub struct Tokenizer {
     /// Whether a text is encoded as if a space stood before it, which decoding takes away again.
     strip_space: bool,
     add_bos: bool,
-    add_eos: bool,
     bos: Option<u32>,
     eos: Option<u32>,
+    ending: Option<u32>,
 }
 
 impl Tokenizer {
@@ -103,13 +105,14 @@ impl Tokenizer {
         let json = std::str::from_utf8(json).map_err(|error| invalid(&error))?;
         let outline: Outline = serde_json::from_str(json).map_err(|error| invalid(&error))?;
         let alphabet = Alphabet::of(&outline.decoder)?;
-        if mentions_precompiled(&outline.normalizer) {
-            return Err(TokenizerError::Invalid("a byte-level vocabulary with a Precompiled normalizer".to_owned()));
-        }
+        check_normalizer(&outline.normalizer).map_err(|problem| TokenizerError::Invalid(problem.to_owned()))?;
+        outline.model.check().map_err(|problem| TokenizerError::Invalid(problem.to_owned()))?;
         let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|error| invalid(&error))?;
         // A prompt is never cut or padded to suit a batch.
         inner.with_truncation(None).map_err(|error| invalid(&error))?;
         inner.with_padding(None);
+        // What stands around a text is added here, where the model wants it.
+        inner.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
 
         let vocab = inner.get_vocab(true);
         let largest = vocab.values().copied().max().unwrap_or(0);
@@ -135,7 +138,7 @@ impl Tokenizer {
             None => Ok(None),
             Some(token) => match inner.token_to_id(token) {
                 Some(id) => Ok(Some(id)),
-                None => Err(TokenizerError::NoSuchToken { role, token: token.clone() }),
+                None => Err(TokenizerError::NoSuchToken { role, token: brief(token) }),
             },
         };
         let (named, eos) = (find("BOS", &config.bos_token)?, find("EOS", &config.eos_token)?);
@@ -143,9 +146,14 @@ impl Tokenizer {
             .and_then(|token| inner.token_to_id(token))
             .filter(|first| named.is_none_or(|bos| bos == *first));
         let add_bos = config.add_bos.unwrap_or(processed.is_some());
-        let add_eos = config.add_eos.unwrap_or(false);
+        let appended = last_special(&outline.post_processor).and_then(|token| inner.token_to_id(token));
+        let ending = match config.add_eos {
+            Some(false) => None,
+            Some(true) => appended.or(eos),
+            None => appended,
+        };
         let strip_space = alphabet == Alphabet::SentencePiece { strip_space: true };
-        Ok(Self { special, bytes, ends, strip_space, add_eos, add_bos, bos: named.or(processed), eos, inner })
+        Ok(Self { special, bytes, ends, strip_space, add_bos, bos: named.or(processed), eos, ending, inner })
     }
 
     /// Token ids of `text`, preceded by the BOS token if `add_bos` is set and the model has one. Special tokens
@@ -211,10 +219,11 @@ impl Tokenizer {
         self.add_bos && self.bos.is_some()
     }
 
-    /// Whether the model wants texts to end with the EOS token (embedding models).
+    /// The token that the model wants whole texts to end with, as embedding models do: what the tokenizer's own
+    /// post-processor appends, or the EOS token.
     #[must_use]
-    pub fn adds_eos(&self) -> bool {
-        self.add_eos && self.eos.is_some()
+    pub fn ending(&self) -> Option<u32> {
+        self.ending
     }
 
     /// The token that begins a text.
@@ -252,15 +261,47 @@ struct Outline {
     post_processor: Value,
     #[serde(default)]
     decoder: Value,
+    #[serde(default)]
+    model: ModelOutline,
 }
 
-fn mentions_precompiled(normalizer: &Value) -> bool {
-    match normalizer {
-        Value::Object(fields) => {
-            fields.get("type").is_some_and(|kind| kind == "Precompiled") || fields.values().any(mentions_precompiled)
+#[derive(Default, Deserialize)]
+struct ModelOutline {
+    #[serde(default)]
+    continuing_subword_prefix: Value,
+    #[serde(default)]
+    dropout: Value,
+}
+
+impl ModelOutline {
+    fn check(&self) -> Result<(), &'static str> {
+        if !(self.continuing_subword_prefix.is_null() || self.continuing_subword_prefix == "") {
+            return Err("a continuing_subword_prefix, which a vocabulary of bytes has not");
         }
-        Value::Array(items) => items.iter().any(mentions_precompiled),
-        _ => false,
+        if !(self.dropout.is_null() || self.dropout.as_f64() == Some(0.0)) {
+            return Err("a dropout, which makes tokens a matter of chance");
+        }
+        Ok(())
+    }
+}
+
+/// Whether this is a normalizer that vocabularies of bytes come with. Others change texts in ways that tokens do not
+/// give back, and the crate panics on a `Precompiled` one that is damaged and on a replaced pattern that matches nothing.
+fn check_normalizer(normalizer: &Value) -> Result<(), &'static str> {
+    if normalizer.is_null() {
+        return Ok(());
+    }
+    match normalizer["type"].as_str() {
+        Some("NFC" | "NFD" | "NFKC" | "NFKD" | "Lowercase" | "Strip" | "Prepend") => Ok(()),
+        Some("Replace") => match normalizer["pattern"]["String"].as_str() {
+            Some(pattern) if !pattern.is_empty() => Ok(()),
+            _ => Err("a normalizer that replaces something else than a fixed text"),
+        },
+        Some("Sequence") => match normalizer["normalizers"].as_array() {
+            Some(parts) => parts.iter().try_for_each(check_normalizer),
+            None => Err("a sequence of normalizers without any"),
+        },
+        _ => Err("a normalizer that vocabularies of bytes have not"),
     }
 }
 
@@ -269,6 +310,19 @@ fn first_special(post_processor: &Value) -> Option<&str> {
     match post_processor["type"].as_str()? {
         "TemplateProcessing" => post_processor["single"][0]["SpecialToken"]["id"].as_str(),
         "Sequence" => post_processor["processors"].as_array()?.iter().find_map(first_special),
+        _ => None,
+    }
+}
+
+/// The special token that a post-processor puts after a text.
+fn last_special(post_processor: &Value) -> Option<&str> {
+    match post_processor["type"].as_str()? {
+        "TemplateProcessing" => {
+            let (last, before) = post_processor["single"].as_array()?.split_last()?;
+            let follows = before.iter().any(|part| !part["Sequence"].is_null());
+            last["SpecialToken"]["id"].as_str().filter(|_| follows)
+        }
+        "Sequence" => post_processor["processors"].as_array()?.iter().rev().find_map(last_special),
         _ => None,
     }
 }
@@ -314,7 +368,7 @@ fn push_piece(token: &str, bytes: &mut Vec<u8>) {
 }
 
 fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    brief(text.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
 /// Appends the bytes of a byte-level token. A token with a character outside the byte alphabet is plain text.
@@ -359,6 +413,26 @@ mod tests {
         assert_eq!((0..=0x200).filter_map(char::from_u32).filter(|char| byte_of(*char).is_some()).count(), 256);
         assert_eq!(byte_of('Ġ'), Some(b' '));
         assert_eq!(byte_of('Ċ'), Some(b'\n'));
+    }
+
+    #[test]
+    fn a_post_processor_tells_what_stands_around_a_text() {
+        let special = |id: &str| serde_json::json!({"SpecialToken": {"id": id, "type_id": 0}});
+        let text = || serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+        let template = |single: &[Value]| {
+            let template = serde_json::json!({"type": "TemplateProcessing", "single": single});
+            serde_json::json!({"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]})
+        };
+        for (single, first, last) in [
+            (vec![special("<s>"), text()], Some("<s>"), None),
+            (vec![text(), special("<end>")], None, Some("<end>")),
+            (vec![special("<s>"), text(), special("</s>")], Some("<s>"), Some("</s>")),
+            (vec![special("<s>")], Some("<s>"), None),
+            (vec![text()], None, None),
+        ] {
+            let processor = template(&single);
+            assert_eq!((first_special(&processor), last_special(&processor)), (first, last));
+        }
     }
 
     #[test]

@@ -102,7 +102,7 @@ pub fn verify(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Verified, VerifyError> {
     let config = checkpoint.config();
-    let tokens = sequence(options.tokens.clamp(1, config.context), config.vocabulary, 0);
+    let tokens = some_tokens(options.tokens.clamp(1, config.context), config.vocabulary, 0);
     let ways = ways::ways(config, cpu, options.threads.max(1));
     let total = 1 + ways.len();
     progress(0, total);
@@ -190,7 +190,7 @@ fn among(
     for (step, tokens) in tokens.chunks(chunk).enumerate() {
         // The first text reads one token in each pass, the second two: their positions drift apart.
         let texts: Vec<Vec<u32>> =
-            (1..=OTHERS).map(|other| sequence(other.min(config.context), config.vocabulary, step + other)).collect();
+            (1..=OTHERS).map(|other| some_tokens(other.min(config.context), config.vocabulary, step + other)).collect();
         let [first, rest @ ..] = &mut sequences[..] else { return Ok(()) };
         for (sequence, text) in rest.iter_mut().zip(&texts) {
             if sequence.room() < text.len() {
@@ -250,8 +250,9 @@ fn reference(checkpoint: &Checkpoint, tokens: &[u32], kv: KvType) -> Result<Vec<
     Ok(logits)
 }
 
-/// Tokens from all over the vocabulary, the same on every machine (a Weyl sequence). Another `seed` gives others.
-fn sequence(length: usize, vocabulary: usize, seed: usize) -> Vec<u32> {
+/// Tokens from all over a vocabulary, the same on every machine (a Weyl sequence). Another `seed` gives others.
+#[must_use]
+pub fn some_tokens(length: usize, vocabulary: usize, seed: usize) -> Vec<u32> {
     let step = |i: u64| i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
     let first = 1 + 1000 * seed as u64;
     (first..first + length as u64).map(|i| (step(i) % vocabulary.max(1) as u64) as u32).collect()

@@ -17,8 +17,9 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use engines::{Engine, Memory, Running, Task};
 use models::{Shape, Workshop};
-use ternion_benches::model::{load, median, read, tokens};
+use ternion_benches::model::{load, median, read};
 use ternion_runtime::model::{Session, SessionOptions};
+use ternion_runtime::verify::some_tokens;
 use ternion_tuner::probe;
 
 /// The prompt whose end is the first token of a program that has just been started.
@@ -217,7 +218,7 @@ fn serve(model: &std::path::Path, threads: usize) -> Result<()> {
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         let (what, count) = line.split_once(' ').context("expected a task and a number of tokens")?;
-        let text = tokens(count.parse()?, model.config().vocabulary);
+        let text = some_tokens(count.parse()?, model.config().vocabulary, 0);
         session.truncate(0);
         let start = Instant::now();
         // A prompt is read at once, what is generated one by one.

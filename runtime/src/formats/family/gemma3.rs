@@ -37,9 +37,10 @@ fn config(file: &ConfigFile, architecture: &str, pooling: Option<Pooling>) -> Re
     let mut config = common(file, architecture, default)?;
     config.activation = file.activation_at("hidden_activation", config.activation)?;
     config.embedding_scale = (config.hidden as f32).sqrt();
-    config.sliding = file.sliding(config.layers, 10_000.0, 6)?;
+    let group = file.size_or("sliding_window_pattern", 6)?.max(1);
+    config.sliding = file.sliding(config.layers, 10_000.0, |layer| layer % group != group - 1)?;
     // Attention is scaled by this number's root, not by the head size's, in the larger models.
-    let scaled_by = file.size_or("query_pre_attn_scalar", config.head_dim)?;
+    let scaled_by = file.size_or("query_pre_attn_scalar", 256)?;
     if scaled_by != config.head_dim {
         let what = format!("query_pre_attn_scalar is {scaled_by}");
         return Err(FormatError::Unsupported { path: file.path().to_owned(), what });

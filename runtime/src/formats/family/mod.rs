@@ -8,6 +8,7 @@ mod llama;
 mod qwen3;
 
 use super::config_file::ConfigFile;
+use super::error::brief;
 use super::{FormatError, LayerNorm, ModelConfig};
 
 /// What ternion has to know about a family.
@@ -46,14 +47,18 @@ pub(super) fn find(config: &ConfigFile) -> Result<&'static Family, FormatError> 
     FAMILIES.iter().find(|family| named.contains(&family.architecture)).ok_or_else(|| {
         FormatError::UnknownArchitecture {
             path: config.path().to_owned(),
-            found: if named.is_empty() { "(none named)".to_owned() } else { named.join(", ") },
+            found: if named.is_empty() { "(none named)".to_owned() } else { brief(named.join(", ")) },
             known: FAMILIES.iter().map(|family| family.architecture).collect(),
         }
     })
 }
 
-/// The family of this name.
-pub(super) fn by_name(architecture: &str) -> Option<&'static Family> {
+/// The family as which `transformers` reads a model of this architecture. The community models' own code is not part of
+/// it; their layers are those of its BitNet class with another activation function.
+pub(super) fn in_transformers(architecture: &str) -> Option<&'static Family> {
+    if architecture == bitnet_community::FAMILY.architecture {
+        return Some(&bitnet::FAMILY);
+    }
     FAMILIES.iter().find(|family| family.architecture == architecture)
 }
 

@@ -22,7 +22,8 @@ fn config(file: &ConfigFile, architecture: &str, pooling: Option<Pooling>) -> Re
     let default = ModelConfig { head_dim: 128, norm_eps: 1e-6, qk_norm: true, pooling, ..ModelConfig::default() };
     let config = common(file, architecture, default)?;
     if file.flag_or("use_sliding_window", false)? {
-        let sliding = file.sliding(config.layers, config.rope_theta, 1)?;
+        let first = file.size_or("max_window_layers", 28)?;
+        let sliding = file.sliding(config.layers, config.rope_theta, |layer| layer >= first)?;
         return Ok(ModelConfig { sliding, ..config });
     }
     Ok(config)

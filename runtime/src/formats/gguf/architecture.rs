@@ -6,6 +6,7 @@
 use super::container::{Container, TensorInfo, Value};
 use super::types::TensorType;
 use crate::formats::config::{Biases, Pooling, RopeScaling, SlidingAttention};
+use crate::formats::error::brief;
 use crate::formats::{Activation, FloatType, FormatError, LayerNorm, ModelConfig, Projection};
 
 /// What ternion has to know about an architecture.
@@ -114,7 +115,7 @@ pub(super) fn find(container: &Container) -> Result<&'static Architecture, Forma
     ARCHITECTURES.iter().find(|architecture| architecture.name == named).ok_or_else(|| {
         FormatError::UnknownArchitecture {
             path: container.path.clone(),
-            found: if named.is_empty() { "(none named)".to_owned() } else { named.to_owned() },
+            found: if named.is_empty() { "(none named)".to_owned() } else { brief(named) },
             known: ARCHITECTURES.iter().map(|architecture| architecture.name).collect(),
         }
     })
@@ -279,7 +280,7 @@ impl Keys<'_> {
             "none" | "" => Ok(RopeScaling::None),
             "linear" if factor == 1.0 || factor == 0.0 => Ok(RopeScaling::None),
             "linear" => Ok(RopeScaling::Linear { factor }),
-            other => Err(self.unsupported(format!("rotary scaling of type {other}"))),
+            other => Err(self.unsupported(format!("rotary scaling of type {}", brief(other)))),
         }
     }
 

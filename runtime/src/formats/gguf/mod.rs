@@ -55,7 +55,7 @@ impl Gguf {
             Some(activation) => config.activation = activation,
             None if disguised => notes.push(format!(
                 "the file says {}, but its sizes are those of a bitnet_b1_58 community model: it runs with SiLU; choose \
-                 another activation if the text is nonsense",
+                 another (--activation) if the text is nonsense",
                 architecture.name
             )),
             None => {}
@@ -76,25 +76,25 @@ impl Gguf {
         Ok(Self { notes: [model.notes.clone(), model.implausible_scales()].concat(), ..model })
     }
 
-    /// A note if scales of I2_S matrices look like reciprocals: converters of bitnet.cpp wrote such files.
+    /// A note if scales look like reciprocals: converters of bitnet.cpp and llama.cpp wrote such files.
     fn implausible_scales(&self) -> Vec<String> {
         let places = (0..self.config.layers).flat_map(|layer| Projection::ALL.map(|projection| (layer, projection)));
         let mut scales: Vec<f32> = places
             .filter_map(|(layer, projection)| {
-                let name = format!("{}.weight", projection_name(layer, projection));
-                let info = self.container.tensors.get(&name).filter(|info| info.kind == TensorType::I2S)?;
-                let tail = info.bytes.len().checked_sub(ternary::I2S_TAIL)?;
-                let scale = f32::from_le_bytes(*info.bytes[tail..].first_chunk()?);
+                let module = projection_name(layer, projection);
+                let info = self.container.tensors.get(&format!("{module}.weight"))?;
+                let own = ternary::scale_at_a_glance(info.kind, &info.bytes)?;
+                let scale = own * self.scale_beside(&module).unwrap_or(None).unwrap_or(1.0);
                 Some(if self.options.invert_scale { 1.0 / scale } else { scale })
             })
             .collect();
         scales.sort_unstable_by(f32::total_cmp);
         let Some(median) = scales.get(scales.len() / 2).copied() else { return Vec::new() };
         let odd = scales.iter().filter(|s| (**s / median).max(median / **s) > IMPLAUSIBLE).count();
-        if median > 1.0 && self.architecture.bitnet {
+        if median > 1.0 {
             vec![format!(
-                "its scales are around {median}, but those of a BitNet model are means of weights and below 1: if the \
-                 text is nonsense, open it with inverted scales"
+                "its scales are around {median}, but those of a ternary model are means of weights and below 1: if the \
+                 text is nonsense, open it with inverted scales (--invert-scale)"
             )]
         } else if odd > 0 {
             vec![format!("{odd} of its {} scales are far from the usual {median}: it may be damaged", scales.len())]
@@ -148,14 +148,13 @@ impl Gguf {
 
     pub(super) fn projection(&self, layer: usize, projection: Projection) -> Result<TernaryTensor, FormatError> {
         let module = projection_name(layer, projection);
-        let (name, scale_name) = (format!("{module}.weight"), format!("{module}.scale"));
+        let name = format!("{module}.weight");
         let (m, k) = projection.shape(&self.config);
         let info = self.tensor(&name)?;
-        let scale = self.container.tensors.get(&scale_name).map(|info| self.raw(&scale_name, info)).transpose()?;
         let mut tensor = if matches!(info.kind, TensorType::Float(_)) {
             let masters = if self.architecture.bitnet { Masters::Quantised } else { Masters::Refused };
             let raw = self.raw(&name, info)?;
-            dress::ternary(&raw, scale, (m, k), ScaleConvention::Direct, masters)?
+            dress::ternary(&raw, self.raw_scale_beside(&module)?, (m, k), ScaleConvention::Direct, masters)?
         } else {
             if info.shape != [m, k] {
                 return Err(FormatError::WrongShape {
@@ -167,10 +166,11 @@ impl Gguf {
             }
             let (matrix, own) = ternary::decode(info.kind, (m, k), &info.bytes, self.options.i2s_layout)
                 .map_err(|problem| self.problem(&name, problem))?;
-            let own = if info.kind == TensorType::I2S && self.options.invert_scale { 1.0 / own } else { own };
-            let multiplier = scale.map(|scale| dress::weight_scale(&scale)).transpose()?.unwrap_or(1.0);
-            ternary::tensor(matrix, own * multiplier)
+            ternary::tensor(matrix, own * self.scale_beside(&module)?.unwrap_or(1.0))
         };
+        if self.options.invert_scale {
+            tensor.scale = 1.0 / tensor.scale;
+        }
         if !(tensor.scale.is_normal() && tensor.scale > 0.0) {
             return Err(self.problem(&name, format!("has the scale {}, not a positive number", tensor.scale)));
         }
@@ -179,6 +179,17 @@ impl Gguf {
             tensor = ternary::tensor(ternary::unpermute_rows(matrix, heads), tensor.scale);
         }
         Ok(tensor)
+    }
+
+    /// The tensor `<projection>.scale`, if there is one.
+    fn raw_scale_beside(&self, module: &str) -> Result<Option<RawTensor>, FormatError> {
+        let name = format!("{module}.scale");
+        self.container.tensors.get(&name).map(|info| self.raw(&name, info)).transpose()
+    }
+
+    /// What a tensor `<projection>.scale` multiplies the weights by, if there is one.
+    fn scale_beside(&self, module: &str) -> Result<Option<f32>, FormatError> {
+        self.raw_scale_beside(module)?.map(|scale| dress::weight_scale(&scale)).transpose()
     }
 
     /// Number of heads of a projection whose rows are permuted.

@@ -110,6 +110,21 @@ fn scale_of(bytes: &[u8]) -> f32 {
     f16_to_f32(u16::from_le_bytes([bytes[0], bytes[1]]))
 }
 
+/// The scale of a tensor whose type holds ternary weights alone, without decoding it; `None` for other types and for
+/// tensors without a weight.
+pub(super) fn scale_at_a_glance(kind: TensorType, bytes: &[u8]) -> Option<f32> {
+    match kind {
+        TensorType::I2S => {
+            bytes.len().checked_sub(I2S_TAIL).and_then(|tail| Some(f32::from_le_bytes(*bytes[tail..].first_chunk()?)))
+        }
+        TensorType::Tq1_0 | TensorType::Tq2_0 => {
+            let mut blocks = bytes.chunks_exact(kind.block().1);
+            blocks.find_map(|block| Some(scale_of(&block[block.len() - 2..])).filter(|scale| *scale != 0.0))
+        }
+        _ => None,
+    }
+}
+
 /// `N` bytes with four planes of `N` codes each, one after the other: plane n in bits 2n, or, `reversed`, in bits
 /// 6 − 2n. Four neighbours of a plane become one canonical byte.
 fn transpose_planes<const N: usize>(source: &[u8], target: &mut [u8], reversed: bool) {

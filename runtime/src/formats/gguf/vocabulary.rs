@@ -1,6 +1,7 @@
 //! The texts of a GGUF file: vocabulary, special tokens, chat template.
 
 use super::container::{Array, Container, Value};
+use crate::formats::error::brief;
 use crate::formats::{FormatError, GenerationDefaults, ModelConfig};
 use crate::text::TokenizerConfig;
 use crate::text::vocabulary::{SPLIT_PATTERNS, SplitPattern, TokenKind, byte_level_json, sentencepiece_json};
@@ -114,7 +115,7 @@ fn pattern(container: &Container) -> Result<Option<&'static SplitPattern>, Forma
         "gpt2" => {}
         "llama" => return Ok(None),
         other => {
-            let what = format!("its tokenizer is of kind {other}");
+            let what = format!("its tokenizer is of kind {}", brief(other));
             return Err(FormatError::Unsupported { path: container.path.clone(), what });
         }
     }
@@ -128,7 +129,7 @@ fn pattern(container: &Container) -> Result<Option<&'static SplitPattern>, Forma
     match SPLIT_PATTERNS.iter().find(|pattern| pattern.names.contains(&name)) {
         Some(pattern) => Ok(Some(pattern)),
         None => {
-            let what = format!("its tokenizer splits words in the way called {name} (tokenizer.ggml.pre)");
+            let what = format!("its tokenizer splits words in the way called {} (tokenizer.ggml.pre)", brief(name));
             Err(FormatError::Unsupported { path: container.path.clone(), what })
         }
     }

@@ -1,33 +1,24 @@
 //! Random weights, fast: sixteen random bits pick one of 65536 prepared outcomes.
 
 use half::bf16;
+use ternion_kernels_ref::SplitMix64;
 
 /// What tables have entries for.
 const ENTRIES: usize = 1 << 16;
 
-/// Random words (S. Vigna, "splitmix64"): any seed is as good as any other, so every row has its own.
-pub(super) struct Random(u64);
+/// Random words. Any seed is as good as any other, so every row has its own.
+pub(super) struct Random(SplitMix64);
 
 impl Random {
     /// The words of `row` of part `part` of the model that `seed` makes.
     pub(super) fn new(seed: u64, part: u64, row: usize) -> Self {
-        let mut random = Self(seed);
-        for word in [part, row as u64] {
-            random.0 = random.next() ^ word.wrapping_mul(0xd6e8_feb8_6659_fd93);
-        }
-        random
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let word = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        word ^ word >> 31
+        let mix = |seed, word: u64| SplitMix64::new(seed).next_u64() ^ word.wrapping_mul(0xd6e8_feb8_6659_fd93);
+        Self(SplitMix64::new(mix(mix(seed, part), row as u64)))
     }
 
     /// Sixteen bits at a time, as places in a table.
     fn places(&mut self) -> [usize; 4] {
-        let word = self.next();
+        let word = self.0.next_u64();
         [0, 16, 32, 48].map(|shift| (word >> shift) as usize & (ENTRIES - 1))
     }
 }
@@ -120,7 +111,7 @@ mod tests {
 
     #[test]
     fn rows_and_parts_differ() {
-        let first = |part, row| Random::new(7, part, row).next();
+        let first = |part, row| Random::new(7, part, row).places();
         assert_ne!(first(0, 1), first(1, 0));
         assert_ne!(first(0, 0), first(0, 1));
         assert_eq!(first(3, 4), first(3, 4));

@@ -207,7 +207,8 @@ fn special_tokens(model: &Checkpoint, metadata: &mut Metadata) -> Result<(), For
         metadata.number("tokenizer.ggml.bos_token_id", id(bos));
     }
     let ends = &model.generation().eos;
-    let eos = tokenizer.eos().or(ends.first().copied());
+    // What GGUF's readers append is the EOS token.
+    let eos = tokenizer.ending().or(tokenizer.eos()).or(ends.first().copied());
     if let Some(eos) = eos {
         metadata.number("tokenizer.ggml.eos_token_id", id(eos));
     }
@@ -215,7 +216,7 @@ fn special_tokens(model: &Checkpoint, metadata: &mut Metadata) -> Result<(), For
         metadata.number("tokenizer.ggml.eot_token_id", id(*turn));
     }
     metadata.flag("tokenizer.ggml.add_bos_token", tokenizer.adds_bos());
-    if tokenizer.adds_eos() {
+    if tokenizer.ending().is_some() {
         metadata.flag("tokenizer.ggml.add_eos_token", true);
     }
     if let Some(template) = model.chat_template() {
