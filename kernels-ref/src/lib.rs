@@ -27,6 +27,7 @@
 pub mod activation;
 pub mod attention;
 pub mod gemm;
+pub mod gumbel;
 pub mod head;
 pub mod lanes;
 pub mod math;

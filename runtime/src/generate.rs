@@ -118,7 +118,7 @@ pub fn generate(
         generated.prompt_time = start.elapsed();
         return Ok(generated);
     }
-    let mut next = sampler.sample(session.candidates(sampler.wanted(), sampler.penalised()));
+    let mut next = sampler.sample(session.candidates(sampler.wanted(0), sampler.penalised()));
     generated.prompt_time = start.elapsed();
     let mut ahead = Ahead::default();
     while let Some(token) = next {
@@ -202,6 +202,6 @@ impl Ahead {
             self.always.dedup();
         }
         self.at = 0;
-        session.explore(&self.read, sampler.wanted(), &self.always, &mut self.found)
+        session.explore(&self.read, |ahead| sampler.wanted(ahead), &self.always, &mut self.found)
     }
 }

@@ -6,18 +6,21 @@
 //! 2. **Top-k**: the k most likely tokens stay.
 //! 3. **Top-p**: of those, the most likely ones whose probabilities first add up to p stay.
 //! 4. **Min-p**: of those, the ones with at least this fraction of the largest probability stay.
-//! 5. **Temperature**: logits are divided by it and a token is drawn. Temperature 0 takes the most likely token.
+//! 5. **Temperature**: logits are divided by it and a token is drawn: the one with the largest sum of logit and noise
+//!    ([`Draw`]). Temperature 0 takes the most likely token.
 //!
-//! Ties go to the lowest id. The random number of a token is a function of (seed, sequence, position) alone, and every
+//! Ties go to the lowest id. The noise of a token is a function of (seed, sequence, position, token) alone, and every
 //! sum runs in order of falling likelihood, so a text can be generated again on any machine, in any batch.
 //!
-//! [`Sampling`] is the settings, a [`Sampler`] one text under them. Most settings need a few logits only, and
-//! [`Sampler::wanted`] says which, so that the others need not be computed.
+//! [`Sampling`] is the settings, a [`Sampler`] one text under them. All settings but top-p without top-k need a few logits
+//! only, and [`Sampler::wanted`] says which, so that the others need not be computed.
+
+use std::cmp::Ordering;
 
 use ternion_kernels_ref::math;
 
 use crate::formats::GenerationDefaults;
-use crate::model::{Candidate, Wanted};
+use crate::model::{Candidate, Draw, Wanted};
 
 /// What a caller asks for; `None` leaves it to the model's defaults.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -122,13 +125,19 @@ impl Sampling {
         self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
     }
 
-    /// Top-k, top-p and min-p on candidates in order of falling likelihood; at least one stays.
+    /// Top-k, top-p and min-p: drops the candidates that they do not keep, and leaves at least one. The others are in some
+    /// other order then.
     fn truncate(&self, candidates: &mut Vec<Candidate>, weights: &mut Vec<f32>) {
-        if self.top_k > 0 {
+        if self.top_k > 0 && self.top_k < candidates.len() {
+            candidates.select_nth_unstable_by(self.top_k, by_likelihood);
             candidates.truncate(self.top_k);
         }
+        if self.top_p == 1.0 && self.min_p == 0.0 {
+            return;
+        }
+        candidates.sort_unstable_by(by_likelihood);
+        weigh(candidates, weights);
         if self.top_p < 1.0 {
-            weigh(candidates, 1.0, weights);
             let total: f64 = weights.iter().map(|weight| f64::from(*weight)).sum();
             let mut mass = 0.0;
             let enough = weights.iter().position(|weight| {
@@ -137,12 +146,9 @@ impl Sampling {
             });
             candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
         }
-        if self.min_p > 0.0 {
-            weigh(candidates, 1.0, weights);
-            // The first weight is e^0 = 1, so the others are fractions of the largest probability.
-            let kept = weights.iter().take_while(|weight| **weight >= self.min_p).count();
-            candidates.truncate(kept.max(1));
-        }
+        // The first weight is e^0 = 1, so the others are fractions of the largest probability.
+        let kept = weights.iter().take_while(|weight| **weight >= self.min_p).count();
+        candidates.truncate(kept.max(1));
     }
 }
 
@@ -176,20 +182,29 @@ impl Sampler {
         Self { sampling, sequence, position: prompt.len(), tokens, generated, weights: Vec::new() }
     }
 
-    /// The logits that [`sample`](Self::sample) needs, besides those of [`penalised`](Self::penalised) tokens.
+    /// The logits that [`sample`](Self::sample) needs when `ahead` more tokens have been accepted, besides those of
+    /// [`penalised`](Self::penalised) tokens.
     #[must_use]
-    pub fn wanted(&self) -> Wanted {
+    pub fn wanted(&self, ahead: usize) -> Wanted {
         let Sampling { top_k, top_p, min_p, .. } = self.sampling;
         if self.sampling.is_greedy() {
             Wanted::Top(1)
         } else if top_k > 0 {
             Wanted::Top(top_k)
-        } else if top_p == 1.0 && min_p > 0.0 {
+        } else if top_p < 1.0 {
+            Wanted::All
+        } else if min_p > 0.0 {
             // A little more than the logarithm, for the rounding of it and of exponentials.
             Wanted::Within(-libm::logf(min_p) + 1e-3)
         } else {
-            Wanted::All
+            Wanted::Drawn(self.draw(ahead))
         }
+    }
+
+    /// How the token is drawn when `ahead` more have been accepted.
+    fn draw(&self, ahead: usize) -> Draw {
+        let Sampling { seed, temperature, .. } = self.sampling;
+        Draw::new(seed, self.sequence, self.position + ahead, temperature)
     }
 
     /// The tokens whose logits a penalty changes, in rising order.
@@ -215,28 +230,11 @@ impl Sampler {
             *logit = f32::NEG_INFINITY;
         }
         self.penalise(candidates);
-        // By falling likelihood, lower ids first among equals.
-        let order = |a: &Candidate, b: &Candidate| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
         if self.sampling.is_greedy() {
-            return candidates.iter().copied().min_by(order).map(|(_, token)| token);
+            return candidates.iter().copied().min_by(by_likelihood).map(|(_, token)| token);
         }
-        let k = self.sampling.top_k;
-        if k > 0 && k < candidates.len() {
-            candidates.select_nth_unstable_by(k, order);
-            candidates.truncate(k);
-        }
-        candidates.sort_unstable_by(order);
         self.sampling.truncate(candidates, &mut self.weights);
-        weigh(candidates, self.sampling.temperature, &mut self.weights);
-        let total: f64 = self.weights.iter().map(|weight| f64::from(*weight)).sum();
-        let mut left = random(self.sampling.seed, self.sequence, self.position as u64) * total;
-        for ((_, token), weight) in candidates.iter().zip(&self.weights) {
-            left -= f64::from(*weight);
-            if left < 0.0 {
-                return Some(*token);
-            }
-        }
-        candidates.last().map(|(_, token)| *token)
+        self.draw(0).choose(candidates)
     }
 
     /// Takes `token` for the next of the text.
@@ -269,30 +267,18 @@ impl Sampler {
     }
 }
 
-/// `e^((logit − largest) / temperature)` of candidates in order of falling likelihood.
-fn weigh(candidates: &[Candidate], temperature: f32, weights: &mut Vec<f32>) {
+/// Falling likelihood, lower ids first among equals.
+fn by_likelihood(a: &Candidate, b: &Candidate) -> Ordering {
+    b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
+}
+
+/// `e^(logit − largest)` of candidates in order of falling likelihood.
+fn weigh(candidates: &[Candidate], weights: &mut Vec<f32>) {
     let largest = candidates.first().map_or(0.0, |(logit, _)| *logit);
     weights.clear();
     // Infinitely many logits may be −∞; if all are, they are equally likely.
-    weights.extend(
-        candidates.iter().map(
-            |(logit, _)| {
-                if *logit == largest { 1.0 } else { math::exp((logit - largest) / temperature) }
-            },
-        ),
-    );
-}
-
-/// A number in [0, 1) that depends on its three arguments alone: SplitMix64's finaliser over each in turn.
-fn random(seed: u64, sequence: u64, position: u64) -> f64 {
-    let mix = |state: u64, input: u64| {
-        let mut z = (state ^ input).wrapping_add(0x9e37_79b9_7f4a_7c15);
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    };
-    let bits = mix(mix(mix(0, seed), sequence), position);
-    (bits >> 11) as f64 / (1u64 << 53) as f64
+    weights
+        .extend(candidates.iter().map(|(logit, _)| if *logit == largest { 1.0 } else { math::exp(logit - largest) }));
 }
 
 #[cfg(test)]
@@ -445,8 +431,9 @@ mod tests {
             let mut others: Vec<f32> =
                 all(&logits).iter().filter(|c| !sampler.penalised().contains(&c.1)).map(|c| c.0).collect();
             others.sort_unstable_by(|a, b| b.total_cmp(a));
-            let threshold = match sampler.wanted() {
-                Wanted::All => f32::NEG_INFINITY,
+            let threshold = match sampler.wanted(0) {
+                // What is drawn is not a matter of the logit alone: see the head's tests.
+                Wanted::All | Wanted::Drawn(_) => f32::NEG_INFINITY,
                 Wanted::Top(k) => others.get(k - 1).copied().unwrap_or(f32::NEG_INFINITY),
                 Wanted::Within(distance) => others.first().map_or(f32::NEG_INFINITY, |largest| largest - distance),
             };

@@ -3,7 +3,8 @@
 //! A vocabulary of 128,000 makes the head's rows more than the rest of a small model, and most logits are of no interest:
 //! a sampler wants the largest. So rows also exist as int8 with a scale each (the *screen*), and a state as 12 bits with a
 //! scale. One pass over the screen gives an interval for every logit; the rows whose interval reaches above what is surely exceeded often enough are then
-//! computed from the file's own rows, in the one fixed order. What is returned has the bits of the full head.
+//! computed from the file's own rows, in the one fixed order. What is returned has the bits of the full head. Where a token
+//! is drawn at random it is the largest of other numbers, logits with noise ([`Draw`]), whose intervals are as good.
 //!
 //! **The bound.** Let `x` be the state and `x = t·p + d` its integer form, `w` a row and `w = s·q + e` its own. The estimate
 //! is `t·s·(p·q)`, an exact integer but for two products in `f64`. Then `x·w − t·s·(p·q) = x·e + d·(s·q)`, at most
@@ -16,6 +17,7 @@
 use ternion_kernels_ref::lanes::LANES;
 use ternion_tuner::Workers;
 
+use super::Draw;
 use crate::formats::FloatMatrix;
 use crate::memory::PageBuffer;
 use crate::ops::{self, SCREEN_ROWS, SCREEN_STEP, ScreenState, ScreenTile};
@@ -43,6 +45,8 @@ pub enum Wanted {
     Top(usize),
     /// Those that are at most this much below the largest.
     Within(f32),
+    /// That of the token which is drawn from all.
+    Drawn(Draw),
 }
 
 /// A logit and its token.
@@ -67,7 +71,7 @@ pub struct HeadScratch {
     forms: Vec<Option<Form>>,
     /// The states' integers, `[n, steps]`.
     integers: Vec<ScreenState>,
-    /// Lower and upper ends of the intervals, `[screened, vocabulary]` each.
+    /// Lower and upper ends of the intervals of logits, or of scores where a token is drawn, `[n, vocabulary]` each.
     lower: Vec<f32>,
     upper: Vec<f32>,
     /// Lower ends of one state's intervals, to be put in order.
@@ -149,7 +153,8 @@ impl Head {
         scratch.integers.resize(queries.len() * steps, [0; SCREEN_STEP]);
         for (query, integers) in queries.clone().zip(scratch.integers.chunks_exact_mut(steps.max(1))) {
             let screened = screen.is_some() && query.wanted != Wanted::All;
-            scratch.forms.push(screened.then(|| Form::new(query.state, integers)).flatten());
+            let draw = if let Wanted::Drawn(draw) = query.wanted { Some(draw) } else { None };
+            scratch.forms.push(screened.then(|| Form::new(query.state, draw, integers)).flatten());
         }
         if let Some(screen) = screen.filter(|_| scratch.forms.iter().any(Option::is_some)) {
             self.intervals(team, screen, scratch);
@@ -183,7 +188,7 @@ impl Head {
         }
     }
 
-    /// Intervals of all logits of the states that are screened.
+    /// Intervals of all logits or scores of the states that are screened.
     fn intervals(&self, team: &Team, screen: &Screen, scratch: &mut HeadScratch) {
         let HeadScratch { forms, integers, lower, upper, .. } = scratch;
         let (vocabulary, steps) = (self.rows.rows, self.rows.columns.div_ceil(SCREEN_STEP));
@@ -204,6 +209,9 @@ impl Head {
                     // SAFETY: every block of rows is in one part of the work.
                     let (lower, upper) = unsafe { (lower.part(range.clone()), upper.part(range)) };
                     form.intervals(self.rows.columns, sums.as_flattened(), &screen.scales[rows.clone()], lower, upper);
+                    if let Some(draw) = form.draw {
+                        draw.perturb(rows.start, lower, upper);
+                    }
                 }
             }
         });
@@ -243,7 +251,7 @@ fn threshold(wanted: Wanted, lower: &[f32], order: &mut Vec<f32>) -> f32 {
     let largest = || lower.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     match wanted {
         Wanted::All => f32::NEG_INFINITY,
-        Wanted::Top(1) => largest(),
+        Wanted::Top(1) | Wanted::Drawn(_) => largest(),
         Wanted::Top(k) if k == 0 || k > lower.len() => f32::NEG_INFINITY,
         Wanted::Top(k) => {
             order.clear();
@@ -304,15 +312,17 @@ struct Form {
     norm: f64,
     /// `‖d‖`, or a little more.
     error: f64,
+    /// How a token is drawn, if one is.
+    draw: Option<Draw>,
 }
 
 impl Form {
     /// Writes a state's integers; `None` if it cannot be screened: bounds need every element to be a number, and squares
     /// that do not overflow.
-    fn new(state: &[f32], integers: &mut [ScreenState]) -> Option<Self> {
+    fn new(state: &[f32], draw: Option<Draw>, integers: &mut [ScreenState]) -> Option<Self> {
         let form = ops::screen_state(state, integers)?;
         let [norm, error] = [form.whole, form.error].map(|squares| squares.sqrt() * SLACK);
-        norm.is_finite().then_some(Self { scale: f64::from(form.scale), norm, error })
+        norm.is_finite().then_some(Self { scale: f64::from(form.scale), norm, error, draw })
     }
 
     /// Intervals of the logits of some rows of `k` elements, whose `p·q` are `sums`.
@@ -433,11 +443,18 @@ mod tests {
         let mut others: Vec<_> = (0..logits.len()).filter(|token| !always.contains(&(*token as u32))).collect();
         others.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
         let Some(largest) = others.first().map(|token| logits[*token]) else { return };
+        let drawn = match wanted {
+            Wanted::Drawn(draw) => {
+                draw.choose(&others.iter().map(|token| (logits[*token], *token as u32)).collect::<Vec<_>>())
+            }
+            _ => None,
+        };
         let is_wanted = |rank: usize, token: usize| match wanted {
             Wanted::All => true,
             // Whatever ties with the k-th is wanted as well: the lower id wins.
             Wanted::Top(k) => rank < k || logits[token] == logits[others[k - 1]],
             Wanted::Within(distance) => logits[token] >= largest - distance,
+            Wanted::Drawn(_) => drawn == Some(token as u32),
         };
         for (rank, token) in others.iter().enumerate() {
             assert!(!is_wanted(rank, *token) || is_found(*token), "{wanted:?}: token {token} is missing");
@@ -445,7 +462,13 @@ mod tests {
     }
 
     fn wanted() -> impl Strategy<Value = Wanted> {
-        prop_oneof![Just(Wanted::All), (1usize..60).prop_map(Wanted::Top), (0f32..5.0).prop_map(Wanted::Within),]
+        let draw = (any::<u64>(), 0usize..9, -10i32..7).prop_map(|(seed, at, t)| Draw::new(seed, 0, at, 2f32.powi(t)));
+        prop_oneof![
+            Just(Wanted::All),
+            (1usize..60).prop_map(Wanted::Top),
+            (0f32..5.0).prop_map(Wanted::Within),
+            draw.prop_map(Wanted::Drawn)
+        ]
     }
 
     fn state() -> impl Strategy<Value = Vec<f32>> {
@@ -498,11 +521,18 @@ mod tests {
             (seed >> 40) as f32 / (1u64 << 23) as f32 - 1.0
         };
         let mut rows: Vec<Vec<f32>> = (0..2000).map(|_| (0..256).map(|_| next()).collect()).collect();
-        let state: Vec<f32> = (0..256).map(|_| next()).collect();
-        rows[77] = state.iter().map(|x| 0.8 * x).collect();
-        let (logits, found) = both(FloatType::Bf16, &rows, &[state], Wanted::Top(1), &[]);
-        assert_complete(&logits[0], &found[0], Wanted::Top(1), &[]);
-        assert_eq!(found[0].len(), 1);
+        let state: Vec<f32> = (0..256).map(|_| 0.3 * next()).collect();
+        rows[77] = state.iter().map(|x| 2.5 * x).collect();
+        let assert_few = |wanted: Wanted, few: usize| {
+            let (logits, found) = both(FloatType::Bf16, &rows, std::slice::from_ref(&state), wanted, &[]);
+            assert_complete(&logits[0], &found[0], wanted, &[]);
+            assert!(found[0].len() <= few, "{wanted:?}: {}", found[0].len());
+        };
+        assert_few(Wanted::Top(1), 1);
+        // The noise of these is large, so that any of hundreds of tokens may be drawn.
+        for position in 0..20 {
+            assert_few(Wanted::Drawn(Draw::new(0, 0, position, 1.0)), 20);
+        }
     }
 
     #[test]

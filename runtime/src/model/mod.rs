@@ -10,6 +10,7 @@
 mod activations;
 mod attention;
 mod batch;
+mod draw;
 mod error;
 mod forward;
 mod general;
@@ -27,6 +28,7 @@ mod steps;
 mod weights;
 
 pub use batch::{Batch, Part};
+pub use draw::Draw;
 pub use error::ModelError;
 pub use head::{Candidate, Head, HeadScratch, Query, Wanted};
 pub use kernels::{KernelChoice, problems, sparse_shape};

@@ -160,14 +160,14 @@ impl Session {
     }
 
     /// Reads `tokens` in one pass, and puts the [`candidates`](Self::candidates) after each of them into `found`, which
-    /// grows as it has to. What turns out to have been wrong is taken back by [`keep`](Self::keep).
+    /// grows as it has to; after the first, what is `wanted(0)`. What turns out to have been wrong is taken back by [`keep`](Self::keep).
     ///
     /// # Errors
     /// As [`read`](Self::read), or if there are more than [`exploration`](Self::exploration).
     pub fn explore(
         &mut self,
         tokens: &[u32],
-        wanted: Wanted,
+        wanted: impl Fn(usize) -> Wanted + Copy + Sync,
         always: &[u32],
         found: &mut Vec<Vec<Candidate>>,
     ) -> Result<(), ModelError> {
@@ -175,7 +175,7 @@ impl Session {
         found.resize_with(found.len().max(tokens.len()), Vec::new);
         let (model, team) = (Arc::clone(self.batch.model()), Arc::clone(self.batch.team()));
         let states = self.batch.states(0..tokens.len()).chunks_exact(model.config().hidden);
-        let queries = states.map(|state| Query { state, wanted, always });
+        let queries = states.enumerate().map(|(at, state)| Query { state, wanted: wanted(at), always });
         model.head().candidates(&team, queries, &mut self.head, &mut found[..tokens.len()]);
         Ok(())
     }

@@ -23,6 +23,7 @@ macro_rules! for_every_level {
 }
 
 mod attention;
+mod gumbel;
 mod half;
 mod head;
 mod lanes;
@@ -34,6 +35,7 @@ mod screen;
 pub use attention::{
     CachedBlock, Running, attend_block_f16, attend_block_f32, attend_block_int8, finish_attention, merge_attention,
 };
+pub use gumbel::{gumbel_bounds, perturb};
 pub use half::{f16_to_f32, f32_to_f16, narrow_f16, widen_f16};
 pub use head::dot_rows;
 pub use norm::{quantize, rms_norm, rms_norm_in_place};

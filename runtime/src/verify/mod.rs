@@ -227,7 +227,7 @@ fn drafted(
         // What would have come next, off by one.
         let wrong = tokens[at..].iter().map(|token| (token + 1) % vocabulary as u32);
         read.extend(wrong.take(most.min(session.room() - 1) - right));
-        session.explore(&read, Wanted::All, &[], &mut found)?;
+        session.explore(&read, |_| Wanted::All, &[], &mut found)?;
         session.keep(1 + right);
         for (i, found) in found[..=right].iter().enumerate() {
             logits.fill(f32::NAN);

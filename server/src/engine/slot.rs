@@ -132,7 +132,7 @@ impl<'a> Slot<'a> {
             return None;
         }
         let all = running.asked.grammar.is_some() || running.asked.logprobs.is_some();
-        let wanted = if all { Wanted::All } else { running.sampler.wanted() };
+        let wanted = if all { Wanted::All } else { running.sampler.wanted(0) };
         Some(Query { state: self.sequence.state(), wanted, always: running.sampler.penalised() })
     }
 
