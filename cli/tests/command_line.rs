@@ -187,8 +187,8 @@ fn setup_prepares_tunes_and_says_what_to_do_next() {
     assert!(again.status.success() && notes.contains("fastest form for this machine"), "{notes}");
     // Rounding would lose the model's own head.
     refused(&setup(file, &["--head", "int8"]), 2, &["source itself"]);
-    let names: Vec<_> = std::fs::read_dir(&place).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(names.len(), 2, "the model and the cache: {names:?}");
+    let mut names = std::fs::read_dir(&place).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert!(names.all(|name| !name.ends_with(".part")), "nothing unfinished is left");
 
     // What the file has is used as it lies; from a directory everything is converted.
     let run = |model: &str| output(&["run", model, "-p", "Once", "-n", "12"]);
