@@ -16,7 +16,7 @@ use ternion_tuner::{Choices, Class, SystemStopwatch, probe};
 
 use crate::UsageError;
 use crate::arguments::{ForcedKernel, ReadOptions, parse_kernel};
-use crate::model::{cpu, forced, load, open, schedules, start};
+use crate::model::{cpu, forced, load, open, origin, schedules, start};
 use crate::output::{self, print};
 use crate::terminal::{Bar, bytes, note};
 
@@ -111,6 +111,12 @@ struct Start {
     compile_ms: f64,
     /// Reading and repacking weights, in milliseconds.
     weights_ms: f64,
+    /// Bytes of weights that are used as they lie in the file.
+    mapped_bytes: usize,
+    /// Bytes of weights that were computed from others.
+    converted_bytes: usize,
+    #[serde(skip)]
+    origin: String,
 }
 
 impl Start {
@@ -124,14 +130,17 @@ impl Start {
             known: choices.is_none_or(Choices::all_known),
             compile_ms: ms(report.compile),
             weights_ms: ms(report.weights),
+            mapped_bytes: report.mapped(),
+            converted_bytes: report.converted(),
+            origin: origin(&report),
         }
     }
 
     fn line(&self) -> String {
-        let Self { threads, schedules_ms, known, compile_ms, weights_ms } = self;
+        let Self { threads, schedules_ms, known, compile_ms, weights_ms, origin, .. } = self;
         let schedules = if *known { "known schedules" } else { "raced schedules" };
         format!(
-            "start with {threads} threads: {schedules} {schedules_ms:.1} ms · compile {compile_ms:.0} ms · weights {weights_ms:.0} ms"
+            "start with {threads} threads: {schedules} {schedules_ms:.1} ms · compile {compile_ms:.0} ms · weights {weights_ms:.0} ms ({origin})"
         )
     }
 }

@@ -9,12 +9,12 @@ use anyhow::{Context, Result, bail};
 use ternion_compiler::{Cpu, Schedule};
 use ternion_runtime::formats::{Checkpoint, ModelConfig, Projection};
 use ternion_runtime::lora::Adapter;
-use ternion_runtime::model::{KernelChoice, Model, problems, sparse_shape};
+use ternion_runtime::model::{KernelChoice, LoadReport, Model, problems, sparse_shape};
 use ternion_runtime::team::{Team, available_threads};
 use ternion_tuner::{Budget, CacheDir, Choice, Choices, Request, choose};
 
 use crate::arguments::{ForcedKernel, LoraOption, ModelOptions, ReadOptions};
-use crate::terminal::{Bar, note};
+use crate::terminal::{Bar, bytes, note};
 use crate::{embedded, pull};
 
 /// A model that is ready to run, and how long that took.
@@ -55,6 +55,21 @@ pub(crate) fn open(path: Option<&Path>, read: &ReadOptions) -> Result<Checkpoint
     };
     checkpoint.notes().iter().for_each(|line| note(&format!("note: {line}")));
     Ok(checkpoint)
+}
+
+/// Which weights were used as they lie in the file, and which were computed when the model was loaded.
+pub(crate) fn origin(report: &LoadReport) -> String {
+    let kinds = [
+        ("matrices", report.mapped_bytes, report.packed_bytes),
+        ("records", report.mapped_record_bytes, report.record_bytes - report.mapped_record_bytes),
+        ("screen", report.mapped_screen_bytes, report.screen_bytes - report.mapped_screen_bytes),
+    ];
+    let list = |part: fn(&(&str, usize, usize)) -> usize| {
+        let some = kinds.iter().filter(|kind| part(kind) > 0);
+        let words: Vec<String> = some.map(|kind| format!("{} {}", kind.0, bytes(part(kind) as u64))).collect();
+        if words.is_empty() { "nothing".to_owned() } else { words.join(", ") }
+    };
+    format!("as in the file: {} · converted: {}", list(|kind| kind.1), list(|kind| kind.2))
 }
 
 /// The CPU that kernels are compiled for.

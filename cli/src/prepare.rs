@@ -7,8 +7,9 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use ternion_compiler::Layout;
-use ternion_runtime::formats::tern::{self, HeadType};
+use ternion_runtime::formats::tern::{self, Form, HeadType};
 use ternion_runtime::formats::{Checkpoint, FormatError, Projection};
+use ternion_runtime::model::{KernelChoice, ready_form};
 use ternion_tuner::{Budget, Choices, Class, Source};
 
 use crate::UsageError;
@@ -63,9 +64,13 @@ pub(crate) fn prepare(options: &Prepare) -> Result<ExitCode> {
         None
     };
     match output.filter(|_| !options.dry_run) {
-        Some(output) => write(&checkpoint, output, choices.as_ref(), options.head)?,
+        Some(output) => {
+            let form = form_of(&checkpoint, choices.as_ref(), options.head)?;
+            write(&checkpoint, output, choices.as_ref(), form)?;
+        }
         None => {
-            let planned = tern::planned_bytes(&checkpoint, &layout_of(choices.as_ref()), options.head.into())?;
+            let form = form_of(&checkpoint, choices.as_ref(), options.head)?;
+            let planned = tern::planned_bytes(&checkpoint, &layout_of(choices.as_ref()), form)?;
             let config = checkpoint.config();
             print(&format!(
                 "{}: {}, {} layers, {} ternary matrices: a file of {}\n",
@@ -87,13 +92,21 @@ pub(crate) fn setup(options: &Setup) -> Result<ExitCode> {
         (Some(_), Some(output)) => Some(output.clone()),
         (Some(model), None) => Some(default_output(model)?),
     };
-    if let (Some(model), Some(output)) = (&options.model, &output) {
-        refuse_own_source(model, output)?;
+    let in_place = options.model.as_ref().zip(output.as_ref()).is_some_and(|(model, output)| is_same(model, output));
+    // A prepared file may be put into another order where it is, but not lose what a rounded head loses.
+    if let (true, Some(output), false) = (in_place, &output, matches!(options.head.head, Head::Own)) {
+        refuse_own_source(output, output)?;
     }
     let choices = tune(&checkpoint, &options.threads, &options.budget, &options.purpose)?;
     match output {
         Some(output) => {
-            write(&checkpoint, &output, Some(&choices), options.head)?;
+            let form = form_of(&checkpoint, Some(&choices), options.head)?;
+            if in_place && tern::has_form(&checkpoint, &layout_of(Some(&choices)), form.clone())? {
+                note(&format!("{} is in its fastest form for this machine already", output.display()));
+            } else {
+                write(&checkpoint, &output, Some(&choices), form)?;
+                note(&format!("{} is in its fastest form for this machine", output.display()));
+            }
             note(&format!("next: ternion run {} -p \"Once upon a time\"", output.display()));
         }
         None => note("next: ternion run -p \"Once upon a time\""),
@@ -116,14 +129,17 @@ fn default_output(model: &Path) -> Result<PathBuf> {
     }
 }
 
-/// A prepared file is not overwritten while it is read.
+/// A prepared file is not replaced by what may be less than it.
 fn refuse_own_source(source: &Path, output: &Path) -> Result<()> {
-    match (source.canonicalize(), output.canonicalize()) {
-        (Ok(a), Ok(b)) if a == b => {
-            Err(UsageError(format!("{}: is the source itself, give another name with -o", output.display())).into())
-        }
-        _ => Ok(()),
+    if is_same(source, output) {
+        return Err(UsageError(format!("{}: is the source itself, give another name with -o", output.display())).into());
     }
+    Ok(())
+}
+
+/// Whether two paths lead to one file that exists.
+fn is_same(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 /// The full search, and what it found.
@@ -150,11 +166,21 @@ fn layout_of(choices: Option<&Choices>) -> impl Fn(usize, Projection, usize, usi
     move |_, _, m, k| choices.and_then(|choices| choices.get(m, k)).map_or(Layout::Canonical, |choice| choice.layout())
 }
 
+/// What is stored beside the model: for the kernels of `choices` whatever loading would have to compute, or nothing.
+fn form_of(checkpoint: &Checkpoint, choices: Option<&Choices>, head: HeadOption) -> Result<Form> {
+    match choices {
+        Some(choices) => {
+            Ok(ready_form(checkpoint, &KernelChoice::Tuned(choices.clone()), &cpu()?, HeadType::from(head))?)
+        }
+        None => Ok(HeadType::from(head).into()),
+    }
+}
+
 /// Writes the prepared file with the layouts of `choices`, or plain, and says what that took.
-fn write(checkpoint: &Checkpoint, output: &Path, choices: Option<&Choices>, head: HeadOption) -> Result<()> {
+fn write(checkpoint: &Checkpoint, output: &Path, choices: Option<&Choices>, form: Form) -> Result<()> {
     let layout = layout_of(choices);
     let (start, memory) = (Instant::now(), Watch::start());
-    let summary = with_bar(|progress| tern::write_with(checkpoint, output, &layout, head.into(), progress));
+    let summary = with_bar(|progress| tern::write_with(checkpoint, output, &layout, form, progress));
     if matches!(summary, Err(FormatError::Cancelled { .. })) {
         note(&format!("what is done is kept in {}.part: the same command continues it", output.display()));
     }
@@ -166,6 +192,9 @@ fn write(checkpoint: &Checkpoint, output: &Path, choices: Option<&Choices>, head
         summary.matrices,
         summary.digest
     ));
+    if summary.derived > 0 {
+        note(&format!("{} of it so that loading has nothing to compute", bytes(summary.derived)));
+    }
     if summary.resumed > 0 {
         note(&format!("{} of it were there already, from an interrupted run", bytes(summary.resumed)));
     }

@@ -14,7 +14,7 @@ use ternion_runtime::sampling::{Sampling, SamplingOptions};
 use ternion_runtime::text::{Message, Tokenizer};
 
 use crate::arguments::Run;
-use crate::model::{Ready, ReadyTimes, ready_to_generate};
+use crate::model::{Ready, ReadyTimes, origin, ready_to_generate};
 use crate::output::{self, print};
 use crate::terminal::{note, time};
 use crate::{UsageError, interrupt};
@@ -39,6 +39,9 @@ struct Summary {
     prompt_tokens: usize,
     generated_tokens: usize,
     load_s: f64,
+    /// Bytes of weights that are used as they lie in the file, and of those that were computed from others.
+    mapped_bytes: usize,
+    converted_bytes: usize,
     tune_s: f64,
     compile_s: f64,
     prompt_s: f64,
@@ -182,6 +185,8 @@ impl Talk<'_> {
                     prompt_tokens: generated.prompt_tokens,
                     generated_tokens: generated.tokens.len(),
                     load_s: load.as_secs_f64(),
+                    mapped_bytes: self.session.model().report().mapped(),
+                    converted_bytes: self.session.model().report().converted(),
                     tune_s: tune.as_secs_f64(),
                     compile_s: compile.as_secs_f64(),
                     prompt_s: generated.prompt_time.as_secs_f64(),
@@ -195,6 +200,7 @@ impl Talk<'_> {
         }
         if !self.options.quiet {
             let speed = |speed: Option<f64>| speed.map_or("-".to_owned(), |speed| format!("{speed:.0} tokens/s"));
+            note(&origin(&self.session.model().report()));
             note(&format!(
                 "load {} · {} {} · compile {} · prompt {} ({}) · generate {} ({}) · {}",
                 time(load),

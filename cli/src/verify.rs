@@ -65,6 +65,7 @@ fn vectors(cpu: Cpu) -> &'static str {
 pub(crate) fn verify(options: &Verify) -> Result<ExitCode> {
     let checkpoint = open(options.model.as_deref(), &options.read)?;
     let sections_checked = checkpoint.verify_checksums()?;
+    checkpoint.verify_derived()?;
     let threads = options.threads.map_or_else(|| available_threads().max(FEWEST), usize::from);
     let verify_options = VerifyOptions { tokens: options.n.into(), threads, kv: options.kv };
     let mut bar = None;

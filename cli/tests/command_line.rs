@@ -168,12 +168,34 @@ fn a_directory_runs_like_the_prepared_file_made_from_it() {
 fn setup_prepares_tunes_and_says_what_to_do_next() {
     let source = directory(HuggingFaceFixture::new(Dress::PackedDirect));
     let place = TempDir::new().unwrap();
-    let setup = ternion(["setup", path(&source), "--budget", "200ms"]).current_dir(&place).output().unwrap();
-    let notes = text(&setup.stderr);
-    assert!(setup.status.success(), "{notes}");
+    let setup = |model: &str, extra: &[&str]| {
+        let mut command = ternion([&["setup", model, "--budget", "200ms"], extra].concat());
+        command.env("TERNION_CACHE", place.path().join("cache")).current_dir(&place).output().unwrap()
+    };
+    let first = setup(path(&source), &[]);
+    let notes = text(&first.stderr);
+    assert!(first.status.success(), "{notes}");
     assert!(notes.contains("tuned for") && notes.contains("next: ternion run"), "{notes}");
     let name = source.path().file_name().unwrap().to_str().unwrap();
-    assert!(place.path().join(format!("{name}.tern")).is_file());
+    let file = place.path().join(format!("{name}.tern"));
+    assert!(file.is_file() && notes.contains("fastest form for this machine"), "{notes}");
+
+    // Again in its own place. A busy machine may find other kernels, the model stays the same.
+    let file = file.to_str().unwrap();
+    let again = setup(file, &[]);
+    let notes = text(&again.stderr);
+    assert!(again.status.success() && notes.contains("fastest form for this machine"), "{notes}");
+    // Rounding would lose the model's own head.
+    refused(&setup(file, &["--head", "int8"]), 2, &["source itself"]);
+    let mut names = std::fs::read_dir(&place).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert!(names.all(|name| !name.ends_with(".part")), "nothing unfinished is left");
+
+    // What the file has is used as it lies; from a directory everything is converted.
+    let run = |model: &str| output(&["run", model, "-p", "Once", "-n", "12"]);
+    let (ready, plain) = (run(file), run(path(&source)));
+    assert!(ready.status.success() && ready.stdout == plain.stdout);
+    assert!(text(&plain.stderr).contains("as in the file: nothing"), "{}", text(&plain.stderr));
+    assert!(text(&ready.stderr).contains("as in the file: "), "{}", text(&ready.stderr));
     assert!(output(&["setup", "--budget", "100ms"]).status.success(), "the embedded model only needs tuning");
 }
 

@@ -22,6 +22,7 @@ pub mod memory;
 pub mod model;
 pub mod ops;
 pub mod sampling;
+mod screen;
 pub mod team;
 pub mod text;
 pub mod verify;

@@ -18,11 +18,12 @@ use ternion_compiler::Layout;
 use ternion_kernels_ref::SplitMix64;
 use ternion_runtime::formats::gguf::{TernaryType, TokenRowType, export};
 use ternion_runtime::formats::synth::Recipe;
-use ternion_runtime::formats::tern::{self, HeadType};
+use ternion_runtime::formats::tern::{self, Form, HeadType};
 use ternion_runtime::formats::{
     Bytes, Checkpoint, FormatError, LayerNorm, ModelConfig, OpenOptions, Projection, export_hf,
 };
 use ternion_runtime::lora::Adapter;
+use ternion_runtime::model::problems;
 use xxhash_rust::xxh3::xxh3_64;
 
 struct Counting;
@@ -87,6 +88,7 @@ fn read_all(model: &Checkpoint) -> Result<(), FormatError> {
         }
     }
     let _ = model.verify_checksums();
+    let _ = model.verify_derived();
     let _ = model.chat();
     Ok(())
 }
@@ -247,9 +249,31 @@ fn damaged_prepared_files() {
         let go = &mut |_, _| ControlFlow::Continue(());
         tern::write_with(&tiny(), path, &|_, _, _, _| Layout::Canonical, HeadType::Int8, go).unwrap();
     });
+    survive_prepared(&whole);
+}
+
+/// Files with everything that loading would have to compute otherwise.
+#[test]
+fn damaged_prepared_files_that_are_ready_to_run() {
+    let model = tiny();
+    let (_directory, whole) = directory_of(|path| {
+        let go = &mut |_, _| ControlFlow::Continue(());
+        let shapes = problems(model.config());
+        let form = Form {
+            head: HeadType::Own,
+            screen: true,
+            copies: shapes.iter().map(|p| ((p.m, p.k), Layout::Lanes { rows: 16, group: 4 })).collect(),
+            records: Some([Layout::Rows { rows: 1, chunk: 64 }, Layout::Columns { chunk: 64 }]),
+        };
+        tern::write_with(&model, path, &|_, _, _, _| Layout::Rows { rows: 4, chunk: 64 }, form, go).unwrap();
+    });
+    survive_prepared(&whole);
+}
+
+fn survive_prepared(whole: &[u8]) {
     let header = 32 + u64::from_le_bytes(whole[16..24].try_into().unwrap()) as usize;
     survive(whole.len(), |damage| {
-        let mut bytes = whole.clone();
+        let mut bytes = whole.to_vec();
         damage.apply(&mut bytes, header);
         // Half of the files have a checksum that fits what became of the header.
         if damage.below(2) == 0 && bytes.len() > 32 {

@@ -138,9 +138,9 @@ fn foreign_and_newer_files_are_told_apart_from_damaged_ones() {
         error(b"GGUF\x03\0\0\0 and so on, for long enough to be a header".to_vec()).contains("not a prepared model")
     );
     let mut newer = EMBEDDED.clone();
-    newer[8] = 2;
+    newer[8] = 3;
     let message = error(newer);
-    assert!(message.contains("version 2") && message.contains("update ternion"), "{message}");
+    assert!(message.contains("version 3") && message.contains("update ternion"), "{message}");
     let mut damaged = EMBEDDED.clone();
     damaged[40] ^= 1;
     assert!(error(damaged).contains("checksum"));

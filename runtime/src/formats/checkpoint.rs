@@ -6,13 +6,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use ternion_compiler::Layout;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::gguf::container::MAGIC as GGUF_MAGIC;
 use super::gguf::{Gguf, I2sLayout};
 use super::hf::HuggingFace;
 use super::synth::{Recipe, RecipeError, Synthetic};
-use super::tern::Prepared;
+use super::tern::{Prepared, Section};
 use super::{
     Activation, Bytes, FloatMatrix, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, RowType,
     TernaryTensor,
@@ -280,7 +281,7 @@ impl Checkpoint {
     }
 
     /// Type of the embedding's rows, and of the head's if it is not tied, without making them where that takes time.
-    pub(super) fn token_row_types(&self) -> Result<(RowType, Option<RowType>), FormatError> {
+    pub(crate) fn token_row_types(&self) -> Result<(RowType, Option<RowType>), FormatError> {
         match &self.source {
             Source::Synthetic(model) => Ok((RowType::Bf16, (!model.config().tied_head).then_some(RowType::Bf16))),
             _ => Ok((self.embedding()?.dtype, self.head()?.map(|head| head.dtype))),
@@ -297,6 +298,37 @@ impl Checkpoint {
             Source::Gguf(model) => model.head(),
             Source::Synthetic(model) => Ok(model.head()),
             Source::Prepared(model) => Ok(model.head()),
+        }
+    }
+
+    /// A ternary matrix as it lies in the file in this layout, if it is there; its sizes fit.
+    pub(crate) fn stored(&self, layer: usize, projection: Projection, layout: Layout) -> Option<Bytes> {
+        let Source::Prepared(model) = &self.source else { return None };
+        self.check_layer(layer).is_ok().then(|| model.packed(layer, projection, layout))?
+    }
+
+    /// The rows of an up-projection or the columns of a down-projection as records, if the file has them in this layout.
+    pub(crate) fn stored_records(&self, layer: usize, projection: Projection, layout: Layout) -> Option<Bytes> {
+        let Source::Prepared(model) = &self.source else { return None };
+        model.records(layer, projection, layout)
+    }
+
+    /// The head's screen, if the file has it.
+    ///
+    /// # Errors
+    /// If it does not have its checksum.
+    pub(crate) fn stored_screen(&self) -> Result<Option<Bytes>, FormatError> {
+        match &self.source {
+            Source::Prepared(model) => model.screen(),
+            Source::HuggingFace(_) | Source::Gguf(_) | Source::Synthetic(_) => Ok(None),
+        }
+    }
+
+    /// The sections of a prepared file.
+    pub(super) fn prepared_sections(&self) -> Option<&[Section]> {
+        match &self.source {
+            Source::Prepared(model) => Some(model.sections()),
+            Source::HuggingFace(_) | Source::Gguf(_) | Source::Synthetic(_) => None,
         }
     }
 
@@ -346,6 +378,18 @@ impl Checkpoint {
     #[must_use]
     pub fn is_prepared(&self) -> bool {
         matches!(self.source, Source::Prepared(_))
+    }
+
+    /// Computes again what a prepared file holds ready for loading and compares it, byte by byte; returns the number of
+    /// these sections. Their checksums only tell damage from what was written.
+    ///
+    /// # Errors
+    /// The first section that does not follow from the model's own.
+    pub fn verify_derived(&self) -> Result<usize, FormatError> {
+        match &self.source {
+            Source::HuggingFace(_) | Source::Gguf(_) | Source::Synthetic(_) => Ok(0),
+            Source::Prepared(model) => model.verify_derived(self),
+        }
     }
 
     /// Reads a prepared file completely and compares every section with its checksum; returns their number. Other

@@ -5,10 +5,14 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use ternion_compiler::Layout;
+use ternion_compiler::layout::transpose_columns;
 use ternion_kernels_ref::widen::{bf16_to_f32, f16_to_f32};
-use ternion_kernels_ref::{InvalidCode, TernaryMatrix};
+use ternion_kernels_ref::{InvalidCode, PackedMatrix, TernaryMatrix};
 
 use super::{Bytes, RowType};
+
+/// Columns that are transposed at a time: a few pages of the source are read and as many written.
+const BLOCK: usize = 512;
 
 /// A ternary matrix `[m, k]`: `y = Σ T·a · (scale / q)`.
 #[derive(Clone, Debug)]
@@ -33,6 +37,35 @@ impl TernaryTensor {
     /// The first weight whose code is 3.
     pub fn to_matrix(&self) -> Result<TernaryMatrix, InvalidCode> {
         self.layout.unpack(self.m, self.k, &self.bytes)
+    }
+
+    /// Packs the matrix once more, record by record: a record is a row, or a column of the `transposed` matrix.
+    ///
+    /// # Panics
+    /// If `bytes` or `room` is not as long as layout and shape ask for.
+    pub(crate) fn pack_records(&self, layout: Layout, transposed: bool, room: &mut [u8]) {
+        let (m, k) = (self.m, self.k);
+        if !transposed {
+            return self.layout.repack_tiles(layout, [m, k], &self.bytes, 0..layout.tiles(m), room);
+        }
+        let mut own = Vec::new();
+        let bytes = if self.layout == Layout::Canonical {
+            &*self.bytes
+        } else {
+            own.resize(m * PackedMatrix::row_bytes(k), 0);
+            self.layout.unpack_rows(m, k, &self.bytes, 0..m, &mut own);
+            &own
+        };
+        let source = PackedMatrix::new(m, k, bytes).expect("the bytes of its shape, which loading has checked");
+        let record = layout.row_bytes(m);
+        let mut columns = vec![0; BLOCK.min(k) * PackedMatrix::row_bytes(m)];
+        for start in (0..k).step_by(BLOCK) {
+            let range = start..k.min(start + BLOCK);
+            let columns = &mut columns[..range.len() * PackedMatrix::row_bytes(m)];
+            transpose_columns(source, range.clone(), columns);
+            let block = PackedMatrix::new(range.len(), m, columns).expect("the size it was just made with");
+            layout.pack_tiles(block, 0..range.len(), &mut room[range.start * record..range.end * record]);
+        }
     }
 }
 

@@ -19,16 +19,14 @@ use ternion_tuner::Workers;
 
 use super::Draw;
 use crate::formats::FloatMatrix;
-use crate::memory::PageBuffer;
-use crate::ops::{self, SCREEN_ROWS, SCREEN_STEP, ScreenState, ScreenTile};
+use crate::ops::{self, SCREEN_ROWS, SCREEN_STEP, ScreenState};
+use crate::screen::{SLACK, Scale, Screen, roundings};
 use crate::team::{SharedSlice, Team, share};
 
 /// Rows that are read for all states before the next: they stay in a core's cache. A multiple of [`SCREEN_ROWS`].
 const BLOCK: usize = 32;
 /// States that one pass over a block serves.
 const STATES: usize = 8;
-/// More than the rounding of a norm's sum of squares, of its square root and of the products with it.
-const SLACK: f64 = 1.0 + 1e-9;
 /// More than the rounding of the estimate's products.
 const ROUNDING: f64 = 1e-15;
 /// Partial sums below this do not overflow, however they are rounded.
@@ -94,7 +92,7 @@ impl Head {
     /// # Errors
     /// If memory runs out.
     pub fn new(rows: FloatMatrix, workers: &dyn Workers) -> std::io::Result<Self> {
-        let screened = rows.bytes.len() >= SCREENED;
+        let screened = Self::is_screened(rows.bytes.len());
         Self::with_screen(rows, screened, workers)
     }
 
@@ -107,10 +105,26 @@ impl Head {
         Ok(Self { rows, screen })
     }
 
+    /// A head of these rows with the screen that was made of them before.
+    pub(super) fn with_stored(rows: FloatMatrix, screen: Screen) -> Self {
+        Self { rows, screen: Some(screen) }
+    }
+
+    /// Whether screening a head of this many bytes pays.
+    pub(super) const fn is_screened(bytes: usize) -> bool {
+        bytes >= SCREENED
+    }
+
     /// Bytes of memory beside the rows themselves.
     #[must_use]
     pub fn screen_bytes(&self) -> usize {
-        self.screen.as_ref().map_or(0, |screen| screen.tiles.len() + size_of_val(&screen.scales[..]))
+        self.screen.as_ref().map_or(0, Screen::len)
+    }
+
+    /// Those of them that are used where the file is mapped.
+    #[must_use]
+    pub fn mapped_screen_bytes(&self) -> usize {
+        self.screen.as_ref().map_or(0, Screen::mapped)
     }
 
     /// All logits of some states: `states` is `[n, hidden]`, `logits` `[n, vocabulary]`.
@@ -262,47 +276,6 @@ fn threshold(wanted: Wanted, lower: &[f32], order: &mut Vec<f32>) -> f32 {
     }
 }
 
-/// An `f32` that is not smaller.
-fn rounded_up(x: f64) -> f32 {
-    (x as f32).next_up()
-}
-
-/// One row's int8 form `s·q`.
-#[derive(Clone, Copy, Debug, Default)]
-struct Scale {
-    /// `s`
-    scale: f32,
-    /// What `‖x‖` is multiplied with in the bound: `‖e‖ + γₙ·‖w‖`, rounded up.
-    error: f32,
-    /// And `‖d‖`: `s·‖q‖`, rounded up.
-    form: f32,
-}
-
-impl Scale {
-    /// Brings a row into its int8 form. A row that is not all numbers gets a bound that excludes nothing.
-    fn quantize(row: &[f32], target: &mut [u8]) -> Self {
-        let form = ops::screen_form(row, target);
-        let whole = form.whole.sqrt() * SLACK;
-        // A row with an infinity or a NaN anywhere has such a norm.
-        if !whole.is_finite() {
-            return Self { scale: 0.0, error: f32::INFINITY, form: 0.0 };
-        }
-        let error = form.error.sqrt() * SLACK + gamma(row.len()) * whole;
-        Self { scale: form.scale, error: rounded_up(error), form: rounded_up(form.form.sqrt() * SLACK) }
-    }
-}
-
-/// Roundings on the way of a product of a row of `k` elements into its logit.
-fn roundings(k: usize) -> f64 {
-    (k.div_ceil(LANES) + LANES.ilog2() as usize) as f64
-}
-
-/// `γₙ` for rows of `k` elements.
-fn gamma(k: usize) -> f64 {
-    let nu = roundings(k) * f64::from(f32::EPSILON) / 2.0;
-    nu / (1.0 - nu)
-}
-
 /// What bounds need to know of a state's integer form.
 #[derive(Clone, Copy, Debug)]
 struct Form {
@@ -343,48 +316,6 @@ impl Form {
                 (*lower, *upper) = (f32::NEG_INFINITY, f32::INFINITY);
             }
         }
-    }
-}
-
-/// All rows as int8.
-#[derive(Debug)]
-struct Screen {
-    /// Tiles of rows, `[⌈vocabulary / 8⌉, ⌈hidden / 32⌉, 8, 32]`.
-    tiles: PageBuffer,
-    scales: Vec<Scale>,
-}
-
-impl Screen {
-    fn new(rows: &FloatMatrix, workers: &dyn Workers) -> std::io::Result<Self> {
-        let k = rows.columns;
-        let tile_bytes = k.div_ceil(SCREEN_STEP) * size_of::<ScreenTile>();
-        let mut tiles = PageBuffer::zeroed(rows.rows.div_ceil(SCREEN_ROWS) * tile_bytes)?;
-        let mut scales = vec![Scale::default(); rows.rows];
-        let (bytes, shared) = (SharedSlice::new(&mut tiles), SharedSlice::new(&mut scales));
-        workers.run(&|thread| {
-            let (mut row, mut form) = (vec![0.0; k], vec![0; k]);
-            for tile in share(rows.rows.div_ceil(SCREEN_ROWS), workers.threads(), thread) {
-                let within = tile * SCREEN_ROWS..rows.rows.min((tile + 1) * SCREEN_ROWS);
-                // SAFETY: every tile is in one thread's share.
-                let (bytes, scales) =
-                    unsafe { (bytes.part(tile * tile_bytes..(tile + 1) * tile_bytes), shared.part(within.clone())) };
-                for (r, (index, scale)) in within.zip(scales).enumerate() {
-                    rows.widen_row(index, &mut row);
-                    *scale = Scale::quantize(&row, &mut form);
-                    let places = bytes.as_chunks_mut::<SCREEN_STEP>().0[r..].iter_mut().step_by(SCREEN_ROWS);
-                    for (place, form) in places.zip(form.chunks(SCREEN_STEP)) {
-                        place[..form.len()].copy_from_slice(form);
-                    }
-                }
-            }
-        });
-        Ok(Self { tiles, scales })
-    }
-
-    /// The tiles of some rows, which begin with one, of `steps` steps each.
-    fn tiles(&self, rows: &std::ops::Range<usize>, steps: usize) -> &[ScreenTile] {
-        let tiles = self.tiles.as_chunks::<SCREEN_STEP>().0.as_chunks::<SCREEN_ROWS>().0;
-        &tiles[rows.start / SCREEN_ROWS * steps..rows.end.div_ceil(SCREEN_ROWS) * steps]
     }
 }
 

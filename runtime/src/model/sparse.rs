@@ -5,34 +5,31 @@
 //! their columns are not read either. In a trained model that leaves a fifth of one matrix and a tenth of the other.
 //! Nothing is approximated: what is left out are zeros.
 //!
-//! Both matrices are kept a second time as records for this, row by row and column by column.
+//! Both matrices are kept a second time as records for this, row by row and column by column: where a prepared file has
+//! them mapped, or else in memory of our own.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use ternion_compiler::layout::transpose_columns;
 use ternion_compiler::listed::GROUP;
 use ternion_compiler::{Activations, Columns, Cpu, Kernel, KernelSpec, Layout, RecordList, Schedule, compile};
-use ternion_kernels_ref::PackedMatrix;
 use ternion_tuner::{ListChoice, SparseChoice, Workers};
 
 use super::ModelError;
-use crate::formats::{Activation, Checkpoint, ModelConfig, Projection, TernaryTensor};
+use super::weights::Place;
+use crate::formats::{Activation, Bytes, Checkpoint, ModelConfig, Projection};
 use crate::memory::PageBuffer;
 use crate::ops;
 use crate::team::{SharedSlice, Team, share};
-
-/// Columns that are transposed at a time: a few pages of the source are read and as many written.
-const BLOCK: usize = 512;
 
 /// The up- and down-projections of all layers as records, and the kernels that read them.
 #[derive(Debug)]
 pub(super) struct SparseFfn {
     rows: Kernel,
     columns: Kernel,
-    /// For every layer where its up-projection begins in `records`, and its down-projection.
-    layers: Vec<[Range<usize>; 2]>,
+    /// For every layer where its up-projection is, and its down-projection.
+    layers: Vec<[Place; 2]>,
+    /// Those that were packed when the model was loaded.
     records: PageBuffer,
     /// The largest shares of rows and of columns for which lists are read.
     worth: [f64; 2],
@@ -41,6 +38,24 @@ pub(super) struct SparseFfn {
 /// The largest shares of rows and of columns for which reading them one by one is faster than reading the whole matrix,
 /// where this machine has not been measured: scattered records come at a half to a third of the speed of a stream.
 const WORTH: [f64; 2] = [0.35, 0.4];
+
+/// The kernels for rows and for columns of a model whose activation makes zeros: those of `choice`, or the best guess; `None`
+/// for other models.
+pub(super) fn jobs(
+    config: &ModelConfig,
+    choice: Option<&SparseChoice>,
+    cpu: &Cpu,
+) -> Option<[(KernelSpec, Schedule); 2]> {
+    let job = |columns, tuned: Option<&ListChoice>| {
+        let spec = KernelSpec { k: config.hidden, columns };
+        let tuned = tuned.map(|choice| choice.schedule).filter(|schedule| schedule.check(&spec, cpu).is_ok());
+        let schedule = tuned.or_else(|| Schedule::candidates(&spec, cpu).first().copied());
+        schedule.map(|schedule| (spec, schedule))
+    };
+    let rows = job(Columns::ListedRows, choice.map(|choice| &choice.rows))?;
+    let columns = job(Columns::ListedColumns, choice.map(|choice| &choice.columns))?;
+    (config.activation == Activation::Relu2).then_some([rows, columns])
+}
 
 impl SparseFfn {
     /// For a checkpoint whose activation makes zeros; `None` for others. Kernels and break-evens are those of `choice`, or
@@ -51,34 +66,23 @@ impl SparseFfn {
         cpu: &Cpu,
         workers: &dyn Workers,
     ) -> Result<Option<Self>, ModelError> {
-        let config = checkpoint.config();
-        let job = |columns, tuned: Option<&ListChoice>| {
-            let spec = KernelSpec { k: config.hidden, columns };
-            let tuned = tuned.map(|choice| choice.schedule).filter(|schedule| schedule.check(&spec, cpu).is_ok());
-            let schedule = tuned.or_else(|| Schedule::candidates(&spec, cpu).first().copied());
-            schedule.map(|schedule| (spec, schedule))
-        };
-        let lists = choice.map(|choice| [&choice.rows, &choice.columns]);
-        let worth = lists.map_or(WORTH, |lists| lists.map(|list| list.worth));
-        let jobs = [
-            job(Columns::ListedRows, lists.map(|lists| lists[0])),
-            job(Columns::ListedColumns, lists.map(|lists| lists[1])),
-        ];
-        let ([Some(rows), Some(columns)], Activation::Relu2) = (jobs, config.activation) else { return Ok(None) };
-        let [rows, columns] = <[Kernel; 2]>::try_from(compile(&[rows, columns], cpu)?).expect("a kernel for each job");
-        let (layers, bytes) = places(config, [rows.layout(), columns.layout()]);
+        let Some(jobs) = jobs(checkpoint.config(), choice, cpu) else { return Ok(None) };
+        let worth = choice.map_or(WORTH, |choice| [&choice.rows, &choice.columns].map(|list| list.worth));
+        let [rows, columns] = <[Kernel; 2]>::try_from(compile(&jobs, cpu)?).expect("a kernel for each job");
+        let layouts = [rows.layout(), columns.layout()];
+        let (layers, bytes) = places(checkpoint, layouts);
         let mut records = PageBuffer::zeroed(bytes).map_err(|source| ModelError::Memory { bytes, source })?;
 
-        let layouts = [rows.layout(), columns.layout()];
         let (next, failed, shared) = (AtomicUsize::new(0), Mutex::new(None), SharedSlice::new(&mut records));
         workers.run(&|_| {
             while let Some(at) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|at| *at < 2 * layers.len()) {
                 let (layer, which) = (at / 2, at % 2);
+                let Place::Buffer(room) = &layers[layer][which] else { continue };
                 // SAFETY: the places of different matrices are disjoint, and each number is taken by one thread.
-                let room = unsafe { shared.part(layers[layer][which].clone()) };
+                let room = unsafe { shared.part(room.clone()) };
                 let projection = [Projection::Up, Projection::Down][which];
                 match checkpoint.projection(layer, projection) {
-                    Ok(tensor) => pack(&tensor, layouts[which], which == 1, room),
+                    Ok(tensor) => tensor.pack_records(layouts[which], which == 1, room),
                     Err(error) => drop(failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error)),
                 }
             }
@@ -92,6 +96,15 @@ impl SparseFfn {
     /// Bytes of memory.
     pub(super) fn bytes(&self) -> usize {
         self.records.len()
+    }
+
+    /// Bytes that are used where the file is mapped.
+    pub(super) fn mapped(&self) -> usize {
+        self.layers.iter().flatten().map(Place::mapped).sum()
+    }
+
+    fn weights(&self, layer: usize, which: usize) -> &[u8] {
+        self.layers[layer][which].bytes(&self.records)
     }
 
     /// The kernel for listed rows.
@@ -124,7 +137,7 @@ impl SparseFfn {
         let record = self.rows.layout().row_bytes(self.rows.spec().k) as u32;
         list.fill(listed.iter().map(|neuron| (neuron * record, 0)));
         let shared = SharedSlice::new(results);
-        let weights = &self.records[self.layers[layer][0].clone()];
+        let weights = self.weights(layer, 0);
         team.divide(&|part| {
             let groups = share(list.groups(), team.threads(), part);
             // SAFETY: every group is in one part of the work.
@@ -161,7 +174,7 @@ impl SparseFfn {
         let listed = (0..).zip(values).filter(|(_, value)| **value != 0);
         list.fill(listed.map(|(column, value): (u32, _)| (column * record, *value)));
         let (width, shared) = (self.results(), SharedSlice::new(partial));
-        let weights = &self.records[self.layers[layer][1].clone()];
+        let weights = self.weights(layer, 1);
         team.divide(&|part| {
             // SAFETY: every part has results of its own.
             let results = unsafe { shared.part(part * width..(part + 1) * width) };
@@ -205,40 +218,22 @@ impl SparseScratch {
     }
 }
 
-/// Where every layer's matrices begin and end, and how many bytes there are in all. The two of a layer follow each other.
-fn places(config: &ModelConfig, layouts: [Layout; 2]) -> (Vec<[Range<usize>; 2]>, usize) {
+/// Where every layer's matrices are, and how many bytes have to be packed. The two of a layer follow each other.
+fn places(checkpoint: &Checkpoint, layouts: [Layout; 2]) -> (Vec<[Place; 2]>, usize) {
+    let config = checkpoint.config();
     let mut end = 0;
-    let mut place = |layout: Layout| {
-        let start = end;
-        end += config.ffn * layout.row_bytes(config.hidden);
-        start..end
+    let mut place = |stored: Option<Bytes>, layout: Layout| match stored {
+        Some(bytes) => Place::File(bytes),
+        None => {
+            let start = end;
+            end += config.ffn * layout.row_bytes(config.hidden);
+            Place::Buffer(start..end)
+        }
     };
-    let layers = (0..config.layers).map(|_| layouts.map(&mut place)).collect();
+    let mut of_layer = |layer| {
+        [(Projection::Up, layouts[0]), (Projection::Down, layouts[1])]
+            .map(|(projection, layout)| place(checkpoint.stored_records(layer, projection, layout), layout))
+    };
+    let layers = (0..config.layers).map(&mut of_layer).collect();
     (layers, end)
-}
-
-/// Packs a matrix, or its transpose, record by record.
-fn pack(tensor: &TernaryTensor, layout: Layout, transposed: bool, room: &mut [u8]) {
-    let (m, k) = (tensor.m, tensor.k);
-    if !transposed {
-        return tensor.layout.repack_tiles(layout, [m, k], &tensor.bytes, 0..m, room);
-    }
-    let mut own = Vec::new();
-    let bytes = if tensor.layout == Layout::Canonical {
-        &*tensor.bytes
-    } else {
-        own.resize(m * PackedMatrix::row_bytes(k), 0);
-        tensor.layout.unpack_rows(m, k, &tensor.bytes, 0..m, &mut own);
-        &own
-    };
-    let source = PackedMatrix::new(m, k, bytes).expect("the bytes of its shape, which loading has checked");
-    let record = layout.row_bytes(m);
-    let mut columns = vec![0; BLOCK.min(k) * PackedMatrix::row_bytes(m)];
-    for start in (0..k).step_by(BLOCK) {
-        let range = start..k.min(start + BLOCK);
-        let columns = &mut columns[..range.len() * PackedMatrix::row_bytes(m)];
-        transpose_columns(source, range.clone(), columns);
-        let block = PackedMatrix::new(range.len(), m, columns).expect("the size it was just made with");
-        layout.pack_tiles(block, 0..range.len(), &mut room[range.start * record..range.end * record]);
-    }
 }

@@ -19,6 +19,7 @@ use super::steps::Steps;
 use super::{Head, KernelChoice, ModelError};
 use crate::formats::{Bytes, Checkpoint, FloatMatrix, LayerNorm, ModelConfig, Projection};
 use crate::memory::PageBuffer;
+use crate::screen::Screen;
 use crate::team::SharedSlice;
 
 /// Where repacked matrices begin in their buffer: a multiple of every vector and of a page.
@@ -50,15 +51,48 @@ pub struct LoadReport {
     pub mapped_bytes: usize,
     /// Bytes of the up- and down-projections as records.
     pub record_bytes: usize,
+    /// Those of them that are used where the file is mapped.
+    pub mapped_record_bytes: usize,
     /// Bytes of the head's int8 screen.
     pub screen_bytes: usize,
+    /// Those of them that are used where the file is mapped.
+    pub mapped_screen_bytes: usize,
+}
+
+impl LoadReport {
+    /// Bytes of weights that are used where the file is mapped.
+    #[must_use]
+    pub const fn mapped(&self) -> usize {
+        self.mapped_bytes + self.mapped_record_bytes + self.mapped_screen_bytes
+    }
+
+    /// Bytes of weights that were computed from others, into memory of our own.
+    #[must_use]
+    pub const fn converted(&self) -> usize {
+        self.packed_bytes + self.record_bytes + self.screen_bytes - self.mapped_record_bytes - self.mapped_screen_bytes
+    }
 }
 
 /// Where a matrix lies.
 #[derive(Debug)]
-enum Place {
+pub(super) enum Place {
     File(Bytes),
     Buffer(Range<usize>),
+}
+
+impl Place {
+    /// The bytes of the matrix, `buffer` being what others were packed into.
+    pub(super) fn bytes<'a>(&'a self, buffer: &'a [u8]) -> &'a [u8] {
+        match self {
+            Self::File(bytes) => bytes,
+            Self::Buffer(range) => &buffer[range.clone()],
+        }
+    }
+
+    /// Bytes that are used where the file is mapped.
+    pub(super) fn mapped(&self) -> usize {
+        if let Self::File(bytes) = self { bytes.len() } else { 0 }
+    }
 }
 
 /// One ternary projection, bound to its kernels.
@@ -155,9 +189,17 @@ impl Model {
         check_elements("final norm", final_norm.len(), config.hidden)?;
         let rows = head.rows * head.columns;
         // An embedding model's head is only there because its embedding is.
-        let head =
-            if config.pooling.is_some() { Head::with_screen(head, false, workers) } else { Head::new(head, workers) };
-        let head = head.map_err(|source| ModelError::Memory { bytes: rows, source })?;
+        let out_of_memory = |source| ModelError::Memory { bytes: rows, source };
+        let head = if config.pooling.is_some() {
+            Head::with_screen(head, false, workers).map_err(out_of_memory)?
+        } else if let Some(stored) = checkpoint.stored_screen()? {
+            let found = stored.len();
+            let screen = Screen::stored(&stored, head.rows, head.columns);
+            let screen = screen.ok_or(ModelError::Elements { what: "head's screen", found, expected: rows })?;
+            Head::with_stored(head, screen)
+        } else {
+            Head::new(head, workers).map_err(out_of_memory)?
+        };
         let (packed, mut linears) = pack_all(checkpoint, &kernels, workers, progress)?;
         let mut frequencies: Vec<Vec<f32>> = Vec::new();
         let mut layers = Vec::with_capacity(config.layers);
@@ -177,6 +219,7 @@ impl Model {
         }
         let mut report = LoadReport { compile, weights: start.elapsed(), ..LoadReport::default() };
         report.screen_bytes = head.screen_bytes();
+        report.mapped_screen_bytes = head.mapped_screen_bytes();
         let kernels = kernels.values().flat_map(Kernels::all);
         let different: BTreeMap<_, _> =
             kernels.map(|kernel| ((kernel.spec(), kernel.schedule()), kernel.code_bytes())).collect();
@@ -190,7 +233,8 @@ impl Model {
             }
         }
         let sparse = SparseFfn::load(checkpoint, lists, cpu, workers)?;
-        report.record_bytes = sparse.as_ref().map_or(0, SparseFfn::bytes);
+        report.mapped_record_bytes = sparse.as_ref().map_or(0, SparseFfn::mapped);
+        report.record_bytes = report.mapped_record_bytes + sparse.as_ref().map_or(0, SparseFfn::bytes);
         report.weights = start.elapsed();
         let start = Instant::now();
         let linears = layers.iter().flat_map(|layer| &layer.projections);
@@ -221,7 +265,8 @@ impl Model {
 
     /// Reads whole matrices from now on, whatever is zero. Only time and memory change.
     pub fn read_whole(&mut self) {
-        (self.sparse, self.report.record_bytes) = (None, 0);
+        self.sparse = None;
+        (self.report.record_bytes, self.report.mapped_record_bytes) = (0, 0);
     }
 
     /// Whether every layer can take the fused path.
@@ -258,11 +303,8 @@ impl Model {
 
     /// The packed bytes of a projection, in a layout that one of its kernels reads.
     pub(super) fn weights<'a>(&'a self, linear: &'a Linear, layout: Layout) -> &'a [u8] {
-        match linear.copies.iter().find(|(of, _)| *of == layout) {
-            Some((_, Place::File(bytes))) => bytes,
-            Some((_, Place::Buffer(range))) => &self.packed[range.clone()],
-            None => &[],
-        }
+        let copy = linear.copies.iter().find(|(of, _)| *of == layout);
+        copy.map_or(&[], |(_, place)| place.bytes(&self.packed))
     }
 
     /// All projections.
@@ -283,6 +325,8 @@ struct Plan<'a> {
     k: usize,
     kernels: &'a Kernels,
     layout: Layout,
+    /// Where the file has it in this layout.
+    stored: Option<Bytes>,
     room: Range<usize>,
 }
 
@@ -301,12 +345,12 @@ fn pack_all(
             let (m, k) = projection.shape(config);
             let kernels = kernels.get(&(m, k)).ok_or(ModelError::NotChosen { m, k })?;
             for layout in kernels.layouts() {
-                // A prepared file's tensors are views; a directory's would have to be decoded just to look.
-                let fits = checkpoint.is_prepared() && checkpoint.projection(layer, projection)?.layout == layout;
-                let bytes = if fits { 0 } else { layout.bytes(m, k).ok_or(ModelError::NotChosen { m, k })? };
+                let needs = layout.bytes(m, k).ok_or(ModelError::NotChosen { m, k })?;
+                let stored = checkpoint.stored(layer, projection, layout).filter(|bytes| bytes.len() == needs);
+                let bytes = if stored.is_some() { 0 } else { needs };
                 let start = end.next_multiple_of(ALIGNMENT);
                 end = start.saturating_add(bytes);
-                plans.push(Plan { layer, projection, m, k, kernels, layout, room: start..end });
+                plans.push(Plan { layer, projection, m, k, kernels, layout, stored, room: start..end });
             }
         }
     }
@@ -357,11 +401,12 @@ fn load(checkpoint: &Checkpoint, plan: &Plan<'_>, room: &mut [u8]) -> Result<Lin
     if (tensor.m, tensor.k) != (m, k) || tensor.layout.bytes(m, k) != Some(tensor.bytes.len()) {
         return Err(ModelError::Shape { layer, projection, m, k, bytes: tensor.bytes.len() });
     }
-    let place = if room.is_empty() {
-        Place::File(tensor.bytes.clone())
-    } else {
-        tensor.layout.repack_tiles(*layout, [m, k], &tensor.bytes, 0..layout.tiles(m), room);
-        Place::Buffer(plan.room.clone())
+    let place = match &plan.stored {
+        Some(bytes) => Place::File(bytes.clone()),
+        None => {
+            tensor.layout.repack_tiles(*layout, [m, k], &tensor.bytes, 0..layout.tiles(m), room);
+            Place::Buffer(plan.room.clone())
+        }
     };
     let bias = checkpoint.bias(layer, projection)?;
     if projection.has_bias(checkpoint.config()) {

@@ -45,7 +45,8 @@ impl Level for Portable {
     #[inline(always)]
     fn add(self, sum: i32, state: &ScreenState, row: &[u8; SCREEN_STEP]) -> i32 {
         let products = state.iter().zip(row).map(|(x, w)| i32::from(*x) * i32::from(w.cast_signed()));
-        sum + products.sum::<i32>()
+        // A damaged file may have a −128, which bounds do not reckon with.
+        products.fold(sum, i32::wrapping_add)
     }
 
     #[inline(always)]
@@ -264,7 +265,8 @@ pub fn screen_state(state: &[f32], target: &mut [ScreenState]) -> Option<StateFo
     Some(StateForm { scale, whole, error })
 }
 
-/// A row `w = s·q + e` in its int8 form, but for `q` itself. Norms are sums in `f64` without any promise of order.
+/// A row `w = s·q + e` in its int8 form, but for `q` itself. Norms are sums in `f64`, sixteen lanes first and then these in
+/// order: the same bits on every machine.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ScreenForm {
     /// `s`, a 127th of the largest magnitude.

@@ -9,8 +9,9 @@ use clap::ValueEnum;
 use ternion_compiler::{Cpu, Layout};
 use ternion_runtime::formats::gguf::{self, TernaryType, TokenRowType};
 use ternion_runtime::formats::synth::Recipe;
-use ternion_runtime::formats::{Activation, Checkpoint, tern};
-use ternion_runtime::model::problems;
+use ternion_runtime::formats::tern::{self, HeadType};
+use ternion_runtime::formats::{Activation, Checkpoint};
+use ternion_runtime::model::{KernelChoice, problems, ready_form, sparse_shape};
 use ternion_runtime::team::{Team, available_threads};
 use ternion_tuner::{Budget, CacheDir, Request, choose};
 
@@ -119,14 +120,16 @@ fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Writes a prepared file in the layouts that the fastest kernels read, as `ternion setup` does.
+/// Writes a prepared file that loads with nothing left to compute, as `ternion setup` does.
 fn prepare(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
     let cpu = Cpu::host().context("ternion emits code for x86-64 and aarch64 only")?;
     let team = Team::new(available_threads())?;
-    let request = Request::new(problems(checkpoint.config()), Budget::RACE);
+    let config = checkpoint.config();
+    let request = Request { sparse: sparse_shape(config), ..Request::new(problems(config), Budget::RACE) };
     let choices = choose(&request, &cpu, &team, &CacheDir::default(), &|_| {})?;
     let layout = |_, _, m, k| choices.get(m, k).map_or(Layout::Canonical, |choice| choice.layout());
-    tern::write(checkpoint, path, &layout, &mut |_, _| ControlFlow::Continue(()))?;
+    let form = ready_form(checkpoint, &KernelChoice::Tuned(choices.clone()), &cpu, HeadType::Own)?;
+    tern::write_with(checkpoint, path, &layout, form, &mut |_, _| ControlFlow::Continue(()))?;
     Ok(())
 }
 

@@ -3,12 +3,15 @@
 //! A preamble of 32 bytes, a JSON header, and sections that each start on a page: tokenizer, norms, embedding, head,
 //! and every ternary matrix in a packed layout of its own. The book's chapter on the prepared file has every byte.
 
+mod derived;
+mod form;
 mod read;
 mod sections;
 mod unfinished;
 mod write;
 
-pub use write::{ChooseLayout, HeadType, WriteSummary, planned_bytes, write, write_with};
+pub use form::{ChooseLayout, Form, HeadType};
+pub use write::{WriteSummary, has_form, planned_bytes, write, write_with};
 
 pub(super) use write::temporary_beside;
 
@@ -20,12 +23,13 @@ use serde::{Deserialize, Serialize};
 use ternion_compiler::Layout;
 
 use super::{GenerationDefaults, LayerNorm, ModelConfig, Projection, RowType};
+use crate::screen;
 use crate::text::TokenizerConfig;
 
 /// First bytes of every prepared file. Like PNG's they expose a transfer that changed line ends or the eighth bit.
 const MAGIC: [u8; 8] = *b"\x89TERN\r\n\x1a";
-/// The version that is written, and the newest that is read.
-const VERSION: u32 = 1;
+/// The newest version. Files without [`Part::derived`] sections are written as version 1, with the very bytes they always had.
+const VERSION: u32 = 2;
 /// Bytes before the JSON header: magic, version, four zeros, header length, header checksum.
 const PREAMBLE: usize = 32;
 /// Where in the preamble the checksum lies, which covers everything before it and the JSON header.
@@ -47,7 +51,7 @@ struct Header {
 /// One row of the section table.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Section {
+pub(super) struct Section {
     name: String,
     content: Content,
     /// Bytes from the first section's first byte.
@@ -58,7 +62,7 @@ struct Section {
 }
 
 /// What a section's bytes are.
-#[derive(Serialize, Deserialize)]
+#[derive(PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 enum Content {
     Text {},
@@ -75,6 +79,49 @@ enum Content {
         #[serde(with = "hex")]
         scale: f32,
     },
+    /// A ternary matrix that is there already, or its transpose, in another layout. Its scale is with the first.
+    Packed {
+        m: usize,
+        k: usize,
+        layout: Layout,
+    },
+    /// The int8 form of a head of this shape, as [`crate::screen`] makes it.
+    Screen {
+        rows: usize,
+        columns: usize,
+    },
+}
+
+impl Content {
+    /// Bytes of a section that follows from others; `None` for other sections, and if that overflows.
+    fn derived_bytes(&self) -> Option<usize> {
+        match self {
+            Self::Packed { m, k, layout } => layout.bytes(*m, *k),
+            Self::Screen { rows, columns } => Some(screen::extent(*rows, *columns)?.1),
+            Self::Text {} | Self::Floats { .. } | Self::Ternary { .. } => None,
+        }
+    }
+}
+
+impl Section {
+    /// The layout of a ternary matrix.
+    fn layout(&self) -> Layout {
+        match self.content {
+            Content::Ternary { layout, .. } | Content::Packed { layout, .. } => layout,
+            Content::Text {} | Content::Floats { .. } | Content::Screen { .. } => Layout::Canonical,
+        }
+    }
+
+    /// Whether two sections are the same but for what is in them.
+    fn is_laid_out_as(&self, other: &Self) -> bool {
+        let same = match (&self.content, &other.content) {
+            (Content::Ternary { m, k, layout, .. }, Content::Ternary { m: m2, k: k2, layout: layout2, .. }) => {
+                (m, k, layout) == (m2, k2, layout2)
+            }
+            (content, other) => content == other,
+        };
+        same && self.name == other.name && (self.offset, self.bytes) == (other.offset, other.bytes)
+    }
 }
 
 /// The sections of a model, in the order of the file.
@@ -86,9 +133,18 @@ enum Part {
     Embedding,
     Head,
     Projection(usize, Projection),
+    /// What follows from the sections above; it is there so that loading need not compute it.
+    Screen,
+    /// A second layout of a matrix.
+    Copy(usize, Projection),
+    /// A layer's up-projection, a record for each row.
+    Rows(usize),
+    /// A layer's down-projection, a record for each column.
+    Columns(usize),
 }
 
 impl Part {
+    /// The sections that every file has.
     fn all(config: &ModelConfig) -> Vec<Self> {
         let mut parts = vec![Self::Tokenizer, Self::Norms];
         if biases_len(config) > 0 {
@@ -101,6 +157,15 @@ impl Part {
         parts.extend((0..config.layers).flat_map(|layer| Projection::ALL.map(|p| Self::Projection(layer, p))));
         parts
     }
+
+    /// The sections that a file may have after those, in their order.
+    fn derived(config: &ModelConfig) -> impl Iterator<Item = Self> {
+        let of_layer = |layer| {
+            let copies = Projection::ALL.map(|projection| Self::Copy(layer, projection));
+            copies.into_iter().chain([Self::Rows(layer), Self::Columns(layer)])
+        };
+        std::iter::once(Self::Screen).chain((0..config.layers).flat_map(of_layer))
+    }
 }
 
 impl fmt::Display for Part {
@@ -112,6 +177,10 @@ impl fmt::Display for Part {
             Self::Embedding => f.write_str("embedding"),
             Self::Head => f.write_str("head"),
             Self::Projection(layer, projection) => write!(f, "layers.{layer}.{projection}"),
+            Self::Screen => f.write_str("head.screen"),
+            Self::Copy(layer, projection) => write!(f, "layers.{layer}.{projection}.copy"),
+            Self::Rows(layer) => write!(f, "layers.{layer}.{}.rows", Projection::Up),
+            Self::Columns(layer) => write!(f, "layers.{layer}.{}.columns", Projection::Down),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use ternion_compiler::Layout;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::{
@@ -9,8 +10,8 @@ use super::{
 };
 use super::{norm_start, norms_len};
 use crate::formats::{
-    Bytes, FloatMatrix, FloatType, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, RowType,
-    TernaryTensor,
+    Bytes, Checkpoint, FloatMatrix, FloatType, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection,
+    RowType, TernaryTensor,
 };
 use crate::text::TokenizerConfig;
 
@@ -19,6 +20,8 @@ pub(in crate::formats) struct Prepared {
     path: PathBuf,
     bytes: Bytes,
     header: Header,
+    /// The sections after those that every file has.
+    derived: Vec<Part>,
     /// Where the first section starts.
     data: usize,
     digest: u64,
@@ -61,7 +64,7 @@ impl Prepared {
         }
         let header: Header = serde_json::from_slice(json).map_err(|error| corrupted(format!("its header: {error}")))?;
         let data = (PREAMBLE as u64 + length).next_multiple_of(PAGE);
-        let sections = check(&header).map_err(corrupted)?;
+        let (derived, sections) = check(&header, version).map_err(corrupted)?;
         let needs = data.checked_add(sections).ok_or_else(|| corrupted("its sections are too long".to_owned()))?;
         if needs > has {
             return Err(FormatError::Truncated { path, needs, has });
@@ -70,7 +73,7 @@ impl Prepared {
             return Err(corrupted(format!("it should end after {needs} bytes and has {has}")));
         }
         // `data` is at most the length of the file.
-        Ok(Self { path, bytes, header, data: data as usize, digest: checksum })
+        Ok(Self { path, bytes, header, derived, data: data as usize, digest: checksum })
     }
 
     pub(in crate::formats) fn config(&self) -> &ModelConfig {
@@ -146,6 +149,59 @@ impl Prepared {
         FloatMatrix { rows, columns, dtype, bytes }
     }
 
+    /// A ternary matrix in this layout, if the file has it.
+    pub(in crate::formats) fn packed(&self, layer: usize, projection: Projection, layout: Layout) -> Option<Bytes> {
+        let first = self.projection(layer, projection);
+        if first.layout == layout {
+            return Some(first.bytes);
+        }
+        self.derived(Part::Copy(layer, projection), layout)
+    }
+
+    /// The records of a layer's up-projection, row by row, or of its down-projection, column by column, if the file has
+    /// them in this layout.
+    pub(in crate::formats) fn records(&self, layer: usize, projection: Projection, layout: Layout) -> Option<Bytes> {
+        match projection {
+            Projection::Up => self.derived(Part::Rows(layer), layout),
+            Projection::Down => self.derived(Part::Columns(layer), layout),
+            _ => None,
+        }
+    }
+
+    fn derived(&self, part: Part, layout: Layout) -> Option<Bytes> {
+        let (section, bytes) = self.derived.contains(&part).then(|| self.section(part))?;
+        matches!(section.content, Content::Packed { layout: found, .. } if found == layout).then_some(bytes)
+    }
+
+    /// The head's screen, if the file has it, after a look at its checksum: a screen with a damaged byte might hide the
+    /// token that should come next.
+    pub(in crate::formats) fn screen(&self) -> Result<Option<Bytes>, FormatError> {
+        if !self.derived.contains(&Part::Screen) {
+            return Ok(None);
+        }
+        let (section, bytes) = self.section(Part::Screen);
+        if xxh3_64(&bytes) == section.xxh3 {
+            return Ok(Some(bytes));
+        }
+        let problem = format!("section {} does not have its checksum", section.name);
+        Err(FormatError::Corrupted { path: self.path.clone(), problem })
+    }
+
+    /// Computes the sections that follow from others again and compares them; returns their number. `model` is this file.
+    pub(in crate::formats) fn verify_derived(&self, model: &Checkpoint) -> Result<usize, FormatError> {
+        let derived = self.derived.iter().map(|part| (*part, self.section(*part)));
+        super::derived::verify(model, derived.map(|(part, (section, bytes))| (part, section, bytes)))
+    }
+
+    pub(in crate::formats) fn sections(&self) -> &[Section] {
+        &self.header.sections
+    }
+
+    /// All sections, in their order.
+    fn parts(&self) -> impl Iterator<Item = Part> {
+        Part::all(self.config()).into_iter().chain(self.derived.iter().copied())
+    }
+
     fn section(&self, part: Part) -> (&Section, Bytes) {
         let biases = usize::from(biases_len(self.config()) > 0);
         let fixed = if self.config().tied_head { 3 } else { 4 } + biases;
@@ -156,6 +212,10 @@ impl Prepared {
             Part::Embedding => 2 + biases,
             Part::Head => 3 + biases,
             Part::Projection(layer, projection) => fixed + layer * Projection::ALL.len() + projection as usize,
+            Part::Screen | Part::Copy(..) | Part::Rows(_) | Part::Columns(_) => {
+                let at = self.derived.iter().position(|derived| *derived == part);
+                self.header.sections.len() - self.derived.len() + at.expect("only parts that are there are asked for")
+            }
         }];
         let start = self.data + section.offset as usize;
         let bytes = self.bytes.slice(start..start + section.bytes as usize);
@@ -170,7 +230,7 @@ impl Prepared {
         // The header ends where the padding before the first section begins; its length was checked when opening.
         let length = u64::from_le_bytes(std::array::from_fn(|i| self.bytes[16 + i])) as usize;
         let mut end = PREAMBLE + length;
-        for (part, section) in Part::all(self.config()).into_iter().zip(&self.header.sections) {
+        for (part, section) in self.parts().zip(&self.header.sections) {
             let start = self.data + section.offset as usize;
             if self.bytes[end..start].iter().any(|byte| *byte != 0) {
                 return Err(corrupted(format!("the padding before section {} is not empty", section.name)));
@@ -184,16 +244,22 @@ impl Prepared {
     }
 }
 
-/// Checks that the header describes exactly the sections that its configuration asks for, without gaps larger than
-/// a page. Returns the length of all sections in bytes.
-fn check(header: &Header) -> Result<u64, String> {
+/// Checks that the header describes exactly the sections that its configuration asks for, then, from version 2 on, some of
+/// those that follow from them, without gaps larger than a page. Returns the latter and the length of all sections in bytes.
+fn check(header: &Header, version: u64) -> Result<(Vec<Part>, u64), String> {
     header.config.check()?;
-    let parts = Part::all(&header.config);
-    if parts.len() != header.sections.len() {
-        return Err(format!("it has {} sections, its model needs {}", header.sections.len(), parts.len()));
+    let mut parts = Part::all(&header.config);
+    let fixed = parts.len();
+    if header.sections.len() < fixed || version < 2 && header.sections.len() > fixed {
+        return Err(format!("it has {} sections, its model needs {fixed}", header.sections.len()));
+    }
+    let mut possible = Part::derived(&header.config);
+    for section in &header.sections[fixed..] {
+        let known = possible.find(|part| section.name == part.to_string());
+        parts.push(known.ok_or_else(|| format!("section {} is not what its model needs", section.name))?);
     }
     let mut end = 0u64;
-    for (part, section) in parts.into_iter().zip(&header.sections) {
+    for (part, section) in parts.iter().copied().zip(&header.sections) {
         let name = &section.name;
         if *name != part.to_string() {
             return Err(format!("section {name} is where {part} should be"));
@@ -206,7 +272,7 @@ fn check(header: &Header) -> Result<u64, String> {
         }
         end = section.offset.checked_add(section.bytes).ok_or_else(|| format!("section {name} is too long"))?;
     }
-    Ok(end)
+    Ok((parts.split_off(fixed), end))
 }
 
 fn fits(part: Part, content: &Content, bytes: u64, config: &ModelConfig) -> bool {
@@ -227,6 +293,20 @@ fn fits(part: Part, content: &Content, bytes: u64, config: &ModelConfig) -> bool
             if (*m, *k) == projection.shape(config) && *scale > 0.0 && scale.is_normal() =>
         {
             layout.bytes(*m, *k)
+        }
+        (Part::Copy(_, projection), Content::Packed { m, k, .. }) if (*m, *k) == projection.shape(config) => {
+            content.derived_bytes()
+        }
+        // A down-projection's records are its columns: the shape is that of its transpose.
+        (Part::Rows(_) | Part::Columns(_), Content::Packed { m, k, layout })
+            if (*m, *k) == (config.ffn, config.hidden) && layout.tile_rows() == 1 =>
+        {
+            content.derived_bytes()
+        }
+        (Part::Screen, Content::Screen { rows, columns })
+            if (*rows, *columns) == (config.vocabulary, config.hidden) =>
+        {
+            content.derived_bytes()
         }
         _ => None,
     };

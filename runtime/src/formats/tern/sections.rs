@@ -14,6 +14,8 @@ use super::unfinished::{Done, Unfinished};
 use super::{Content, Part, Section, biases_len, norms_len};
 use crate::formats::rows::encode_row;
 use crate::formats::{Bytes, Checkpoint, FloatMatrix, FormatError, LayerNorm, Projection, RowType, TernaryTensor};
+use crate::ops::SCREEN_ROWS;
+use crate::screen;
 
 /// Bytes of a block of rows, and of what is written between two calls of the progress callback.
 const STEP: usize = 4 << 20;
@@ -57,13 +59,15 @@ enum Work {
     Rows(usize, usize),
 }
 
-/// An embedding or head on its way.
+/// An embedding, a head or its screen on its way.
 struct Table {
     section: usize,
     name: String,
     matrix: FloatMatrix,
     target: RowType,
-    /// Rows of a block.
+    /// Whether it is the screen of such rows that is to be made.
+    screen: bool,
+    /// Rows of a block, a multiple of a screen's tiles.
     each: usize,
     /// Blocks that are not written yet.
     left: AtomicUsize,
@@ -115,17 +119,19 @@ impl Job<'_> {
             let matrix = match part {
                 Part::Embedding => Some(self.model.embedding()?),
                 Part::Head => self.model.head()?,
+                Part::Screen => Some(self.model.head()?.map_or_else(|| self.model.embedding(), Ok)?),
                 _ => None,
             };
-            match (matrix, &self.sections[at].content) {
-                (Some(matrix), Content::Floats { dtype, .. }) => {
-                    let each = (STEP / dtype.row_bytes(matrix.columns).max(1)).max(1);
+            match (matrix, self.stored_rows(*part)) {
+                (Some(matrix), Some(dtype)) => {
+                    let each = (STEP / dtype.row_bytes(matrix.columns).max(1)).max(1).next_multiple_of(SCREEN_ROWS);
                     let blocks = matrix.rows.div_ceil(each);
                     rows.extend((0..blocks).map(|block| Work::Rows(tables.len(), block)));
                     tables.push(Table {
                         section: at,
                         name: part.to_string(),
-                        target: *dtype,
+                        target: dtype,
+                        screen: *part == Part::Screen,
                         each,
                         left: AtomicUsize::new(blocks),
                         errors: Mutex::new(vec![(0.0, 0.0); blocks]),
@@ -137,6 +143,20 @@ impl Job<'_> {
         }
         sections.extend(rows);
         Ok((tables, sections))
+    }
+
+    /// The type in which the file has the rows that a section holds or is made of.
+    fn stored_rows(&self, part: Part) -> Option<RowType> {
+        let rows = match part {
+            Part::Screen if self.model.config().tied_head => Part::Embedding,
+            Part::Screen => Part::Head,
+            other => other,
+        };
+        let at = self.parts.iter().position(|part| *part == rows)?;
+        match (rows, &self.sections[at].content) {
+            (Part::Embedding | Part::Head, Content::Floats { dtype, .. }) => Some(*dtype),
+            _ => None,
+        }
     }
 
     /// Returns a section that is complete now.
@@ -158,7 +178,12 @@ impl Job<'_> {
         let section = &self.sections[*section];
         let rows = block * each..matrix.rows.min((block + 1) * each);
         let offset = section.offset + (rows.start * target.row_bytes(matrix.columns)) as u64;
-        if *target == matrix.dtype {
+        if table.screen {
+            let (tiles, scales) = table.screen_of(rows.clone(), self.model)?;
+            let (start, _) = screen::extent(matrix.rows, matrix.columns).expect("sizes were planned");
+            self.put(&tiles, section.offset + screen::tiles_of(&rows, matrix.columns).start as u64)?;
+            self.put(&scales, section.offset + (start + screen::scales_of(&rows).start) as u64)?;
+        } else if *target == matrix.dtype {
             let row_bytes = matrix.row_bytes();
             self.put(&matrix.bytes[rows.start * row_bytes..rows.end * row_bytes], offset)?;
         } else {
@@ -200,6 +225,17 @@ impl Job<'_> {
 }
 
 impl Table {
+    /// The screen of some rows as they are stored: its tiles and scales.
+    fn screen_of(&self, rows: Range<usize>, model: &Checkpoint) -> Result<(Vec<u8>, Vec<u8>), FormatError> {
+        let Self { matrix, target, .. } = self;
+        if *target == matrix.dtype {
+            return Ok(screen::form_bytes(matrix, rows));
+        }
+        let (count, (bytes, _)) = (rows.len(), self.round(rows, model)?);
+        let stored = FloatMatrix { rows: count, columns: matrix.columns, dtype: *target, bytes: bytes.into() };
+        Ok(screen::form_bytes(&stored, 0..count))
+    }
+
     /// Rows in the type that was asked for, and what rounding them took: `‖w − w'‖²` and `‖w‖²`.
     fn round(&self, rows: Range<usize>, model: &Checkpoint) -> Result<(Vec<u8>, (f64, f64)), FormatError> {
         let Self { matrix, target, .. } = self;
@@ -234,20 +270,26 @@ impl Table {
 }
 
 /// The bytes of one section, as long as it was planned, and its scale if it is ternary.
-fn section_bytes(model: &Checkpoint, part: Part, section: &Section) -> Result<(Bytes, Option<f32>), FormatError> {
+pub(super) fn section_bytes(
+    model: &Checkpoint,
+    part: Part,
+    section: &Section,
+) -> Result<(Bytes, Option<f32>), FormatError> {
     let (bytes, scale) = match part {
         Part::Tokenizer => (model.tokenizer_json()?, None),
         Part::Norms => (norms(model)?, None),
         Part::Biases => (biases(model)?, None),
         // Made in blocks of rows, unless there are none.
-        Part::Embedding | Part::Head => (Bytes::from(Vec::new()), None),
+        Part::Embedding | Part::Head | Part::Screen => (Bytes::from(Vec::new()), None),
+        Part::Copy(layer, projection) => {
+            (repack(model, &section.name, model.projection(layer, projection)?, section.layout())?, None)
+        }
+        Part::Rows(layer) => (records(&model.projection(layer, Projection::Up)?, false, section), None),
+        Part::Columns(layer) => (records(&model.projection(layer, Projection::Down)?, true, section), None),
         Part::Projection(layer, projection) => {
             let tensor = model.projection(layer, projection)?;
             let scale = tensor.scale;
-            let Content::Ternary { layout, .. } = section.content else {
-                unreachable!("projections are planned as ternary")
-            };
-            (repack(model, &section.name, tensor, layout)?, Some(scale))
+            (repack(model, &section.name, tensor, section.layout())?, Some(scale))
         }
     };
     if bytes.len() as u64 == section.bytes {
@@ -264,6 +306,13 @@ fn repack(model: &Checkpoint, name: &str, tensor: TernaryTensor, layout: Layout)
     }
     let matrix = tensor.to_matrix().map_err(|invalid| FormatError::invalid_code(model.path(), name, invalid))?;
     Ok(Bytes::from(layout.pack(matrix.view())))
+}
+
+/// A matrix once more, row by row, or column by column if `transposed`.
+fn records(tensor: &TernaryTensor, transposed: bool, section: &Section) -> Bytes {
+    let mut room = vec![0; section.bytes as usize];
+    tensor.pack_records(section.layout(), transposed, &mut room);
+    room.into()
 }
 
 /// All norms as little-endian `f32`: each layer's in the order of [`LayerNorm::ALL`], then the final one.

@@ -10,43 +10,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use tempfile::NamedTempFile;
-use ternion_compiler::Layout;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::sections::{Job, Progress};
 use super::unfinished::{Done, Unfinished};
-use super::{CHECKSUM_AT, Content, Header, MAGIC, PAGE, PREAMBLE, Part, Section, VERSION, biases_len, norms_len};
-use crate::formats::{Checkpoint, FormatError, Projection, RowType};
-
-/// `layout(layer, projection, m, k)` chooses how a ternary matrix is packed.
-pub type ChooseLayout<'a> = dyn Fn(usize, Projection, usize, usize) -> Layout + 'a;
-
-/// How the head's rows are stored; where the head is the embedding, the embedding's.
-///
-/// Another type than the model's own is part of what results depend on: the rounded rows are the model's head then.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum HeadType {
-    /// As the model has them: nothing is rounded.
-    #[default]
-    Own,
-    /// 16 bits per weight.
-    F16,
-    /// 8 bits per weight and a scale for each row.
-    Int8,
-    /// 6.6 bits per weight. Rows are multiples of 256.
-    Q6K,
-}
-
-impl HeadType {
-    const fn of(self, own: RowType) -> RowType {
-        match self {
-            Self::Own => own,
-            Self::F16 => RowType::F16,
-            Self::Int8 => RowType::Int8,
-            Self::Q6K => RowType::Q6K,
-        }
-    }
-}
+use super::{
+    CHECKSUM_AT, ChooseLayout, Content, Form, HeadType, Header, MAGIC, PAGE, PREAMBLE, Part, Section, VERSION,
+};
+use super::{biases_len, norms_len};
+use crate::formats::{Checkpoint, FormatError, RowType};
 
 /// What was written.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -55,6 +27,8 @@ pub struct WriteSummary {
     pub bytes: u64,
     /// Bytes of it that an interrupted write had left.
     pub resumed: u64,
+    /// Bytes of it that follow from the others, so that loading need not compute them.
+    pub derived: u64,
     /// Number of ternary matrices.
     pub matrices: usize,
     /// How the head's rows are stored.
@@ -78,7 +52,7 @@ pub fn write(
     write_with(model, path, layout, HeadType::Own, progress)
 }
 
-/// Writes `model` as a prepared file at `path`, replacing what is there.
+/// Writes `model` as a prepared file of this form at `path`, replacing what is there.
 ///
 /// The file grows under the name `path` with `.part`. `progress(done, total)` is told the bytes written and all bytes,
 /// up to the total, and cancels by returning [`ControlFlow::Break`]. Then, or if the process is killed, the unfinished
@@ -92,15 +66,14 @@ pub fn write_with(
     model: &Checkpoint,
     path: &Path,
     layout: &ChooseLayout<'_>,
-    head: HeadType,
+    form: impl Into<Form>,
     progress: &mut (dyn FnMut(u64, u64) -> ControlFlow<()> + Send),
 ) -> Result<WriteSummary, FormatError> {
     // Damage must not be copied under new checksums, nor a tokenizer that cannot be used.
     model.verify_checksums()?;
     model.tokenizer()?;
 
-    let parts = Part::all(model.config());
-    let mut header = plan(model, &parts, layout, head)?;
+    let (parts, mut header) = plan(model, layout, &form.into())?;
     let (data, total) = extent(&header);
     let ranges: Vec<_> = header.sections.iter().map(|s| data + s.offset..data + s.offset + s.bytes).collect();
     let failed = |source| FormatError::Write { path: path.to_owned(), source };
@@ -122,7 +95,7 @@ pub fn write_with(
         }
     };
     let mut summary =
-        WriteSummary { bytes: total, resumed, matrices: 0, head: RowType::F32, head_error: 0.0, digest: 0 };
+        WriteSummary { bytes: total, resumed, derived: 0, matrices: 0, head: RowType::F32, head_error: 0.0, digest: 0 };
     for ((section, part), Done { xxh3, scale, error }) in header.sections.iter_mut().zip(&parts).zip(made) {
         section.xxh3 = xxh3;
         match &mut section.content {
@@ -130,6 +103,7 @@ pub fn write_with(
                 *written = scale;
                 summary.matrices += 1;
             }
+            Content::Packed { .. } | Content::Screen { .. } => summary.derived += section.bytes,
             // The head comes after the embedding, if there is one of its own.
             Content::Floats { dtype, .. } if matches!(part, Part::Embedding | Part::Head) => {
                 (summary.head, summary.head_error) = (*dtype, error.sqrt());
@@ -149,8 +123,19 @@ pub fn write_with(
 ///
 /// # Errors
 /// If the model's texts cannot be read, or its head cannot be stored as asked for.
-pub fn planned_bytes(model: &Checkpoint, layout: &ChooseLayout<'_>, head: HeadType) -> Result<u64, FormatError> {
-    Ok(extent(&plan(model, &Part::all(model.config()), layout, head)?).1)
+pub fn planned_bytes(model: &Checkpoint, layout: &ChooseLayout<'_>, form: impl Into<Form>) -> Result<u64, FormatError> {
+    Ok(extent(&plan(model, layout, &form.into())?.1).1)
+}
+
+/// Whether `model` is a prepared file that [`write_with`] would write again with the same sections.
+///
+/// # Errors
+/// As [`planned_bytes`].
+pub fn has_form(model: &Checkpoint, layout: &ChooseLayout<'_>, form: impl Into<Form>) -> Result<bool, FormatError> {
+    let Some(found) = model.prepared_sections() else { return Ok(false) };
+    let (_, planned) = plan(model, layout, &form.into())?;
+    Ok(found.len() == planned.sections.len()
+        && found.iter().zip(&planned.sections).all(|(found, planned)| found.is_laid_out_as(planned)))
 }
 
 /// Where the first section starts, and where the file ends.
@@ -162,23 +147,26 @@ fn extent(header: &Header) -> (u64, u64) {
 /// What an unfinished file must have been begun for to be continued: this model's very files, and this header.
 fn digest_of_plan(model: &Checkpoint, header: &Header) -> u64 {
     let mut hash = Xxh3::new();
-    hash.update(&VERSION.to_le_bytes());
+    hash.update(&version(header).to_le_bytes());
     hash.update(&model.identity().to_le_bytes());
     hash.update(&to_json(header));
     hash.digest()
 }
 
-/// The header, with checksums and scales still to come.
-fn plan(
-    model: &Checkpoint,
-    parts: &[Part],
-    layout: &ChooseLayout<'_>,
-    head_type: HeadType,
-) -> Result<Header, FormatError> {
+/// The oldest version that has all sections of a file.
+fn version(header: &Header) -> u32 {
+    let derived = |section: &Section| matches!(section.content, Content::Packed { .. } | Content::Screen { .. });
+    if header.sections.iter().any(derived) { VERSION } else { 1 }
+}
+
+/// All sections, and the header, with checksums and scales still to come.
+fn plan(model: &Checkpoint, layout: &ChooseLayout<'_>, form: &Form) -> Result<(Vec<Part>, Header), FormatError> {
     let config = model.config();
+    let mut parts = Part::all(config);
+    parts.extend(Part::derived(config).filter(|part| form.content(*part, config).is_some()));
     let (embedding, head) = model.token_row_types()?;
     let mut sections: Vec<Section> = Vec::with_capacity(parts.len());
-    for part in parts {
+    for part in &parts {
         let (content, bytes) = match *part {
             Part::Tokenizer => (Content::Text {}, model.tokenizer_json()?.len()),
             Part::Norms | Part::Biases => {
@@ -190,7 +178,7 @@ fn plan(
                 let (rows, columns) = (config.vocabulary, config.hidden);
                 let own = if *part == Part::Head { head.unwrap_or(embedding) } else { embedding };
                 let is_head = *part == Part::Head || config.tied_head;
-                let dtype = if is_head { head_type.of(own) } else { own };
+                let dtype = if is_head { form.head.of(own) } else { own };
                 if !dtype.holds(columns) {
                     let (values, _) = dtype.block();
                     let problem = format!(
@@ -211,17 +199,23 @@ fn plan(
                 // Shapes are bounded by `ModelConfig::check`, far below any overflow.
                 (Content::Ternary { m, k, layout, scale: 1.0 }, layout.tiles(m) * layout.tile_bytes(k))
             }
+            Part::Screen | Part::Copy(..) | Part::Rows(_) | Part::Columns(_) => {
+                let content = form.content(*part, config).expect("only parts that have one were added");
+                let bytes = content.derived_bytes().expect("shapes are bounded");
+                (content, bytes)
+            }
         };
         let offset = sections.last().map_or(0, |last| (last.offset + last.bytes).next_multiple_of(PAGE));
         sections.push(Section { name: part.to_string(), content, offset, bytes: bytes as u64, xxh3: 0 });
     }
-    Ok(Header {
+    let header = Header {
         config: config.clone(),
         generation: model.generation().clone(),
         tokenizer: model.tokenizer_config().clone(),
         chat_template: model.chat_template().map(str::to_owned),
         sections,
-    })
+    };
+    Ok((parts, header))
 }
 
 fn to_json(header: &Header) -> Vec<u8> {
@@ -233,7 +227,7 @@ fn front(header: &Header, data: u64) -> (Vec<u8>, u64) {
     let json = to_json(header);
     let mut front = Vec::with_capacity(data as usize);
     front.extend(MAGIC);
-    front.extend(u64::from(VERSION).to_le_bytes());
+    front.extend(u64::from(version(header)).to_le_bytes());
     front.extend((json.len() as u64).to_le_bytes());
     let mut hash = Xxh3::new();
     hash.update(&front[..CHECKSUM_AT]);
