@@ -112,7 +112,7 @@ struct Start {
     /// Reading and repacking weights, in milliseconds.
     weights_ms: f64,
     /// Bytes of weights that are used as they lie in the file.
-    mapped_bytes: usize,
+    stored_bytes: usize,
     /// Bytes of weights that were computed from others.
     converted_bytes: usize,
     #[serde(skip)]
@@ -130,7 +130,7 @@ impl Start {
             known: choices.is_none_or(Choices::all_known),
             compile_ms: ms(report.compile),
             weights_ms: ms(report.weights),
-            mapped_bytes: report.mapped(),
+            stored_bytes: report.stored(),
             converted_bytes: report.converted(),
             origin: origin(&report),
         }

@@ -62,7 +62,7 @@ pub(crate) fn origin(report: &LoadReport) -> String {
     let kinds = [
         ("matrices", report.mapped_bytes, report.packed_bytes),
         ("records", report.mapped_record_bytes, report.record_bytes - report.mapped_record_bytes),
-        ("screen", report.mapped_screen_bytes, report.screen_bytes - report.mapped_screen_bytes),
+        ("screen", report.stored_screen_bytes, report.screen_bytes - report.stored_screen_bytes),
     ];
     let list = |part: fn(&(&str, usize, usize)) -> usize| {
         let some = kinds.iter().filter(|kind| part(kind) > 0);

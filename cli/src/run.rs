@@ -40,7 +40,7 @@ struct Summary {
     generated_tokens: usize,
     load_s: f64,
     /// Bytes of weights that are used as they lie in the file, and of those that were computed from others.
-    mapped_bytes: usize,
+    stored_bytes: usize,
     converted_bytes: usize,
     tune_s: f64,
     compile_s: f64,
@@ -185,7 +185,7 @@ impl Talk<'_> {
                     prompt_tokens: generated.prompt_tokens,
                     generated_tokens: generated.tokens.len(),
                     load_s: load.as_secs_f64(),
-                    mapped_bytes: self.session.model().report().mapped(),
+                    stored_bytes: self.session.model().report().stored(),
                     converted_bytes: self.session.model().report().converted(),
                     tune_s: tune.as_secs_f64(),
                     compile_s: compile.as_secs_f64(),

@@ -10,7 +10,7 @@ use std::ops::Range;
 use ternion_kernels_ref::lanes::LANES;
 use ternion_tuner::Workers;
 
-use crate::formats::{Bytes, FloatMatrix};
+use crate::formats::FloatMatrix;
 use crate::memory::PageBuffer;
 use crate::ops::{self, SCREEN_ROWS, SCREEN_STEP, ScreenTile};
 use crate::team::{SharedSlice, share};
@@ -81,7 +81,8 @@ const fn tile_bytes(columns: usize) -> usize {
 
 /// Where the scales begin in the screen of a `[rows, columns]` matrix, and where it ends; `None` if that overflows.
 pub(crate) fn extent(rows: usize, columns: usize) -> Option<(usize, usize)> {
-    let tiles = rows.div_ceil(SCREEN_ROWS).checked_mul(tile_bytes(columns))?;
+    let tile = columns.div_ceil(SCREEN_STEP).checked_mul(size_of::<ScreenTile>())?;
+    let tiles = rows.div_ceil(SCREEN_ROWS).checked_mul(tile)?;
     Some((tiles, tiles.checked_add(rows.checked_mul(SCALE)?)?))
 }
 
@@ -120,18 +121,13 @@ pub(crate) fn form_bytes(matrix: &FloatMatrix, rows: Range<usize>) -> (Vec<u8>, 
     (tiles, scales)
 }
 
-/// Where the tiles lie.
-#[derive(Debug)]
-enum Tiles {
-    Own(PageBuffer),
-    File(Bytes),
-}
-
 /// All rows as int8.
 #[derive(Debug)]
 pub(crate) struct Screen {
-    tiles: Tiles,
+    tiles: PageBuffer,
     pub(crate) scales: Vec<Scale>,
+    /// Whether a file had it.
+    stored: bool,
 }
 
 impl Screen {
@@ -151,37 +147,43 @@ impl Screen {
             let (bytes, scales) = unsafe { (bytes.part(tiles_of(&within, k)), shared.part(within.clone())) };
             form(rows, within, bytes, |at, scale| scales[at] = scale);
         });
-        Ok(Self { tiles: Tiles::Own(tiles), scales })
+        Ok(Self { tiles, scales, stored: false })
     }
 
     /// The screen of a `[rows, columns]` matrix that a file holds; `None` if these are not as many bytes.
-    pub(crate) fn stored(bytes: &Bytes, rows: usize, columns: usize) -> Option<Self> {
-        let (tiles, end) = extent(rows, columns)?;
-        let scales = bytes.get(tiles..end).filter(|_| bytes.len() == end)?;
+    ///
+    /// It is copied, with all threads. Ternary kernels ask for memory long before they need it and do as well on small
+    /// pages; the screen's loop leaves that to the hardware, which stops at the end of each page.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    pub(crate) fn stored(bytes: &[u8], rows: usize, columns: usize, workers: &dyn Workers) -> io::Result<Option<Self>> {
+        let Some((end, _)) = extent(rows, columns).filter(|(_, end)| bytes.len() == *end) else { return Ok(None) };
+        let (source, scales) = bytes.split_at(end);
+        let mut tiles = PageBuffer::zeroed(source.len())?;
+        let shared = SharedSlice::new(&mut tiles);
+        workers.run(&|thread| {
+            let part = share(source.len(), workers.threads(), thread);
+            // SAFETY: every byte is in one thread's share.
+            unsafe { shared.part(part.clone()) }.copy_from_slice(&source[part]);
+        });
         let scales = scales.as_chunks().0.iter().map(Scale::from_bytes).collect();
-        Some(Self { tiles: Tiles::File(bytes.slice(0..tiles)?), scales })
+        Ok(Some(Self { tiles, scales, stored: true }))
     }
 
-    fn bytes(&self) -> &[u8] {
-        match &self.tiles {
-            Tiles::Own(bytes) => bytes,
-            Tiles::File(bytes) => bytes,
-        }
+    /// Whether a file had it.
+    pub(crate) const fn is_stored(&self) -> bool {
+        self.stored
     }
 
     /// Bytes of its tiles and scales.
     pub(crate) fn len(&self) -> usize {
-        self.bytes().len() + size_of_val(&self.scales[..])
-    }
-
-    /// Bytes that come from the file as they are, its tiles mapped and its scales, a hundredth or less, copied.
-    pub(crate) fn mapped(&self) -> usize {
-        if matches!(self.tiles, Tiles::File(_)) { self.len() } else { 0 }
+        self.tiles.len() + size_of_val(&self.scales[..])
     }
 
     /// The tiles of some rows, which begin with one, of `steps` steps each.
     pub(crate) fn tiles(&self, rows: &Range<usize>, steps: usize) -> &[ScreenTile] {
-        let tiles = self.bytes().as_chunks::<SCREEN_STEP>().0.as_chunks::<SCREEN_ROWS>().0;
+        let tiles = self.tiles.as_chunks::<SCREEN_STEP>().0.as_chunks::<SCREEN_ROWS>().0;
         &tiles[rows.start / SCREEN_ROWS * steps..rows.end.div_ceil(SCREEN_ROWS) * steps]
     }
 }
@@ -210,16 +212,16 @@ mod tests {
                 bytes[tiles_of(&block, columns)].copy_from_slice(&block_tiles);
                 bytes[tiles..][scales_of(&block)].copy_from_slice(&block_scales);
             }
-            let bytes = Bytes::from(bytes);
-            let stored = Screen::stored(&bytes, rows, columns).unwrap();
-            assert!(Screen::stored(&bytes, rows + 8, columns).is_none());
             for threads in [1, 3] {
-                let made = Screen::new(&matrix, &Team::new(threads).unwrap()).unwrap();
-                assert_eq!(made.bytes(), stored.bytes());
+                let team = Team::new(threads).unwrap();
+                let stored = Screen::stored(&bytes, rows, columns, &team).unwrap().unwrap();
+                assert!(Screen::stored(&bytes, rows + 8, columns, &team).unwrap().is_none());
+                assert!(stored.is_stored() && stored.len() == end);
+                let made = Screen::new(&matrix, &team).unwrap();
+                assert!(!made.is_stored() && *made.tiles == *stored.tiles);
                 let scales = |screen: &Screen| screen.scales.iter().flat_map(|s| s.to_bytes()).collect::<Vec<u8>>();
                 assert_eq!(scales(&made), scales(&stored));
             }
-            assert_eq!((stored.len(), stored.mapped()), (end, end));
         }
     }
 

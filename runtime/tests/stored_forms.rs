@@ -49,7 +49,7 @@ fn bare(report: &LoadReport) -> [usize; 3] {
     [
         report.packed_bytes,
         report.record_bytes - report.mapped_record_bytes,
-        report.screen_bytes - report.mapped_screen_bytes,
+        report.screen_bytes - report.stored_screen_bytes,
     ]
 }
 
@@ -70,7 +70,7 @@ fn every_form_of_a_file_gives_the_same_logits() {
         assert_eq!(found, expected, "{family}: the form that these kernels read");
         assert_eq!(bare(&ready_report), [0, 0, 0], "{family}: nothing is computed");
         assert_eq!(ready_report.record_bytes, report.record_bytes);
-        assert!(ready_report.mapped_bytes > 0 && ready_report.mapped_screen_bytes > 0);
+        assert!(ready_report.mapped_bytes > 0 && ready_report.stored_screen_bytes > 0);
 
         // Layouts that these kernels do not read, for everything that has a layout.
         let foreign = Form {
@@ -209,7 +209,7 @@ fn greedy_tokens_come_through_a_stored_screen() {
     let (team, kernels) = (Arc::new(Team::new(2).unwrap()), KernelChoice::Family(Family::Mad));
     let [plain, screened] = [plain, screened].map(|checkpoint| {
         let model = Arc::new(Model::load(&checkpoint, &kernels, &cpu(), &*team, &|_| {}).unwrap());
-        let screened = model.report().mapped_screen_bytes > 0;
+        let screened = model.report().stored_screen_bytes > 0;
         let mut session = Session::new(model, Arc::clone(&team), &SessionOptions::default()).unwrap();
         let mut token = 1;
         let tokens: Vec<(u32, u32)> = (0..40)

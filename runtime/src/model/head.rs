@@ -121,10 +121,10 @@ impl Head {
         self.screen.as_ref().map_or(0, Screen::len)
     }
 
-    /// Those of them that are used where the file is mapped.
+    /// Those of them that a file had as they are.
     #[must_use]
-    pub fn mapped_screen_bytes(&self) -> usize {
-        self.screen.as_ref().map_or(0, Screen::mapped)
+    pub fn stored_screen_bytes(&self) -> usize {
+        self.screen.as_ref().filter(|screen| screen.is_stored()).map_or(0, Screen::len)
     }
 
     /// All logits of some states: `states` is `[n, hidden]`, `logits` `[n, vocabulary]`.

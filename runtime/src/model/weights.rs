@@ -55,21 +55,21 @@ pub struct LoadReport {
     pub mapped_record_bytes: usize,
     /// Bytes of the head's int8 screen.
     pub screen_bytes: usize,
-    /// Those of them that are used where the file is mapped.
-    pub mapped_screen_bytes: usize,
+    /// Those of them that the file had, and that were copied to memory of our own.
+    pub stored_screen_bytes: usize,
 }
 
 impl LoadReport {
-    /// Bytes of weights that are used where the file is mapped.
+    /// Bytes of weights that are used as the file has them.
     #[must_use]
-    pub const fn mapped(&self) -> usize {
-        self.mapped_bytes + self.mapped_record_bytes + self.mapped_screen_bytes
+    pub const fn stored(&self) -> usize {
+        self.mapped_bytes + self.mapped_record_bytes + self.stored_screen_bytes
     }
 
-    /// Bytes of weights that were computed from others, into memory of our own.
+    /// Bytes of weights that were computed from others.
     #[must_use]
     pub const fn converted(&self) -> usize {
-        self.packed_bytes + self.record_bytes + self.screen_bytes - self.mapped_record_bytes - self.mapped_screen_bytes
+        self.packed_bytes + self.mapped_bytes + self.record_bytes + self.screen_bytes - self.stored()
     }
 }
 
@@ -194,7 +194,7 @@ impl Model {
             Head::with_screen(head, false, workers).map_err(out_of_memory)?
         } else if let Some(stored) = checkpoint.stored_screen()? {
             let found = stored.len();
-            let screen = Screen::stored(&stored, head.rows, head.columns);
+            let screen = Screen::stored(&stored, head.rows, head.columns, workers).map_err(out_of_memory)?;
             let screen = screen.ok_or(ModelError::Elements { what: "head's screen", found, expected: rows })?;
             Head::with_stored(head, screen)
         } else {
@@ -219,7 +219,7 @@ impl Model {
         }
         let mut report = LoadReport { compile, weights: start.elapsed(), ..LoadReport::default() };
         report.screen_bytes = head.screen_bytes();
-        report.mapped_screen_bytes = head.mapped_screen_bytes();
+        report.stored_screen_bytes = head.stored_screen_bytes();
         let kernels = kernels.values().flat_map(Kernels::all);
         let different: BTreeMap<_, _> =
             kernels.map(|kernel| ((kernel.spec(), kernel.schedule()), kernel.code_bytes())).collect();
