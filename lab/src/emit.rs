@@ -153,12 +153,13 @@ mod tests {
         let wide = "x86-64 +avx2 +avx512f +avx512bw +avx512dq +avx512vl +avx512vnni";
         let asm = listing("mad/avx512 layout=lanes16x4 multiply=dot unroll=2 ntile=8", wide, Form::Asm);
         let begins: Vec<_> = asm.lines().filter_map(|line| line.strip_prefix("; loop ")).collect();
-        assert_eq!(begins.len(), 5, "{asm}");
+        // Of rows, and two for each of 8, 4, 2 and 1 columns.
+        assert_eq!(begins.len(), 9, "{asm}");
         assert_eq!(begins[0], "1: tiles of rows, until none is left");
         assert_eq!(begins[1], "2: columns, ntile at a time, until none is left");
         // 64 groups of four bytes, two per turn; a sum for every column.
         assert_eq!(begins[2], "3: groups of k, unroll at a time, 32 turns, carries zmm0-zmm7");
-        for number in 1..=5 {
+        for number in 1..=9 {
             assert_eq!(asm.matches(&format!("; back to loop {number}\n")).count(), 1, "{asm}");
         }
         let first: usize = asm[..asm.find("vpdpbusd").unwrap()].matches("; loop ").count();
