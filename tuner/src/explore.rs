@@ -31,11 +31,14 @@ const BATCH: usize = 8;
 /// How many of them are neighbours of the best, as far as there are any.
 const NEIGHBOURS: usize = 4;
 
+/// The layouts that may still win: neighbours of their fastest are tried, too.
+const LAYOUTS: usize = 3;
+
 /// Schedules that are taken from one ranking of all that are open: ranking takes a while.
 const QUEUE: usize = 32;
 
 /// Batches that must have brought nothing before exploring ends early.
-const IDLE_BATCHES: usize = 8;
+const IDLE_BATCHES: usize = 24;
 
 /// Samples of a kind of kernel in a layout before the model's opinion of it counts: until then it may be the fastest.
 const LEAST_SAMPLES: usize = 2;
@@ -174,8 +177,9 @@ impl ShapeSearch<'_, '_> {
     /// What to try next: some neighbours of the leaders, and for the rest what heads the queue, which is ranked anew when
     /// it is empty.
     fn promising(&self, open: &[Entrant], queue: &mut VecDeque<Schedule>, model: &CostModel) -> Vec<Schedule> {
-        let leading = self.layouts().first().map(|(_, layout)| *layout);
-        let mut batch = self.neighbours(open, leading, model);
+        let layouts = self.layouts();
+        let leading = layouts.first().map(|(_, layout)| *layout);
+        let mut batch = self.neighbours(open, layouts.iter().take(LAYOUTS).map(|(_, layout)| *layout), model);
         while batch.len() < BATCH {
             if queue.is_empty() {
                 *queue = self.ranked(open, leading, model);
@@ -200,13 +204,16 @@ impl ShapeSearch<'_, '_> {
     }
 
     /// Open schedules that differ in one parameter from the fastest of their class, or from the fastest of their class in
-    /// the leading layout: the model knows nothing of what it does not count, and whatever made these fast has been found.
-    fn neighbours(&self, open: &[Entrant], leading: Option<Layout>, model: &CostModel) -> Vec<Schedule> {
-        let leaders = Class::ALL.map(|class| [None, leading].map(|layout| self.leader(class, layout)));
+    /// one of the best layouts: the model knows nothing of what it does not count, and whatever made these fast has been
+    /// found.
+    fn neighbours(&self, open: &[Entrant], layouts: impl Iterator<Item = Layout>, model: &CostModel) -> Vec<Schedule> {
+        let of: Vec<_> = std::iter::once(None).chain(layouts.map(Some)).collect();
+        let leaders: [Vec<_>; 6] =
+            Class::ALL.map(|class| of.iter().filter_map(|layout| self.leader(class, *layout)).collect());
         let best = Class::ALL.map(|class| self.best(class));
         let mut near: Vec<(f64, Entrant)> = Vec::new();
         for entrant in open {
-            let leaders = leaders[entrant.class.index()].iter().flatten();
+            let leaders = leaders[entrant.class.index()].iter();
             let of = leaders.filter(|(leader, _)| distance(leader, &entrant.schedule) == 1);
             // What the model expects of the difference alone.
             let best = best[entrant.class.index()];

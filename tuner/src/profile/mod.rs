@@ -255,8 +255,9 @@ impl ShapeEntry {
     fn outranks(&self, new: &Self) -> bool {
         let same_purpose = self.workload.is_like(&new.workload)
             && (self.second_copies, self.energy) == (new.second_copies, new.energy);
-        let rank = |entry: &Self| (!entry.provisional, entry.budget_ms);
         let race = Budget::RACE.milliseconds();
+        // A search beats a start's race even if it was disturbed.
+        let rank = |entry: &Self| (entry.budget_ms > race, !entry.provisional, entry.budget_ms);
         if same_purpose { rank(self) > rank(new) } else { new.budget_ms <= race && self.budget_ms > race }
     }
 }

@@ -102,6 +102,7 @@ fn what_was_disturbed_gives_way_and_another_purpose_replaces() {
     assert!(!stays(&search, &with_copies));
     let race = entry(256, 256, 300);
     assert!(stays(&for_prompts, &race) && !stays(&race, &for_prompts));
+    assert!(stays(&disturbed, &race) && !stays(&race, &disturbed));
 }
 
 #[test]
