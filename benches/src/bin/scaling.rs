@@ -1,31 +1,30 @@
-//! A model of decoding speed on paper, checked on shapes that it was not made from, and what it says of larger ones.
+//! A model of decoding speed on paper, made from what `ternion doctor` and `ternion lab` measure, checked on whole models,
+//! and what it says of larger ones.
 //!
-//! One token of a dense model takes `T = max(bytes / (e · B), bytes / (c · R)) + layers · o`:
+//! One token of a dense model takes `T = bytes / min(B, c · R) + calls · o`:
 //!
-//! - `bytes` are what a token reads: packed projections and the screen of the head, as the loader reports them;
-//! - `B` is the memory bandwidth that `ternion doctor` reports for these threads;
-//! - `R` is what one core gets through when its weights are in a cache, and `c` the number of threads: the lab's figure
-//!   for the tuned kernel of a small matrix;
-//! - `e`, the share of the bandwidth that a forward pass reaches, and `o`, what a layer takes besides reading, are solved
-//!   from the times of two small shapes.
+//! - `bytes` are what a token reads: packed projections and the screen of the head;
+//! - `B` is the bandwidth of memory that doctor reports for `c` threads; for a model that fits into the last cache, what the
+//!   lab reads of as many bytes again and again;
+//! - `R` is what one of these `c` cores gets through when its weights are in its own cache, and `o` what starting and ending
+//!   a product on all of them takes: the slope and the intercept of the lab's times of the tuned kernel on two hot matrices;
+//! - `calls` is how often a token sets all threads to work: six times a layer, and for the head.
+//!
+//! No time of a whole model is put in: all of those are checks.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use ternion_benches::Matrix;
 use ternion_benches::model::{median, read};
-use ternion_compiler::{Columns, Cpu, KernelSpec, compile};
+use ternion_compiler::{Cpu, Schedule};
+use ternion_lab::{Bench, Case, Shape as Rows, Weights};
 use ternion_runtime::formats::synth::Recipe;
-use ternion_runtime::formats::{Activation, Checkpoint, Projection};
+use ternion_runtime::formats::{Activation, Checkpoint, ModelConfig, Projection};
 use ternion_runtime::model::{KernelChoice, Model, Session, SessionOptions, problems};
 use ternion_runtime::team::Team;
 use ternion_runtime::verify::some_tokens;
-use ternion_tuner::{Budget, CacheDir, Choices, Class, Request, SystemStopwatch, choose, probe};
-
-/// The shapes that the model is made from.
-const MADE_FROM: [&str; 2] = ["125M", "0.7B"];
+use ternion_tuner::{Budget, CacheDir, Choices, Class, Request, SystemStopwatch, Workers as _, choose, probe};
 
 /// Paper machines: what their memory can deliver at most, in bytes per second (transfers per second times width).
 const MACHINES: [(&str, f64); 3] = [
@@ -37,14 +36,24 @@ const MACHINES: [(&str, f64); 3] = [
 /// The shapes to say something of.
 const ON_PAPER: [&str; 3] = ["3B", "8B", "100B"];
 
-/// A model of decoding speed, its errors, and what follows from it
+/// The matrices that the lab measures: a few rows and four times as many of 2B4T's hidden size, which the second cache of
+/// every CPU since 2013 holds.
+const HOT: [Rows; 2] = [Rows { m: 256, k: 2560 }, Rows { m: 1024, k: 2560 }];
+
+/// Rounds of the lab.
+const ROUNDS: usize = 101;
+
+/// How often a layer of a dense model sets all threads to work: query, key and value at once, attention, output, gate, up, down.
+const CALLS_PER_LAYER: usize = 6;
+
+/// A model of decoding speed made from doctor's and the lab's figures, its errors, and what follows from it
 #[derive(Debug, Parser)]
 struct Arguments {
     /// Numbers of threads
     #[arg(short, long, value_delimiter = ',', default_values = ["1", "2"])]
     threads: Vec<usize>,
     /// Shapes to check the model on
-    #[arg(long, value_delimiter = ',', default_values = ["Falcon3-1B", "2B-4T"])]
+    #[arg(long, value_delimiter = ',', default_values = ["125M", "0.7B", "Falcon3-1B", "2B-4T"])]
     check: Vec<String>,
     /// Tokens to time per shape
     #[arg(short, default_value = "24")]
@@ -61,23 +70,20 @@ struct Shape {
     seconds: f64,
 }
 
-/// The model of one number of threads.
+/// The model of one number of threads, but for the bandwidth: the lab's figures.
 struct Paper {
     threads: usize,
-    /// What doctor reports, bytes per second.
-    bandwidth: f64,
-    /// Bytes per second and core on weights in a cache.
-    cached: f64,
-    /// e
-    share: f64,
-    /// o, in seconds.
-    per_layer: f64,
+    /// R, bytes per second and core.
+    core: f64,
+    /// o, seconds.
+    call: f64,
 }
 
 impl Paper {
-    fn seconds(&self, bytes: f64, layers: usize) -> f64 {
-        let memory = bytes / (self.share * self.bandwidth);
-        memory.max(bytes / (self.cached * self.threads as f64)) + layers as f64 * self.per_layer
+    /// Seconds of a token that reads `bytes`, which come at `bandwidth`.
+    fn seconds(&self, bytes: f64, bandwidth: f64, layers: usize) -> f64 {
+        let calls = CALLS_PER_LAYER * layers + 1;
+        bytes / bandwidth.min(self.core * self.threads as f64) + calls as f64 * self.call
     }
 }
 
@@ -85,43 +91,42 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let machine = probe();
     println!("{}\n", machine.brand);
+    let last_level = machine.last_level_bytes() as f64;
+    let stopwatch = SystemStopwatch::start();
     let mut papers = Vec::new();
     for threads in arguments.threads {
         let team = Arc::new(Team::new(threads)?);
-        let measure = |name: &str| measure(name, &team, arguments.n);
-        let made_from = MADE_FROM.map(measure);
-        let [small, large] = made_from;
-        let (small, large) = (small?, large?);
-        let bandwidth = machine.memory_bandwidth(&*team, &SystemStopwatch::start()).context("too little memory")?;
-        // Two equations in 1 / e and o.
-        let (a, b) = (small.bytes / bandwidth, large.bytes / bandwidth);
-        let determinant = a * large.layers as f64 - b * small.layers as f64;
-        let inverse = (small.seconds * large.layers as f64 - large.seconds * small.layers as f64) / determinant;
-        let per_layer = (a * large.seconds - b * small.seconds) / determinant;
-        let paper = Paper { threads, bandwidth, cached: cached()?, share: 1.0 / inverse, per_layer };
+        let memory = machine.memory_bandwidth(&*team, &stopwatch).context("too little memory")?;
+        let mut bench = Bench::new(&*team, &stopwatch)?;
+        let schedule = tuned(&Recipe::preset("2B-4T")?, &team)?
+            .get(640, 2560)
+            .context("no kernel was chosen for 640x2560")?
+            .of(Class::One);
+        let (core, call) = cores(&mut bench, schedule)?;
+        let paper = Paper { threads, core, call };
         println!(
-            "{threads} threads: doctor reads {:.1} GB/s; a core gets through {:.1} GB/s of cached weights; \
-             e = {:.2}, o = {:.0} µs\n",
-            bandwidth / 1e9,
-            paper.cached / 1e9,
-            paper.share,
-            per_layer * 1e6
+            "{threads} threads: doctor reads {:.1} GB/s; the lab: a core gets through {:.1} GB/s of cached weights with \
+             `{schedule}`, a call takes {:.1} µs\n",
+            memory / 1e9,
+            core / 1e9,
+            call * 1e6
         );
-        println!("| {threads} threads | MB per token | ms measured | ms on paper | error |\n|---|---|---|---|---|");
-        let checks = arguments.check.iter().map(|name| measure(name)).collect::<Result<Vec<_>>>()?;
-        for (shape, used) in [(small, true), (large, true)].into_iter().chain(checks.into_iter().map(|s| (s, false))) {
-            let predicted = paper.seconds(shape.bytes, shape.layers);
-            let error = if used {
-                "made from it".to_owned()
-            } else {
-                format!("{:+.0} %", (predicted / shape.seconds - 1.0) * 100.0)
-            };
+        println!(
+            "| {threads} threads | MB per token | GB/s of as many bytes | ms measured | ms on paper | error |\n|---|---|---|---|---|---|"
+        );
+        for name in &arguments.check {
+            let shape = measure(name, &team, arguments.n)?;
+            let bandwidth =
+                if shape.bytes < last_level { cached(&mut bench, schedule, shape.bytes)? } else { memory };
+            let predicted = paper.seconds(shape.bytes, bandwidth, shape.layers);
             println!(
-                "| {} | {:.0} | {:.2} | {:.2} | {error} |",
+                "| {} | {:.0} | {:.1} | {:.2} | {:.2} | {:+.0} % |",
                 shape.name,
                 shape.bytes / 1e6,
+                bandwidth / 1e9,
                 shape.seconds * 1e3,
-                predicted * 1e3
+                predicted * 1e3,
+                (predicted / shape.seconds - 1.0) * 100.0
             );
         }
         println!();
@@ -134,19 +139,46 @@ fn main() -> Result<()> {
 }
 
 /// The tuned kernels of a shape.
-fn tuned(recipe: &Recipe, cpu: &Cpu, team: &Team) -> Result<Choices> {
+fn tuned(recipe: &Recipe, team: &Team) -> Result<Choices> {
+    let cpu = Cpu::host().context("ternion emits code for x86-64 and aarch64 only")?;
     let request = Request::new(problems(&recipe.config), Budget::RACE);
-    Ok(choose(&request, cpu, team, &CacheDir::default(), &|_| {})?)
+    Ok(choose(&request, &cpu, team, &CacheDir::default(), &|_| {})?)
+}
+
+/// Bytes per second that one core gets through when its weights are in its cache, and the seconds that a product takes
+/// besides.
+fn cores(bench: &mut Bench<'_>, schedule: Schedule) -> Result<(f64, f64)> {
+    let cases = HOT.map(|shape| Case { shape, n: 1, schedule, weights: Weights::Hot, zeros: 0 });
+    let bytes = cases.map(|case| case.matrix_bytes());
+    let [Some(few), Some(many)] = bytes else { anyhow::bail!("no room for the lab's matrices") };
+    let mut entrants = bench.prepare(&cases).into_iter().collect::<Result<Vec<_>, _>>()?;
+    let mut samples = bench.measure(&mut entrants, ROUNDS, &mut |_| false);
+    let times: Vec<f64> = samples.products.iter_mut().map(|times| median(times)).collect();
+    let per_byte = (times[1] - times[0]).max(f64::MIN_POSITIVE) / (many - few) as f64;
+    let call = (times[0] - few as f64 * per_byte).max(0.0);
+    Ok((1.0 / (per_byte * bench.threads() as f64), call))
+}
+
+/// Bytes per second of reading as many bytes as a token does again and again, as the lab reads beside hot kernels.
+fn cached(bench: &mut Bench<'_>, schedule: Schedule, bytes: f64) -> Result<f64> {
+    let k = HOT[0].k;
+    let rows = Case { shape: Rows { m: 64, k }, n: 1, schedule, weights: Weights::Hot, zeros: 0 };
+    let row_bytes = rows.matrix_bytes().context("a matrix that fits in memory")? as f64 / 64.0;
+    let case = Case { shape: Rows { m: (bytes / row_bytes) as usize, k }, ..rows };
+    let mut entrants = bench.prepare(&[case]).into_iter().collect::<Result<Vec<_>, _>>()?;
+    let mut limits = bench.measure(&mut entrants, 10, &mut |_| false).limits;
+    let speeds = limits.hot.iter_mut().filter(|speeds| !speeds.is_empty()).map(|speeds| median(speeds));
+    speeds.reduce(f64::max).context("nothing was read")
 }
 
 /// Times a dense model of a shape.
 fn measure(name: &str, team: &Arc<Team>, n: usize) -> Result<Shape> {
-    eprintln!("measuring {name} with {} threads", ternion_tuner::Workers::threads(&**team));
+    eprintln!("measuring {name} with {} threads", team.threads());
     let cpu = Cpu::host().context("ternion emits code for x86-64 and aarch64 only")?;
     let mut recipe = Recipe::preset(name)?;
     recipe.config.activation = Activation::Silu;
     recipe.gate_sparsity = None;
-    let (choices, layers) = (tuned(&recipe, &cpu, team)?, recipe.config.layers);
+    let (choices, layers) = (tuned(&recipe, team)?, recipe.config.layers);
     let checkpoint = Checkpoint::synthetic(recipe)?;
     let model = Model::load(&checkpoint, &KernelChoice::Tuned(choices), &cpu, &**team, &|_| {})?;
     let report = model.report();
@@ -160,27 +192,10 @@ fn measure(name: &str, team: &Arc<Team>, n: usize) -> Result<Shape> {
     Ok(Shape { name: name.to_owned(), layers, bytes, seconds: median(&mut times).as_secs_f64() })
 }
 
-/// Bytes of weights per second that one core gets through when they are in a cache.
-fn cached() -> Result<f64> {
-    /// The key and value projections of 2B4T: 400 kB, in the second cache of every CPU since 2013.
-    const SHAPE: (usize, usize) = (640, 2560);
-    let cpu = Cpu::host().context("ternion emits code for x86-64 and aarch64 only")?;
-    let team = Team::new(1)?;
-    let choices = tuned(&Recipe::preset("2B-4T")?, &cpu, &team)?;
-    let schedule = choices.get(SHAPE.0, SHAPE.1).context("no kernel was chosen")?.of(Class::One);
-    let spec = KernelSpec { k: SHAPE.1, columns: Columns::One };
-    let kernels = compile(&[(spec, schedule)], &cpu)?;
-    let kernel = kernels.first().context("no kernel was compiled")?;
-    let bytes = kernel.layout().bytes(SHAPE.0, SHAPE.1).context("a matrix that fits in memory")?;
-    let weights = vec![0u8; bytes];
-    let mut matrix = Matrix::new(kernel, SHAPE.0, 1, &weights);
-    let mut best = Duration::MAX;
-    for _ in 0..50 {
-        let start = Instant::now();
-        matrix.run(&team, 20);
-        best = best.min(start.elapsed() / 20);
-    }
-    Ok(matrix.weight_bytes() as f64 / best.as_secs_f64())
+/// Weights of some projections of all layers.
+fn weights(config: &ModelConfig, projections: &[Projection]) -> f64 {
+    let weights = projections.iter().map(|p| p.shape(config)).map(|(m, k)| (m * k) as f64).sum::<f64>();
+    weights * config.layers as f64
 }
 
 /// Larger shapes on other machines.
@@ -189,33 +204,30 @@ fn on_paper(paper: &Paper) -> Result<()> {
     println!("|---|---|---|---|---|");
     for name in ON_PAPER {
         let config = Recipe::preset(name)?.config;
-        let weights = |projections: &[Projection]| -> f64 {
-            let weights = projections.iter().map(|p| p.shape(&config)).map(|(m, k)| (m * k) as f64).sum::<f64>();
-            weights * config.layers as f64
-        };
-        let all = weights(&Projection::ALL);
-        let (up, down) = (weights(&[Projection::Up]), weights(&[Projection::Down]));
+        let all = weights(&config, &Projection::ALL);
+        let (up, down) = (weights(&config, &[Projection::Up]), weights(&config, &[Projection::Down]));
         let head = (config.vocabulary * config.hidden) as f64;
         // What a trained relu² model shows: 80 % of gates and 90 % of down_proj's inputs are 0. Gathered bytes count twice.
         let sparse = 2.0 * (0.2 * up + 0.1 * down);
-        for (what, weights) in [
+        for (what, bits) in [
             ("2 bits", all * 2.0),
             ("1.6 bits", all * 1.6),
             ("2 bits, sparse", (all - up - down + sparse) * 2.0),
             ("1.6 bits, sparse", (all - up - down) * 1.6 + sparse * 2.0),
         ] {
-            let bytes = weights / 8.0 + head;
+            let bytes = bits / 8.0 + head;
             let mut row = format!("| {name}, {what} | {:.2} GB |", bytes / 1e9);
             for (_, bandwidth) in MACHINES {
-                let seconds = bytes / (paper.share * bandwidth) + config.layers as f64 * paper.per_layer;
+                // As many cores as the memory keeps busy.
+                let seconds = bytes / bandwidth + (CALLS_PER_LAYER * config.layers + 1) as f64 * paper.call;
                 row += &format!(" {:.1} |", 1.0 / seconds);
             }
             println!("{row}");
         }
     }
-    println!("\nCores that it takes to keep up with the memory, at this CPU's {:.1} GB/s each:", paper.cached / 1e9);
+    println!("\nCores that it takes to keep up with the memory, at this CPU's {:.1} GB/s each:", paper.core / 1e9);
     for (name, bandwidth) in MACHINES {
-        println!("- {name}: {:.0}", (paper.share * bandwidth / paper.cached).ceil());
+        println!("- {name}: {:.0}", (bandwidth / paper.core).ceil());
     }
     Ok(())
 }
