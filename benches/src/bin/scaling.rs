@@ -116,8 +116,7 @@ fn main() -> Result<()> {
         );
         for name in &arguments.check {
             let shape = measure(name, &team, arguments.n)?;
-            let bandwidth =
-                if shape.bytes < last_level { cached(&mut bench, schedule, shape.bytes)? } else { memory };
+            let bandwidth = if shape.bytes < last_level { cached(&mut bench, schedule, shape.bytes)? } else { memory };
             let predicted = paper.seconds(shape.bytes, bandwidth, shape.layers);
             println!(
                 "| {} | {:.0} | {:.1} | {:.2} | {:.2} | {:+.0} % |",

@@ -108,17 +108,27 @@ mod x86 {
     //! Levels whose instructions no compiler finds by itself.
 
     use std::arch::x86_64::{
-        __m256i, __m512i, _mm_add_epi32, _mm_cvtsi128_si32, _mm_loadu_si128, _mm_shuffle_epi32, _mm256_add_epi32,
-        _mm256_castsi256_si128, _mm256_cvtepi8_epi16, _mm256_extracti128_si256, _mm256_loadu_si256, _mm256_madd_epi16,
-        _mm256_setzero_si256, _mm512_cvtepi8_epi16, _mm512_dpwssd_epi32, _mm512_loadu_si512, _mm512_reduce_add_epi32,
-        _mm512_setzero_si512,
+        __m256i, __m512i, _MM_HINT_T0, _mm_add_epi32, _mm_cvtsi128_si32, _mm_loadu_si128, _mm_prefetch,
+        _mm_shuffle_epi32, _mm256_add_epi32, _mm256_castsi256_si128, _mm256_cvtepi8_epi16, _mm256_extracti128_si256,
+        _mm256_loadu_si256, _mm256_madd_epi16, _mm256_setzero_si256, _mm512_cvtepi8_epi16, _mm512_dpwssd_epi32,
+        _mm512_loadu_si512, _mm512_reduce_add_epi32, _mm512_setzero_si512,
     };
 
     use super::{SCREEN_STEP, ScreenState};
 
+    /// How far ahead of the row in use memory is asked for more: without that Intel's cores read half as fast.
+    const AHEAD: usize = 4096;
+
+    #[inline]
+    #[target_feature(enable = "sse")]
+    fn ask_ahead(row: &[u8; SCREEN_STEP]) {
+        _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(AHEAD).cast());
+    }
+
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn add_vnni(sums: __m512i, state: &ScreenState, row: &[u8; SCREEN_STEP]) -> __m512i {
+        ask_ahead(row);
         // SAFETY: the state is 64 bytes, the row 32.
         let (state, row) =
             unsafe { (_mm512_loadu_si512(state.as_ptr().cast()), _mm256_loadu_si256(row.as_ptr().cast())) };
@@ -140,6 +150,7 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx2")]
     pub(super) fn add_avx2(mut sums: __m256i, state: &ScreenState, row: &[u8; SCREEN_STEP]) -> __m256i {
+        ask_ahead(row);
         for half in 0..2 {
             // SAFETY: each half of the state is 32 bytes, of the row 16.
             let (state, row) = unsafe {
