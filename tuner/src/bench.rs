@@ -218,6 +218,9 @@ impl Bench for KernelBench<'_> {
         let activations = Activations { columns: &input.bytes[input.start..], stride: input.stride, sums: &input.sums };
         let product = Product { kernel, tiles, activations };
         let weights = |repeat: usize| &bytes[(first + repeat) % places * stride..][..matrix_bytes];
+        // Whoever has gone to sleep meanwhile wakes up before the time runs, as within a token.
+        self.workers.run(&|_| {});
+        self.workers.run(&|_| {});
         let start = self.stopwatch.elapsed();
         product.compute(self.workers, repeats, &weights, &mut self.out);
         let time = self.stopwatch.elapsed().saturating_sub(start);

@@ -10,8 +10,12 @@ use ternion_compiler::Cpu;
 use crate::{Choice, CpuProfile, MachineProfile, Problem};
 
 /// The files, as saved: `include_str!("../profiles/NAME.json")`.
-const FILES: &[&str] =
-    &[include_str!("../profiles/amd-zen4-1-thread.json"), include_str!("../profiles/amd-zen4-2-threads.json")];
+const FILES: &[&str] = &[
+    include_str!("../profiles/amd-zen4-1-thread.json"),
+    include_str!("../profiles/amd-zen4-2-threads.json"),
+    include_str!("../profiles/intel-sapphire-rapids-1-thread.json"),
+    include_str!("../profiles/intel-sapphire-rapids-2-threads.json"),
+];
 
 static PROFILES: LazyLock<Vec<MachineProfile>> =
     LazyLock::new(|| FILES.iter().filter_map(|file| serde_json::from_str(file).ok()).collect());
