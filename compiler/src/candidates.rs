@@ -55,8 +55,7 @@ fn lanes(machine: MachineKind, vectors: usize) -> Layout {
 
 /// For one column, where memory is the limit: enough asked for ahead to hide its latency.
 ///
-/// What is listed first of a layout is what most often wins in it. Intel's cores read half as fast without a prefetch,
-/// and AMD's no slower with one.
+/// With a prefetch first: Intel's cores read half as fast without one. AMD's have been measured with the other order only.
 fn decoding(machine: MachineKind, multiply: Multiply, candidates: &mut Vec<Schedule>) {
     let (prefetches, tiles): (&[u16], _) = match machine {
         MachineKind::Avx512 => (&[4096, 0], [(1, 2), (2, 2), (2, 1), (4, 1), (1, 4), (1, 1)]),

@@ -7,14 +7,13 @@
 
 use std::cmp::Ordering;
 
-/// SplitMix64's finaliser (Steele, Lea and Flood 2014) of both together: for one `state`, another number for every `input`.
+use crate::SplitMix64;
+
+/// The first number of [`SplitMix64`] for both together: for one `state`, another number for every `input`.
 #[must_use]
 #[inline(always)]
 pub const fn mix(state: u64, input: u64) -> u64 {
-    let z = (state ^ input).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ z >> 31
+    SplitMix64::new(state ^ input).next_u64()
 }
 
 /// What the numbers of all tokens at a position of a sequence are made of: a token's bits are `mix(key, token)`.

@@ -152,8 +152,7 @@ impl Screen {
 
     /// The screen of a `[rows, columns]` matrix that a file holds; `None` if these are not as many bytes.
     ///
-    /// It is copied, with all threads. Ternary kernels ask for memory long before they need it and do as well on small
-    /// pages; the screen's loop leaves that to the hardware, which stops at the end of each page.
+    /// It is copied to huge pages, with all threads: where it is mapped, its pages are small, and tokens took longer.
     ///
     /// # Errors
     /// If memory runs out.

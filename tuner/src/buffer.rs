@@ -1,5 +1,7 @@
 //! Large buffers to measure on: huge pages asked for, filled by the threads that will read them.
 
+use ternion_kernels_ref::SplitMix64;
+
 use crate::Workers;
 use crate::workers::fill_shared;
 
@@ -53,13 +55,11 @@ impl Buffer {
     }
 }
 
-/// SplitMix64 from a seed, with every code 3 lowered to 2.
+/// Random codes from a seed, with every code 3 lowered to 2.
 fn fill_with_codes(seed: u64, target: &mut [u8]) {
-    let mut state = seed;
+    let mut random = SplitMix64::new(seed);
     for word in target.as_chunks_mut::<8>().0 {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut bits = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ bits >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let bits = random.next_u64();
         *word = (bits & !(bits >> 1 & 0x5555_5555_5555_5555)).to_ne_bytes();
     }
 }

@@ -28,6 +28,8 @@ impl Stopwatch for SystemStopwatch {
 
 #[cfg(test)]
 pub(crate) mod scripted {
+    use ternion_kernels_ref::SplitMix64;
+
     use super::*;
     use std::sync::Mutex;
 
@@ -48,20 +50,16 @@ pub(crate) mod scripted {
     }
 
     /// Seeded noise.
-    pub(crate) struct Noise(u64);
+    pub(crate) struct Noise(SplitMix64);
 
     impl Noise {
         pub(crate) fn new(seed: u64) -> Self {
-            Self(seed)
+            Self(SplitMix64::new(seed))
         }
 
         /// In `0..1`.
         pub(crate) fn uniform(&mut self) -> f64 {
-            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = self.0;
-            z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-            ((z ^ z >> 31) >> 11) as f64 / (1u64 << 53) as f64
+            (self.0.next_u64() >> 11) as f64 / (1u64 << 53) as f64
         }
 
         /// Standard normal (Box-Muller), kept within four deviations so that no scripted time is negative.

@@ -11,6 +11,11 @@ pub trait Workers: Sync {
     /// Calls `work(0)`, … `work(threads − 1)` at the same time, each once on a thread of its own, and returns when all
     /// have returned.
     fn run(&self, work: &(dyn Fn(usize) + Sync));
+
+    /// Wakes whoever has gone to sleep, so that what is timed next meets a team that is as awake as within a token.
+    fn wake(&self) {
+        self.run(&|_| {});
+    }
 }
 
 /// The part of `0..total` that belongs to `thread` when `threads` share it evenly and in order.

@@ -257,6 +257,11 @@ pub(crate) fn brief(said: impl fmt::Display) -> String {
     line
 }
 
+/// [`brief`], with every run of spaces as one.
+pub(crate) fn brief_line(said: impl fmt::Display) -> String {
+    brief(said.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
 #[cfg(test)]
 mod tests {
     use super::brief;

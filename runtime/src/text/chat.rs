@@ -12,7 +12,7 @@ use minijinja::{Environment, Error, ErrorKind, context};
 use serde::{Deserialize, Serialize};
 
 use super::python_json;
-use crate::formats::error::brief;
+use crate::formats::error::brief_line;
 
 /// What [`ChatTemplate::plain`] renders: BOS, then each message's text as a paragraph.
 const PLAIN: &str =
@@ -82,7 +82,7 @@ impl ChatTemplate {
         });
         environment
             .add_template_owned(NAME, template.to_owned())
-            .map_err(|error| ChatError::Template(one_line(&error)))?;
+            .map_err(|error| ChatError::Template(brief_line(&error)))?;
         let text = |token: Option<&str>| token.unwrap_or_default().to_owned();
         Ok(Self { environment, bos_token: text(bos_token), eos_token: text(eos_token) })
     }
@@ -115,7 +115,7 @@ impl ChatTemplate {
         let rendered = self.environment.get_template(NAME).and_then(|template| template.render(context));
         rendered.map_err(|error| match refusal(&error) {
             Some(reason) => ChatError::Refused(reason),
-            None => ChatError::Failed(one_line(&error)),
+            None => ChatError::Failed(brief_line(&error)),
         })
     }
 }
@@ -138,10 +138,6 @@ fn refusal(error: &Error) -> Option<String> {
         source = error.source();
     }
     None
-}
-
-fn one_line(error: &Error) -> String {
-    brief(error.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
 /// Seconds since 1970, UTC.

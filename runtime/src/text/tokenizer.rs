@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Detokenizer;
-use crate::formats::error::brief;
+use crate::formats::error::{brief, brief_line};
 
 /// Why a tokenizer cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -101,7 +101,7 @@ impl Tokenizer {
     /// # Errors
     /// If it is damaged, of another kind, or has tokens that the model has not.
     pub fn new(json: &[u8], config: &TokenizerConfig, vocabulary: usize) -> Result<Self, TokenizerError> {
-        let invalid = |error: &dyn std::fmt::Display| TokenizerError::Invalid(one_line(&error.to_string()));
+        let invalid = |error: &dyn std::fmt::Display| TokenizerError::Invalid(brief_line(error));
         let json = std::str::from_utf8(json).map_err(|error| invalid(&error))?;
         let outline: Outline = serde_json::from_str(json).map_err(|error| invalid(&error))?;
         let alphabet = Alphabet::of(&outline.decoder)?;
@@ -162,10 +162,8 @@ impl Tokenizer {
     /// # Errors
     /// If the vocabulary has no tokens for some of the text.
     pub fn encode(&self, text: &str, add_bos: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self
-            .inner
-            .encode_fast(text, false)
-            .map_err(|error| TokenizerError::Encode(one_line(&error.to_string())))?;
+        let encoding =
+            self.inner.encode_fast(text, false).map_err(|error| TokenizerError::Encode(brief_line(error)))?;
         let bos = self.bos.filter(|_| add_bos);
         Ok(bos.into_iter().chain(encoding.get_ids().iter().copied()).collect())
     }
@@ -354,7 +352,7 @@ impl Alphabet {
                 return Ok(Self::SentencePiece { strip_space: decoders.iter().any(|d| kind(d, "Strip")) });
             }
         }
-        Err(TokenizerError::UnknownDecoder(one_line(&decoder.to_string())))
+        Err(TokenizerError::UnknownDecoder(brief_line(decoder)))
     }
 }
 
@@ -365,10 +363,6 @@ fn push_piece(token: &str, bytes: &mut Vec<u8>) {
         Some(byte) => bytes.push(byte),
         None => bytes.extend(token.replace('▁', " ").bytes()),
     }
-}
-
-fn one_line(text: &str) -> String {
-    brief(text.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
 /// Appends the bytes of a byte-level token. A token with a character outside the byte alphabet is plain text.
