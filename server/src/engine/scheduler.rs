@@ -121,7 +121,7 @@ impl Scheduler<'_> {
     /// Starts what waits, as long as there is room.
     fn let_in(&mut self) {
         while self.slots.len() < self.shared.options.parallel {
-            let Some(Submitted { job, events }) = self.queue.pop() else { break };
+            let Some(Submitted { mut job, events }) = self.queue.pop() else { break };
             self.shared.metrics.waiting.dec();
             let options = &self.shared.options;
             // A mean needs the states of all tokens.
@@ -131,7 +131,10 @@ impl Scheduler<'_> {
                 known.map_or_else(|| Sequence::new(&self.shared.model, options.kv, Some(options.context)), Ok);
             match sequence {
                 Ok(sequence) => self.slots.push(Slot::new(self.shared, job, events, sequence, !all)),
-                Err(_) => drop(events.send(Event::Failed(Failure::Internal))),
+                Err(_) => {
+                    job.trace.ended(End::Failed(Failure::Internal.name()), 0);
+                    drop(events.send(Event::Failed(Failure::Internal)));
+                }
             }
         }
     }
