@@ -15,7 +15,7 @@ use crate::{Class, Stopwatch};
 
 /// Rounds of a stage: at least, since fewer decide nothing, and at most, since more teach nothing.
 const MIN_ROUNDS: usize = 3;
-const MAX_ROUNDS: usize = 40;
+pub(crate) const MAX_ROUNDS: usize = 40;
 
 /// Rounds after which a leader that has won every single one of them has won.
 const CLEAR_ROUNDS: usize = 6;
@@ -130,11 +130,11 @@ impl Record {
     }
 }
 
-/// The mean of the middle half: nearly as precise as a mean, and blind to interruptions.
+/// The mean of the middle three quarters: nearly as precise as a mean, and blind to interruptions.
 fn middle(sorted: &[f64]) -> f64 {
     let sorted = &sorted[..sorted.partition_point(|sample| *sample <= INTERRUPTED * sorted[0])];
-    let quarter = sorted.len() / 4;
-    mean(&sorted[quarter..sorted.len() - quarter])
+    let end = sorted.len() / 8;
+    mean(&sorted[end..sorted.len() - end])
 }
 
 /// The mean of the fastest quarter, where most samples are interrupted: less precise, and all that is left.
