@@ -245,4 +245,7 @@ pub(crate) fn measuring_bytes(problems: &[Problem], machine: &CpuProfile) -> (us
 mod tests;
 
 #[cfg(test)]
+mod agreement;
+
+#[cfg(test)]
 mod outside;

@@ -1,6 +1,6 @@
 //! Held-out rounds: how one set of choices compares with another, apart from the search that found it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Duration;
 
@@ -170,6 +170,21 @@ pub fn gains(request: &Request, choices: &Choices, cpu: &Cpu, workers: &dyn Work
 fn median(values: &mut [f64]) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied()
+}
+
+/// How many schedules an exhaustive search of a request has to compile, and how long it takes at the pace of the search that
+/// has found `choices`; `None` if that one tried nothing.
+#[must_use]
+pub fn exhaustive_cost(request: &Request, choices: &Choices, cpu: &Cpu) -> (usize, Option<Duration>) {
+    let tried = choices.trials.iter().map(|trial| (trial.m, trial.k, trial.class.columns(), trial.schedule));
+    let tried = tried.collect::<BTreeSet<_>>().len();
+    let shapes = request.problems.iter().map(|problem| (problem.m, problem.k)).collect::<BTreeSet<_>>();
+    let legal = |k: usize, class: Class| {
+        legal(&Family::ALL, &class.spec(k), cpu, &Budget::search(WHOLE_SPACE), Duration::MAX).len()
+    };
+    let all = shapes.into_iter().map(|(_, k)| legal(k, Class::One) + legal(k, Class::Chunk)).sum();
+    let pace = (tried > 0).then(|| choices.phases.exploring.as_secs_f64() / tried as f64);
+    (all, pace.map(|pace| Duration::from_secs_f64(pace * all as f64)))
 }
 
 /// What a search has found, as a profile that can be compared with or handed on.

@@ -37,15 +37,28 @@ type Place = (Kind, Layout, Class);
 fn work(problem: &Problem, class: Class, schedule: &Schedule, threads: usize) -> [f64; TERMS] {
     let layout = schedule.layout;
     let vector = schedule.machine.vector_bytes() as f64;
-    let columns = class.measured() as f64;
+    let passes = passes(class.measured(), schedule.ntile);
+    // The lanes of `vlut` are all filled, whatever the columns.
+    let columns = if schedule.family == Family::Vlut { passes * usize::from(schedule.ntile) } else { class.measured() };
+    let [passes, columns] = [passes, columns].map(|count| count as f64);
     let tiles = layout.tiles(problem.m).div_ceil(threads.max(1)) as f64;
     let bytes = tiles * layout.tile_bytes(problem.k) as f64;
-    let passes = (columns / f64::from(schedule.ntile.max(1))).ceil();
     let products = tiles * (layout.tile_rows() * problem.k) as f64 * columns / vector;
     // A vector of activations serves as many rows as there are in flight.
     let rows = layout.tile_rows() as f64;
     let steps = problem.k as f64 / step(layout) / f64::from(schedule.unroll.max(1));
     [bytes, passes * bytes / vector, products, products / rows, tiles * passes * steps]
+}
+
+/// Passes over a tile for so many columns: `ntile` at a time, then what is left by halves of that.
+fn passes(columns: usize, ntile: u8) -> usize {
+    let (mut passes, mut left) = (0, columns);
+    let mut width = usize::from(ntile.max(1));
+    while width > 0 {
+        (passes, left) = (passes + left / width, left % width);
+        width /= 2;
+    }
+    passes
 }
 
 /// Weights of a row that one step of the loop takes.
@@ -181,6 +194,13 @@ mod tests {
     fn schedules(class: Class) -> Vec<Schedule> {
         let cpu: Cpu = "x86-64 +ssse3 +sse4.1 +avx2 +avxvnni".parse().unwrap();
         Schedule::candidates(&class.spec(PROBLEM.k), &cpu)
+    }
+
+    #[test]
+    fn columns_that_are_left_take_a_pass_for_each_half() {
+        // 8 = 5 + 2 + 1, and 32 = 12 + 12 + 6 + 1 + 1.
+        let counts = [(8, 5), (32, 12), (32, 8), (4, 16), (1, 1)].map(|(columns, ntile)| passes(columns, ntile));
+        assert_eq!(counts, [3, 5, 4, 1, 1]);
     }
 
     #[test]

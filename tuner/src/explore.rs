@@ -1,49 +1,55 @@
 //! Looking for better schedules of one shape: batch after batch of what the [cost model](crate::cost) expects most of and
 //! of what differs from the best so far in one parameter, each measured a few times and learned from.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use ternion_compiler::{Layout, Schedule};
+use ternion_compiler::{Columns, Layout, Schedule};
 
 use crate::bench::{Bench, Job};
 use crate::contest::Entrant;
 use crate::cost::CostModel;
+use crate::drift::Drift;
+use crate::frontier::{Candidate, Frontier};
 use crate::profile::MachineProfile;
-use crate::request::{Effort, Phase, Problem, Trial};
-use crate::search::{Outcome, Search};
-use crate::space::{distance, legal};
+use crate::request::{Phase, Problem, Trial};
+use crate::search::{FINAL_LAYOUTS, FINAL_SCHEDULES, Outcome, Search};
+use crate::space::legal;
+use crate::tried::{Timed, Tried};
 use crate::{Choice, Class};
 
 /// Of the time for exploring, waiting for the list of all schedules takes at most this part. It is the system's time: the
 /// list is made by threads that no script knows of.
 const LISTING_SHARE: f64 = 0.4;
 
-/// Samples of a trial; the median counts.
+/// Samples of a trial.
 const TRIAL_SAMPLES: usize = 3;
 
-/// Who takes so many times as long as the best needs no second sample.
-const HOPELESS: f64 = 4.0;
+/// Who takes so many times as long as the best by its fastest of one sample, of two, needs no further one.
+const HOPELESS: [f64; TRIAL_SAMPLES - 1] = [4.0, 1.5];
 
-/// Schedules that are compiled and tried at a time.
+/// Samples without which nobody leads: of hundreds that were measured three times, the fastest has been lucky.
+const LEADING_SAMPLES: usize = 9;
+
+/// Candidates that are compiled and tried at a time.
 const BATCH: usize = 8;
-
-/// How many of them are neighbours of the best, as far as there are any.
-const NEIGHBOURS: usize = 4;
 
 /// The layouts that may still win: neighbours of their fastest are tried, too.
 const LAYOUTS: usize = 3;
 
-/// Schedules that are taken from one ranking of all that are open: ranking takes a while.
+/// Schedules that are taken from one ranking of all that are open.
 const QUEUE: usize = 32;
-
-/// Batches that must have brought nothing before exploring ends early.
-const IDLE_BATCHES: usize = 24;
 
 /// Samples of a kind of kernel in a layout before the model's opinion of it counts: until then it may be the fastest.
 const LEAST_SAMPLES: usize = 2;
 
-/// Kernels so many times slower than the best of their class are forgotten, for memory's sake.
+/// Who takes no more than so many times the best may be as fast: trials are few, and noise is large.
+const NEAR: f64 = 1.2;
+
+/// Trials of a class in a layout before its best there says how fast the class may be.
+const HOPEFUL: usize = 6;
+
+/// Kernels so many times slower than the best of their class and layout are forgotten, for memory's sake.
 const WORTH_KEEPING: f64 = 1.3;
 
 /// The search for one shape.
@@ -54,9 +60,15 @@ pub(crate) struct ShapeSearch<'a, 'b> {
     pub(crate) place: (usize, usize),
     pub(crate) known: &'a MachineProfile,
     pub(crate) guess: Option<Choice>,
-    /// Seconds of one product.
-    pub(crate) tried: BTreeMap<Entrant, f64>,
+    pub(crate) tried: Tried,
     pub(crate) outcome: &'a mut Outcome,
+}
+
+/// What measures, and what learns from it.
+pub(crate) struct Tools<'a> {
+    pub(crate) bench: &'a mut dyn Bench,
+    pub(crate) news: &'a mut MachineProfile,
+    pub(crate) model: &'a mut CostModel,
 }
 
 impl ShapeSearch<'_, '_> {
@@ -64,262 +76,289 @@ impl ShapeSearch<'_, '_> {
         (entrant.class.spec(self.problem.k), entrant.schedule)
     }
 
-    /// Tries schedules until `deadline`, or until nothing promising is left; `first` before all others.
-    pub(crate) fn explore(
-        &mut self,
-        first: &[Schedule],
-        bench: &mut dyn Bench,
-        news: &mut MachineProfile,
-        model: &mut CostModel,
-        deadline: Duration,
-    ) {
-        let now = self.search.stopwatch.elapsed();
-        let mut open = self.open(deadline.saturating_sub(now).mul_f64(LISTING_SHARE));
-        let total = open.len();
-        open.retain(|entrant| !self.tried.contains_key(entrant));
-        for (entrant, seconds) in &self.tried {
-            model.learn(self.problem, entrant.class, &entrant.schedule, self.search.threads, *seconds);
+    /// Tries schedules until everything is tried, or until what is left of the time until `deadline` is what the final
+    /// will take, but at most `reserve`; `first` before all others.
+    pub(crate) fn explore(&mut self, first: &[Schedule], tools: &mut Tools<'_>, deadline: Duration, reserve: Duration) {
+        let patience = deadline.saturating_sub(self.search.stopwatch.elapsed() + reserve).mul_f64(LISTING_SHARE);
+        let mut open = self.open(patience);
+        let done = [Columns::One, Columns::Many].map(|columns| self.tried_for(columns).len());
+        let total = open.len() + done.iter().sum::<usize>();
+        let mut drift = Drift::default();
+        for (entrant, Timed { schedule, seconds, .. }) in self.tried.iter() {
+            tools.model.learn(self.problem, entrant.class, schedule, self.search.threads, *seconds);
+            if tools.bench.is_ready(self.job(&entrant)) {
+                drift.begin(entrant, *seconds);
+            }
         }
-        let exhaustive = self.search.request.budget.effort == Effort::Exhaustive;
-        let mut drift = Drift::new(self.tried.iter().find(|(entrant, _)| bench.is_ready(self.job(entrant))));
-        let mut queue = VecDeque::new();
-        let mut batch = first.to_vec();
-        let mut idle = 0;
-        while !batch.is_empty() && self.search.stopwatch.elapsed() < deadline && (exhaustive || idle < IDLE_BATCHES) {
+        let both = |schedule: &Schedule| [Columns::One, Columns::Many].map(|columns| (columns, *schedule));
+        let mut batch: Vec<Candidate> = first.iter().flat_map(both).collect();
+        batch.retain(|(columns, schedule)| open.take(*columns, schedule));
+        loop {
+            if batch.is_empty() {
+                batch = self.promising(&mut open, tools.model);
+            }
+            let until = deadline.saturating_sub(reserve.min(self.final_cost()));
+            if batch.is_empty() || self.search.stopwatch.elapsed() >= until {
+                break;
+            }
             let (shape, shapes) = self.place;
-            let tried = total - open.len();
+            let tried = total - open.len() - batch.len();
             self.search.report(Phase::Exploring { problem: *self.problem, shape, shapes, tried, legal: total });
-            let entrants: Vec<Entrant> = open.iter().filter(|open| batch.contains(&open.schedule)).copied().collect();
-            open.retain(|entrant| !batch.contains(&entrant.schedule));
-            idle = if self.try_out(&entrants, bench, news, model, &mut drift, deadline) { 0 } else { idle + 1 };
-            batch = self.promising(&open, &mut queue, model);
+            self.try_out(&batch, tools, &mut drift, until);
+            batch.clear();
         }
-        self.outcome.reference.extend(drift.times);
+        let until = deadline.saturating_sub(reserve / 2);
+        while self.settle(FINAL_SCHEDULES, tools, &drift, until) {
+            self.look_at(&mut drift, tools.bench);
+        }
+        self.outcome.reference.extend(drift.ratios);
     }
 
-    /// Every legal schedule of every class that has not been refused, class by class; where listing them takes longer than
-    /// `patience`, what deserves it most.
-    fn open(&self, patience: Duration) -> Vec<Entrant> {
+    /// Every legal schedule that has neither been refused nor tried; where listing them takes longer than `patience`,
+    /// what deserves it most.
+    fn open(&self, patience: Duration) -> Frontier {
         let begin = Instant::now();
         let Search { families, cpu, request, .. } = self.search;
         let mut open = Vec::new();
-        for class in Class::ALL {
+        for class in [Class::One, Class::Chunk] {
             let spec = class.spec(self.problem.k);
             let refused: BTreeSet<String> = self.known.refused_for(&spec);
-            let allowed = |schedule: &&Schedule| refused.is_empty() || !refused.contains(&schedule.to_string());
+            let tried = self.tried_for(spec.columns);
+            let allowed = |schedule: &&Schedule| {
+                (refused.is_empty() || !refused.contains(&schedule.to_string())) && !tried.contains(schedule)
+            };
             let left = patience.saturating_sub(begin.elapsed());
             let schedules = legal(families, &spec, cpu, &request.budget, left);
-            open.extend(schedules.iter().filter(allowed).map(|schedule| Entrant { class, schedule: *schedule }));
+            open.extend(schedules.iter().filter(allowed).map(|schedule| (spec.columns, *schedule)));
         }
-        open
+        Frontier::new(open.into_iter())
     }
 
-    /// Compiles and measures; returns whether any of them is the best of its class.
-    fn try_out(
-        &mut self,
-        entrants: &[Entrant],
-        bench: &mut dyn Bench,
-        news: &mut MachineProfile,
-        model: &mut CostModel,
-        drift: &mut Drift,
-        deadline: Duration,
-    ) -> bool {
+    /// Schedules that every class of so many columns has tried.
+    fn tried_for(&self, columns: Columns) -> BTreeSet<Schedule> {
+        let of = |class| self.tried.iter().filter(move |(entrant, _)| entrant.class == class).map(|(_, t)| t.schedule);
+        let mut classes = Class::ALL.into_iter().filter(|class| class.columns() == columns);
+        let first: BTreeSet<Schedule> = classes.next().into_iter().flat_map(of).collect();
+        classes.fold(first, |all, class| &all & &of(class).collect())
+    }
+
+    /// Compiles and measures, until `deadline`.
+    fn try_out(&mut self, batch: &[Candidate], tools: &mut Tools<'_>, drift: &mut Drift, deadline: Duration) {
         let problem = self.problem;
-        let mut jobs: Vec<Job> = entrants.iter().map(|entrant| self.job(entrant)).collect();
-        jobs.sort_unstable();
-        jobs.dedup();
-        jobs.retain(|job| !bench.is_ready(*job) && job.1.check(&job.0, self.search.cpu).is_ok());
+        let classes =
+            |of: &Columns| Class::ALL.into_iter().filter(|class| class.columns() == *of).collect::<Vec<Class>>();
+        let mut jobs: Vec<Job> =
+            batch.iter().map(|(of, schedule)| (classes(of)[0].spec(problem.k), *schedule)).collect();
+        jobs.retain(|job| !tools.bench.is_ready(*job) && job.1.check(&job.0, self.search.cpu).is_ok());
         if !jobs.is_empty() {
-            self.search.refuse(bench.compile(&jobs), news, self.outcome);
+            self.search.refuse(tools.bench.compile(&jobs), tools.news, self.outcome);
         }
-        let scale = drift.scale(problem, bench);
-        let mut best = Class::ALL.map(|class| self.best(class));
-        let (mut better, mut trials) = (false, Vec::new());
-        for entrant in entrants {
-            if self.search.stopwatch.elapsed() >= deadline {
-                break;
+        self.look_at(drift, tools.bench);
+        let mut trials = Vec::new();
+        for (of, schedule) in batch {
+            for class in classes(of) {
+                let entrant = Entrant { class, schedule: *schedule };
+                if self.tried.get(entrant).is_some() || self.search.stopwatch.elapsed() >= deadline {
+                    continue;
+                }
+                let best = self.tried.best(class).map(|best| best.seconds);
+                let Some(seconds) = self.measure(entrant, tools.bench, drift, best) else { continue };
+                drift.begin(entrant, seconds);
+                tools.model.learn(problem, class, schedule, self.search.threads, seconds);
+                let Problem { m, k, .. } = *problem;
+                trials.push(Trial { m, k, class, schedule: *schedule, us: seconds * 1e6 });
             }
-            let best = &mut best[entrant.class.index()];
-            let Some(seconds) = trial(problem, *entrant, bench, *best) else { continue };
-            let seconds = seconds * scale;
-            drift.begin(*entrant, seconds);
-            better |= best.is_none_or(|best| seconds < 0.99 * best);
-            *best = Some(best.map_or(seconds, |best| best.min(seconds)));
-            model.learn(problem, entrant.class, &entrant.schedule, self.search.threads, seconds);
-            self.tried.insert(*entrant, seconds);
-            let (Problem { m, k, .. }, Entrant { class, schedule }) = (*problem, *entrant);
-            trials.push(Trial { m, k, class, schedule, us: seconds * 1e6 });
         }
         (self.search.note)(&trials);
+        self.settle(1, tools, drift, deadline);
         // Whoever may be in the final is compiled again if need be.
-        let good = |entrant: &&Entrant| {
-            let time = self.tried.get(entrant).copied().zip(best[entrant.class.index()]);
-            drift.is_of(entrant) || time.is_some_and(|(time, best)| time < WORTH_KEEPING * best)
+        let good = |job: &&Job| {
+            classes(&job.0.columns).into_iter().any(|class| {
+                let entrant = Entrant { class, schedule: job.1 };
+                let best = self.tried.of(class, job.1.layout).first();
+                let time = self.tried.get(entrant).zip(best);
+                let close = time.is_some_and(|(timed, best)| timed.seconds < WORTH_KEEPING * best.seconds);
+                close || drift.reference() == Some(entrant)
+            })
         };
-        let good: BTreeSet<Job> = entrants.iter().filter(good).map(|entrant| self.job(entrant)).collect();
-        jobs.iter().filter(|job| !good.contains(job)).for_each(|job| bench.forget(*job));
-        better
+        jobs.iter().filter(|job| !good(job)).for_each(|job| tools.bench.forget(*job));
     }
 
-    fn best(&self, class: Class) -> Option<f64> {
-        self.leader(class, None).map(|(_, seconds)| seconds)
+    /// Measures the drift's reference again.
+    fn look_at(&self, drift: &mut Drift, bench: &mut dyn Bench) {
+        let trial = drift.reference().and_then(|entrant| self.trial(entrant, bench, None));
+        trial.into_iter().for_each(|(samples, _)| drift.note(samples[samples.len() / 2]));
     }
 
-    /// The fastest of a class so far, of all or of one layout.
-    fn leader(&self, class: Class, layout: Option<Layout>) -> Option<(Schedule, f64)> {
-        let fits =
-            |entrant: &Entrant| entrant.class == class && layout.is_none_or(|layout| entrant.schedule.layout == layout);
-        let of_class = self.tried.iter().filter(|(entrant, _)| fits(entrant));
-        let fastest = of_class.min_by(|a, b| a.1.total_cmp(b.1));
-        fastest.map(|(entrant, seconds)| (entrant.schedule, *seconds))
+    /// Takes a few samples of an entrant that is ready; returns its time as it is known by now.
+    fn measure(&mut self, entrant: Entrant, bench: &mut dyn Bench, drift: &Drift, best: Option<f64>) -> Option<f64> {
+        let (mut samples, cost) = self.trial(entrant, bench, best)?;
+        samples.iter_mut().for_each(|sample| *sample *= drift.scale());
+        self.tried.add(entrant, &samples, cost);
+        self.tried.get(entrant).map(|timed| timed.seconds)
     }
 
-    /// What to try next: some neighbours of the leaders, and for the rest what heads the queue, which is ranked anew when
-    /// it is empty.
-    fn promising(&self, open: &[Entrant], queue: &mut VecDeque<Schedule>, model: &CostModel) -> Vec<Schedule> {
-        let layouts = self.layouts();
-        let leading = layouts.first().map(|(_, layout)| *layout);
-        let mut batch = self.neighbours(open, layouts.iter().take(LAYOUTS).map(|(_, layout)| *layout), model);
-        while batch.len() < BATCH {
-            if queue.is_empty() {
-                *queue = self.ranked(open, leading, model);
-                // All that is open is in the batch.
-                if queue.iter().all(|schedule| batch.contains(schedule)) {
-                    queue.clear();
-                    break;
-                }
+    /// A few samples, sorted, in seconds, and what one of them cost; fewer if they are far slower than the `best` so far.
+    fn trial(&self, entrant: Entrant, bench: &mut dyn Bench, best: Option<f64>) -> Option<(Vec<f64>, Duration)> {
+        let begin = self.search.stopwatch.elapsed();
+        let mut samples = Vec::with_capacity(TRIAL_SAMPLES);
+        let mut fastest = f64::INFINITY;
+        while samples.len() < TRIAL_SAMPLES {
+            let sample = bench.sample(self.problem, entrant.class, entrant.schedule)?.as_secs_f64();
+            samples.push(sample);
+            fastest = fastest.min(sample);
+            if HOPELESS.get(samples.len() - 1).zip(best).is_some_and(|(times, best)| fastest > times * best) {
+                break;
             }
-            let next = queue.pop_front();
-            batch.extend(next.filter(|next| !batch.contains(next) && open.iter().any(|open| open.schedule == *next)));
+        }
+        samples.sort_by(f64::total_cmp);
+        let cost = self.search.stopwatch.elapsed().saturating_sub(begin) / samples.len() as u32;
+        Some((samples, cost))
+    }
+
+    /// Measures those again, until `deadline`, who are among the first `depth` of their class by few samples, in a layout
+    /// near the best. Returns whether there was anybody: by and by nobody leads by luck, nor by a fast moment.
+    fn settle(&mut self, depth: usize, tools: &mut Tools<'_>, drift: &Drift, deadline: Duration) -> bool {
+        let mut unsettled = BTreeSet::new();
+        let layouts = self.near_layouts();
+        for class in Class::ALL {
+            let best = self.tried.best(class).map(|best| best.schedule.layout);
+            let first =
+                layouts.iter().copied().chain(best).flat_map(|layout| self.tried.of(class, layout).iter().take(depth));
+            let few = first.filter(|timed| timed.samples() < LEADING_SAMPLES);
+            unsettled.extend(few.map(|timed| Entrant { class, schedule: timed.schedule }));
+        }
+        let jobs: BTreeSet<Job> = unsettled.iter().map(|entrant| self.job(entrant)).collect();
+        let missing: Vec<Job> = jobs.into_iter().filter(|job| !tools.bench.is_ready(*job)).collect();
+        if !missing.is_empty() {
+            self.search.refuse(tools.bench.compile(&missing), tools.news, self.outcome);
+        }
+        let mut any = false;
+        for entrant in unsettled {
+            if self.search.stopwatch.elapsed() >= deadline {
+                return false;
+            }
+            any |= self.measure(entrant, tools.bench, drift, None).is_some();
+        }
+        any
+    }
+
+    /// The layouts of the final: the first few of those that serve every class.
+    pub(crate) fn layouts(&self) -> Vec<Layout> {
+        self.first_layouts(FINAL_LAYOUTS, &|_, _| false)
+    }
+
+    /// The layouts that are so near the best that their order may be luck.
+    fn near_layouts(&self) -> Vec<Layout> {
+        let layouts = self.tried.layouts(&self.search.request.workload.weights(), &|_, _| false);
+        let least = layouts.first().map_or(0.0, |(total, _)| *total);
+        layouts.into_iter().take_while(|(total, _)| *total < NEAR * least).map(|(_, layout)| layout).collect()
+    }
+
+    /// The first few layouts if whatever has hardly been tried turns out well.
+    fn hopeful_layouts(&self, open: &Frontier) -> Vec<Layout> {
+        self.first_layouts(LAYOUTS, &|class, layout| {
+            self.tried.of(class, layout).len() < HOPEFUL && open.has_layout(class.columns(), layout)
+        })
+    }
+
+    fn first_layouts(&self, count: usize, hopeful: &dyn Fn(Class, Layout) -> bool) -> Vec<Layout> {
+        let layouts = self.tried.layouts(&self.search.request.workload.weights(), hopeful);
+        layouts.into_iter().take(count).map(|(_, layout)| layout).collect()
+    }
+
+    /// Parts of the search that classes have: half of it in equal parts, half as they have parts of all the time.
+    fn shares(&self) -> [f64; 6] {
+        let weights = self.search.request.workload.weights();
+        let times =
+            Class::ALL.map(|class| weights[class.index()] * self.tried.best(class).map_or(0.0, |best| best.seconds));
+        let sum = times.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+        times.map(|time| (time / sum + 1.0 / 6.0) / 2.0)
+    }
+
+    /// What to try next, in turn for each class: a neighbour of its leaders, or what heads its queue.
+    fn promising(&self, open: &mut Frontier, model: &CostModel) -> Vec<Candidate> {
+        let shares = self.shares();
+        let mut batch = Vec::with_capacity(BATCH);
+        while batch.len() < BATCH {
+            let Some((class, turn)) = open.turn(&shares) else { break };
+            let neighbour = if turn % 2 == 1 { self.neighbour(class, open, model) } else { None };
+            let Some(next) = neighbour.or_else(|| self.next(class, open, model)) else { break };
+            open.take(class.columns(), &next);
+            batch.push((class.columns(), next));
         }
         batch
     }
 
-    /// What should come close to the best of its class, as a ratio to it.
-    fn expected(&self, entrant: &Entrant, best: &[Option<f64>; 6], model: &CostModel) -> f64 {
-        let expected = model.predict(self.problem, entrant.class, &entrant.schedule, self.search.threads);
-        let ratio = expected / best[entrant.class.index()].unwrap_or(expected);
-        let known = model.samples(entrant.class, &entrant.schedule) >= LEAST_SAMPLES;
-        if known { ratio } else { ratio.min(0.9) }
+    /// Seconds that a product should take.
+    fn predict(&self, class: Class, schedule: &Schedule, model: &CostModel) -> f64 {
+        model.predict(self.problem, class, schedule, self.search.threads)
     }
 
-    /// Open schedules that differ in one parameter from the fastest of their class, or from the fastest of their class in
+    /// The most promising open schedule that differs in one parameter from the fastest of a class, or from its fastest in
     /// one of the best layouts: the model knows nothing of what it does not count, and whatever made these fast has been
     /// found.
-    fn neighbours(&self, open: &[Entrant], layouts: impl Iterator<Item = Layout>, model: &CostModel) -> Vec<Schedule> {
-        let of: Vec<_> = std::iter::once(None).chain(layouts.map(Some)).collect();
-        let leaders: [Vec<_>; 6] =
-            Class::ALL.map(|class| of.iter().filter_map(|layout| self.leader(class, *layout)).collect());
-        let best = Class::ALL.map(|class| self.best(class));
-        let mut near: Vec<(f64, Entrant)> = Vec::new();
-        for entrant in open {
-            let leaders = leaders[entrant.class.index()].iter();
-            let of = leaders.filter(|(leader, _)| distance(leader, &entrant.schedule) == 1);
+    fn neighbour(&self, class: Class, open: &Frontier, model: &CostModel) -> Option<Schedule> {
+        let of_layouts =
+            self.hopeful_layouts(open).into_iter().filter_map(|layout| self.tried.of(class, layout).first());
+        let leaders = self.tried.best(class).into_iter().chain(of_layouts);
+        let near = leaders.flat_map(|leader| {
+            let expected = self.predict(class, &leader.schedule, model);
+            let near = open.neighbours(class.columns(), &leader.schedule).into_iter();
             // What the model expects of the difference alone.
-            let best = best[entrant.class.index()];
-            let ratio = |(leader, seconds): &(Schedule, f64)| {
-                let [mine, its] = [&entrant.schedule, leader]
-                    .map(|schedule| model.predict(self.problem, entrant.class, schedule, self.search.threads));
-                mine / its * seconds / best.unwrap_or(*seconds)
-            };
-            near.extend(of.map(|leader| (ratio(leader), *entrant)));
-        }
-        near.sort_by(|a, b| a.0.total_cmp(&b.0));
-        // Decoding has a space of its own and gets its part.
-        let mut chosen: Vec<Schedule> = Vec::new();
-        for (limit, alone) in [(NEIGHBOURS / 2, true), (NEIGHBOURS, false)] {
-            for (_, Entrant { class, schedule }) in &near {
-                if chosen.len() < limit && (*class == Class::One) == alone && !chosen.contains(schedule) {
-                    chosen.push(*schedule);
+            near.map(move |near| (self.predict(class, &near, model) / expected * leader.seconds, near))
+        });
+        near.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, near)| near)
+    }
+
+    /// What heads the queue of a class, which is ranked anew when it is empty.
+    fn next(&self, class: Class, open: &mut Frontier, model: &CostModel) -> Option<Schedule> {
+        for _ in 0..2 {
+            while let Some(next) = open.queues[class.index()].pop_front() {
+                if open.has(class.columns(), &next) {
+                    return Some(next);
                 }
             }
+            open.queues[class.index()] = self.ranked(class, open, model);
         }
-        chosen
+        None
     }
 
-    /// The schedules that may be the fastest of their class, half of them those in the leading layout. Of schedules that
-    /// differ in how far they prefetch, which the model does not count, one.
-    fn ranked(&self, open: &[Entrant], leading: Option<Layout>, model: &CostModel) -> VecDeque<Schedule> {
-        let best = Class::ALL.map(|class| self.best(class));
-        let mut ranked: Vec<(f64, &Entrant)> =
-            open.iter().map(|entrant| (self.expected(entrant, &best, model), entrant)).collect();
+    /// The schedules that may be the fastest of a class: some in each of the layouts that may win, some in any. Of schedules
+    /// that differ in how far they prefetch, which the model does not count, one: the others are its neighbours.
+    fn ranked(&self, class: Class, open: &Frontier, model: &CostModel) -> VecDeque<Schedule> {
+        let best = self.tried.best(class).map_or(0.0, |best| best.seconds);
+        let mut ranked: Vec<(f64, &Schedule)> = open
+            .of(class.columns())
+            .map(|schedule| {
+                let expected = self.predict(class, schedule, model);
+                let known = model.samples(class, schedule) >= LEAST_SAMPLES;
+                (if known { expected } else { expected.min(0.9 * best) }, schedule)
+            })
+            .collect();
         ranked.sort_by(|(a, _), (b, _)| a.total_cmp(b));
-        let mut kernels = BTreeSet::new();
-        let mut take = |mut entrants: &mut dyn Iterator<Item = &Entrant>| {
-            let new = |entrant: &&Entrant| kernels.insert(Schedule { prefetch: 0, ..entrant.schedule });
-            let next = Iterator::find(&mut entrants, new);
-            next.map(|entrant| entrant.schedule)
-        };
-        let mut all = ranked.iter().map(|(_, entrant)| *entrant);
-        let mut of_leader = all.clone().filter(|entrant| Some(entrant.schedule.layout) == leading);
+        let ranked: Vec<&Schedule> = ranked.into_iter().map(|(_, schedule)| schedule).collect();
+        let kernel = |schedule: &Schedule| Schedule { prefetch: 0, ..*schedule };
+        let mut kernels: BTreeSet<Schedule> = self.tried_for(class.columns()).iter().map(kernel).collect();
+        let layouts: Vec<Option<Layout>> =
+            self.hopeful_layouts(open).into_iter().map(Some).chain(std::iter::once(None)).collect();
+        let mut of: Vec<_> = layouts
+            .iter()
+            .map(|of| ranked.iter().filter(move |schedule| of.is_none_or(|layout| schedule.layout == layout)))
+            .collect();
         let mut queue = VecDeque::new();
         while queue.len() < QUEUE {
-            let pair = [take(&mut of_leader), take(&mut all)];
-            if pair == [None, None] {
+            let before = queue.len();
+            for schedules in &mut of {
+                queue.extend(schedules.find(|schedule| kernels.insert(kernel(schedule))).map(|next| **next));
+            }
+            if queue.len() == before {
                 break;
             }
-            queue.extend(pair.into_iter().flatten());
+        }
+        if queue.is_empty() {
+            queue.extend(ranked.into_iter().take(QUEUE));
         }
         queue
-    }
-
-    /// The layouts that serve every class, by their weighted totals of what has been tried.
-    pub(crate) fn layouts(&self) -> Vec<(f64, Layout)> {
-        let weights = self.search.request.workload.weights();
-        let mut best: BTreeMap<Layout, [f64; 6]> = BTreeMap::new();
-        for (entrant, seconds) in &self.tried {
-            let best = best.entry(entrant.schedule.layout).or_insert([f64::INFINITY; 6]);
-            best[entrant.class.index()] = best[entrant.class.index()].min(*seconds);
-        }
-        let total = |times: [f64; 6]| times.iter().zip(weights).map(|(time, weight)| time * weight).sum::<f64>();
-        let mut layouts: Vec<(f64, Layout)> = best.into_iter().map(|(layout, times)| (total(times), layout)).collect();
-        layouts.retain(|(total, _)| total.is_finite());
-        layouts.sort_by(|a, b| a.0.total_cmp(&b.0));
-        layouts
-    }
-}
-
-/// The median of a few samples, in seconds; of one, if that is far slower than the `best` so far.
-fn trial(problem: &Problem, entrant: Entrant, bench: &mut dyn Bench, best: Option<f64>) -> Option<f64> {
-    let mut samples = [0.0; TRIAL_SAMPLES];
-    for sample in &mut samples {
-        *sample = bench.sample(problem, entrant.class, entrant.schedule)?.as_secs_f64();
-        if best.is_some_and(|best| *sample > HOPELESS * best) {
-            return Some(*sample);
-        }
-    }
-    samples.sort_by(f64::total_cmp);
-    Some(samples[TRIAL_SAMPLES / 2])
-}
-
-/// How much slower or faster the machine has become since the first trial: batches are minutes apart in a long search, and
-/// their trials must compare. The first schedule is measured again with each batch.
-struct Drift {
-    reference: Option<(Entrant, f64)>,
-    /// What the reference took each time, over what it took first.
-    times: Vec<f64>,
-}
-
-impl Drift {
-    /// `known` is a trial of an interrupted search, which this one goes on from.
-    fn new(known: Option<(&Entrant, &f64)>) -> Self {
-        Self { reference: known.map(|(entrant, seconds)| (*entrant, *seconds)), times: Vec::new() }
-    }
-
-    fn begin(&mut self, entrant: Entrant, seconds: f64) {
-        self.reference.get_or_insert((entrant, seconds));
-    }
-
-    fn is_of(&self, entrant: &Entrant) -> bool {
-        self.reference.is_some_and(|(reference, _)| reference == *entrant)
-    }
-
-    /// What times are multiplied with to be those of the beginning.
-    fn scale(&mut self, problem: &Problem, bench: &mut dyn Bench) -> f64 {
-        let Some((entrant, first)) = self.reference else { return 1.0 };
-        let Some(now) = trial(problem, entrant, bench, None) else { return 1.0 };
-        self.times.push(now / first);
-        // A moment's noise is not drift: only as much as a clock may change is believed.
-        (first / now).clamp(0.67, 1.5)
     }
 }

@@ -26,7 +26,7 @@ pub(crate) struct Rounds(pub(crate) Vec<[f64; 2]>);
 impl Rounds {
     /// The logarithm of the first side's time over the second's: its mean, and half the width of its 95 % confidence
     /// interval. `None` if there are too few rounds to say.
-    fn ratio(&self) -> Option<(f64, f64)> {
+    pub(crate) fn ratio(&self) -> Option<(f64, f64)> {
         let ratios: Vec<f64> = self.0.iter().map(|[ours, theirs]| (ours / theirs).ln()).collect();
         (ratios.len() >= LEAST_ROUNDS && ratios.iter().all(|ratio| ratio.is_finite())).then(|| interval(&ratios))
     }

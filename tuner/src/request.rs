@@ -141,6 +141,10 @@ pub struct ClassResult {
     pub worst_us: f64,
     /// The guess that an untuned start would have used, in microseconds.
     pub guess_us: Option<f64>,
+    /// Whether the winner is slower than the guess beyond noise: the guess has another layout, in which all classes
+    /// together are slower.
+    #[serde(default)]
+    pub pays: bool,
 }
 
 /// One schedule that was measured.

@@ -1,28 +1,29 @@
 //! The search: from a few seeds over the whole legal space to the finalists of each shape, and their race.
 //!
 //! Seeds of all shapes are compiled first, in turn, so that a short budget is shared fairly. Then each shape has its part
-//! of the time: a little more than half to [explore](crate::explore), the rest for the finalists' contest, and in the end
-//! a little for held-out rounds of who won against the guess.
+//! of the time: to [explore](crate::explore) until what is left is what the finalists' contest will take, and in the end
+//! held-out rounds of who won against the guess.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use ternion_compiler::{CompileError, Cpu, Family, Layout, Schedule};
+use ternion_compiler::{CompileError, Cpu, Family, Schedule};
 
 use crate::bench::Bench;
-use crate::contest::{Entrant, Rules, Standing, Verdict, contest};
+use crate::contest::{Entrant, Figures, MAX_ROUNDS, Rules, Standing, Verdict, contest};
 use crate::cost::CostModel;
 use crate::energy::EnergyMeter;
-use crate::explore::ShapeSearch;
-use crate::held_out::{Rounds, rounds, total};
+use crate::explore::{ShapeSearch, Tools};
+use crate::held_out::{ROUNDS, Rounds, rounds, total};
 use crate::profile::{MachineProfile, Refusal, Warning};
 use crate::request::{ClassResult, Effort, Found, Phase, Phases, Problem, Progress, Request, Source, Trial};
 use crate::seeds::compile;
 use crate::shortlist::Shortlist;
 use crate::sparse::{self, SparseSearch};
+use crate::tried::{Timed, Tried};
 use crate::{Choice, Class, SparseChoice, Stopwatch};
 
-/// Of a shape's time, exploring takes at most this part.
+/// Of a shape's time, exploring takes at least this part, and more if the final will not need the rest.
 const EXPLORING_SHARE: f64 = 0.55;
 
 /// Of the time for the final, held-out rounds take at most this part.
@@ -32,8 +33,8 @@ const HELD_OUT_SHARE: f64 = 0.25;
 const HELD_OUT_SAMPLES: usize = 5;
 
 /// Layouts that reach the final, and schedules of each class in each of them.
-const FINAL_LAYOUTS: usize = 3;
-const FINAL_SCHEDULES: usize = 4;
+pub(crate) const FINAL_LAYOUTS: usize = 4;
+pub(crate) const FINAL_SCHEDULES: usize = 3;
 
 /// With an energy meter: who is at most so many times slower than the fastest may be chosen for its energy, which is
 /// measured for so long.
@@ -139,13 +140,15 @@ impl Search<'_> {
                 place: (shape, shapes),
                 known,
                 guess: self.shortlist(*problem, known).guess(),
-                tried: BTreeMap::new(),
+                tried: Tried::default(),
                 outcome: &mut outcome,
             };
             for trial in done.iter().filter(|trial| (trial.m, trial.k) == (problem.m, problem.k)) {
-                round.tried.insert(Entrant { class: trial.class, schedule: trial.schedule }, trial.us * 1e-6);
+                let entrant = Entrant { class: trial.class, schedule: trial.schedule };
+                round.tried.add(entrant, &[trial.us * 1e-6], Duration::ZERO);
             }
-            let raced = round.run(list, &mut proven, bench, news, &mut model, deadline);
+            let mut tools = Tools { bench: &mut *bench, news: &mut *news, model: &mut model };
+            let raced = round.run(list, &mut proven, &mut tools, deadline);
             if let Some(raced) = raced {
                 outcome.second.extend(raced.second.map(|(choice, saved)| (at, choice, saved)));
                 found[at] = raced.found;
@@ -208,15 +211,13 @@ impl ShapeSearch<'_, '_> {
         &mut self,
         list: &Shortlist,
         proven: &mut Vec<Schedule>,
-        bench: &mut dyn Bench,
-        news: &mut MachineProfile,
-        model: &mut CostModel,
+        tools: &mut Tools<'_>,
         deadline: Duration,
     ) -> Option<Raced> {
         let Request { budget, workload, second_copies, .. } = self.search.request;
         let problem = self.problem;
-        let ready = |entrant: &Entrant| bench.is_ready((entrant.class.spec(problem.k), entrant.schedule));
-        let mut entrants: Vec<Entrant> = list.entrants.iter().filter(|entrant| ready(entrant)).copied().collect();
+        let mut entrants = list.entrants.clone();
+        entrants.retain(|entrant| tools.bench.is_ready(self.job(entrant)));
         // A guess that ran alone has not won anything.
         if entrants.len() <= 2 && list.entrants.len() > 2 {
             return None;
@@ -225,17 +226,19 @@ impl ShapeSearch<'_, '_> {
         if budget.explores() {
             let mut first: Vec<Schedule> = entrants.iter().map(|entrant| entrant.schedule).collect();
             first.extend(proven.iter());
-            let until = begin + (deadline.saturating_sub(begin)).mul_f64(EXPLORING_SHARE);
-            self.explore(&first, bench, news, model, until);
+            let reserve = deadline.saturating_sub(begin).mul_f64(1.0 - EXPLORING_SHARE);
+            self.explore(&first, tools, deadline, reserve);
             entrants = self.finalists();
             let jobs = entrants.iter().map(|entrant| self.job(entrant));
-            let missing: Vec<_> = jobs.filter(|job| !bench.is_ready(*job)).collect();
-            self.search.refuse(bench.compile(&missing), news, self.outcome);
-            entrants.retain(|entrant| bench.is_ready(self.job(entrant)));
+            let missing: BTreeSet<_> = jobs.filter(|job| !tools.bench.is_ready(*job)).collect();
+            let missing: Vec<_> = missing.into_iter().collect();
+            self.search.refuse(tools.bench.compile(&missing), tools.news, self.outcome);
+            entrants.retain(|entrant| tools.bench.is_ready(self.job(entrant)));
             proven.extend(entrants.iter().map(|entrant| entrant.schedule));
             proven.sort_unstable();
             proven.dedup();
         }
+        let bench = &mut *tools.bench;
         let start = self.search.stopwatch.elapsed();
         self.outcome.phases.exploring += start.saturating_sub(begin);
         let deadline = match (budget.effort, self.search.meter) {
@@ -256,54 +259,76 @@ impl ShapeSearch<'_, '_> {
             &mut |left| self.search.report(Phase::Racing { problem: *problem, shape, shapes, left }),
         );
         let mut verdict = verdict?;
+        let mut against_guess = BTreeMap::new();
         if budget.explores() {
-            self.prefer_guess(&entrants, &mut verdict, bench, deadline);
+            against_guess = self.prefer_guess(&entrants, &mut verdict, bench, deadline);
         }
         self.outcome.phases.racing += self.search.stopwatch.elapsed().saturating_sub(start);
         let joules = self.save_energy(&entrants, &mut verdict, bench);
-        Some(self.raced(&entrants, &verdict, joules))
+        Some(self.raced(&entrants, &verdict, joules, &against_guess))
     }
 
-    /// Who races in the end: the fastest of each class in the best layouts, the guess, and with two copies the fastest of
-    /// each class whatever its layout.
+    /// Who races in the end: the fastest of each class in the best layouts, the guess, as it is and in these layouts, and
+    /// with two copies the fastest of each class whatever its layout.
     fn finalists(&self) -> Vec<Entrant> {
         let mut finalists = BTreeSet::new();
-        let mut add = |class, layout: Option<Layout>| {
-            let fits = |entrant: &Entrant| {
-                entrant.class == class && layout.is_none_or(|layout| entrant.schedule.layout == layout)
-            };
-            let mut of_class: Vec<_> = self.tried.iter().filter(|(entrant, _)| fits(entrant)).collect();
-            of_class.sort_by(|a, b| a.1.total_cmp(b.1));
-            finalists.extend(of_class.into_iter().take(FINAL_SCHEDULES).map(|(entrant, _)| *entrant));
-        };
+        let layouts = self.layouts();
         for class in Class::ALL {
-            self.layouts().iter().take(FINAL_LAYOUTS).for_each(|(_, layout)| add(class, Some(*layout)));
+            let of_layouts =
+                layouts.iter().flat_map(|layout| self.tried.of(class, *layout).iter().take(FINAL_SCHEDULES));
+            finalists.extend(of_layouts.map(|timed| Entrant { class, schedule: timed.schedule }));
             if self.search.request.second_copies.is_some_and(|bytes| bytes > 0) {
-                add(class, None);
+                let mut of_class: Vec<_> = self.tried.iter().filter(|(entrant, _)| entrant.class == class).collect();
+                of_class.sort_by(|a, b| a.1.seconds.total_cmp(&b.1.seconds));
+                finalists.extend(of_class.into_iter().take(FINAL_SCHEDULES).map(|(entrant, _)| entrant));
             }
         }
         if let Some(guess) = self.guess {
-            finalists.extend(Class::ALL.map(|class| Entrant { class, schedule: guess.of(class) }));
+            for class in Class::ALL {
+                let (spec, guess) = (class.spec(self.problem.k), guess.of(class));
+                let moved = layouts.iter().map(|layout| Schedule { layout: *layout, ..guess });
+                let legal = |schedule: &Schedule| {
+                    schedule.check(&spec, self.search.cpu).is_ok() && !self.known.is_refused(&spec, schedule)
+                };
+                let all = moved.filter(legal).chain([guess]);
+                finalists.extend(all.map(|schedule| Entrant { class, schedule }));
+            }
         }
         finalists.into_iter().collect()
     }
 
+    /// What the final will take: all rounds of the contest, whose field halves again and again, and of the winners against
+    /// the guess, with and without its layout.
+    pub(crate) fn final_cost(&self) -> Duration {
+        let cost = |entrant: Entrant| self.tried.get(entrant).map(|timed| timed.cost);
+        let contest: Duration = self.finalists().into_iter().filter_map(cost).sum();
+        let winners: Duration = Class::ALL.into_iter().filter_map(|class| Some(self.tried.best(class)?.cost)).sum();
+        let all = 2 * MAX_ROUNDS as u32 * contest + (4 * ROUNDS * HELD_OUT_SAMPLES) as u32 * winners;
+        // Energy has as much time again.
+        if self.search.meter.is_some() { 2 * all } else { all }
+    }
+
     /// Lets the guess have what the winners have not beaten beyond noise in held-out rounds, until `deadline`: the layout,
     /// if all classes together are not faster in another one, and in its layout every class that is not faster. With too
-    /// few rounds to say, the winners stay.
-    fn prefer_guess(&self, entrants: &[Entrant], verdict: &mut Verdict, bench: &mut dyn Bench, deadline: Duration) {
-        let Some(guess) = self.guess else { return };
+    /// few rounds to say, the winners stay. Returns the rounds of those who do.
+    fn prefer_guess(
+        &self,
+        entrants: &[Entrant],
+        verdict: &mut Verdict,
+        bench: &mut dyn Bench,
+        deadline: Duration,
+    ) -> BTreeMap<Class, Rounds> {
+        let Some(guess) = self.guess else { return BTreeMap::new() };
         let at = |entrant| entrants.iter().position(|other| *other == entrant);
         let guess = Class::ALL.map(|class| at(Entrant { class, schedule: guess.of(class) }));
         let layout = |set: &[Option<usize>; 6]| set.iter().flatten().next().map(|at| entrants[*at].schedule.layout);
         let now = self.search.stopwatch.elapsed();
-        if layout(&verdict.one_copy.set) != layout(&guess) {
+        if let Some(home) = layout(&guess).filter(|home| Some(*home) != layout(&verdict.one_copy.set)) {
             let half = now + deadline.saturating_sub(now) / 2;
             let rounds = self.against(&guess, entrants, &verdict.one_copy.set, bench, half);
             if total(&rounds, &self.search.request.workload.weights()).first_is_faster() != Some(false) {
-                return;
+                return rounds.into_iter().collect();
             }
-            let Some(home) = layout(&guess) else { return };
             verdict.one_copy.set = Class::ALL.map(|class| {
                 let rivals = entrants.iter().enumerate().filter(|(at, entrant)| {
                     let raced = verdict.figures[*at].samples > 0;
@@ -313,11 +338,15 @@ impl ShapeSearch<'_, '_> {
                 rivals.map(|(at, _)| at).min_by(|a, b| time(*a).total_cmp(&time(*b)))
             });
         }
-        for (class, rounds) in self.against(&guess, entrants, &verdict.one_copy.set, bench, deadline) {
-            if rounds.first_is_faster() == Some(false) {
+        let mut rounds = self.against(&guess, entrants, &verdict.one_copy.set, bench, deadline);
+        rounds.retain(|(class, rounds)| {
+            let beaten = rounds.first_is_faster() != Some(false);
+            if !beaten {
                 verdict.one_copy.set[class.index()] = guess[class.index()];
             }
-        }
+            beaten
+        });
+        rounds.into_iter().collect()
     }
 
     /// Held-out rounds of the `winners` against the guess, of every class where they are not the same.
@@ -367,29 +396,36 @@ impl ShapeSearch<'_, '_> {
     }
 
     /// What the verdict means.
-    fn raced(&mut self, entrants: &[Entrant], verdict: &Verdict, joules: [Option<f64>; 6]) -> Raced {
+    fn raced(
+        &mut self,
+        entrants: &[Entrant],
+        verdict: &Verdict,
+        joules: [Option<f64>; 6],
+        against_guess: &BTreeMap<Class, Rounds>,
+    ) -> Raced {
         for (entrant, figures) in entrants.iter().zip(&verdict.figures).filter(|(_, figures)| figures.samples > 0) {
             // The final knows better than a trial.
-            self.tried.insert(*entrant, figures.median_us * 1e-6);
+            self.tried.replace(*entrant, figures.median_us * 1e-6);
         }
         if self.search.request.budget.explores() {
             let Problem { m, k, .. } = *self.problem;
-            let trial = |(entrant, seconds): (&Entrant, &f64)| Trial {
+            let trial = |(Entrant { class, schedule }, timed): (Entrant, &Timed)| Trial {
                 m,
                 k,
-                class: entrant.class,
-                schedule: entrant.schedule,
-                us: seconds * 1e6,
+                class,
+                schedule,
+                us: timed.seconds * 1e6,
             };
             self.outcome.trials.extend(self.tried.iter().map(trial));
         }
         let choice = complete(entrants, &verdict.one_copy);
         let results = Class::ALL.into_iter().filter_map(|class| {
             let winner = verdict.one_copy.set[class.index()]?;
-            Some(ClassResult { joules: joules[class.index()], ..self.result(class, &verdict.figures[winner]) })
+            let result = self.result(class, &verdict.figures[winner], against_guess.get(&class));
+            Some(ClassResult { joules: joules[class.index()], ..result })
         });
         let results: Vec<ClassResult> = results.collect();
-        let raced = if self.tried.is_empty() { entrants.len() } else { self.tried.len() };
+        let raced = self.tried.len();
         let found = Found { problem: *self.problem, choice, source: Source::Raced, results, raced };
         let second = verdict
             .two_copies
@@ -397,11 +433,15 @@ impl ShapeSearch<'_, '_> {
         Raced { found, second }
     }
 
-    fn result(&self, class: Class, figures: &crate::contest::Figures) -> ClassResult {
+    /// What has been measured of a class, whose winner has met the guess in these rounds.
+    fn result(&self, class: Class, figures: &Figures, against_guess: Option<&Rounds>) -> ClassResult {
         let mut times: Vec<f64> =
-            self.tried.iter().filter(|(entrant, _)| entrant.class == class).map(|(_, seconds)| seconds * 1e6).collect();
+            self.tried.iter().filter(|(entrant, _)| entrant.class == class).map(|(_, t)| t.seconds * 1e6).collect();
         times.sort_by(f64::total_cmp);
-        let guess = self.guess.and_then(|guess| self.tried.get(&Entrant { class, schedule: guess.of(class) }));
+        let guess = self.guess.and_then(|guess| self.tried.get(Entrant { class, schedule: guess.of(class) }));
+        // Rounds that nothing was chosen by know best.
+        let ratio = against_guess.and_then(Rounds::ratio);
+        let guess_us = ratio.map(|(mean, _)| figures.median_us * (-mean).exp());
         ClassResult {
             class,
             figures: *figures,
@@ -409,7 +449,8 @@ impl ShapeSearch<'_, '_> {
             tried: times.len(),
             median_us: times.get(times.len() / 2).copied().unwrap_or(figures.median_us),
             worst_us: times.last().copied().unwrap_or(figures.median_us),
-            guess_us: guess.map(|seconds| seconds * 1e6),
+            guess_us: guess_us.or(guess.map(|timed| timed.seconds * 1e6)),
+            pays: ratio.is_some_and(|(mean, half)| mean - half > 0.0),
         }
     }
 }

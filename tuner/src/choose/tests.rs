@@ -2,7 +2,6 @@ use super::*;
 use crate::request::Trial;
 use crate::request::{Budget, Phase};
 use crate::shortlist::Shortlist;
-use crate::space::legal;
 use crate::sparse::SparseShape;
 use crate::stopwatch::scripted::{Noise, ScriptedStopwatch};
 use crate::workers::test_team::Scoped;
@@ -11,7 +10,7 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::time::Duration;
 use ternion_compiler::check::Mismatch;
-use ternion_compiler::{Columns, CompileError, Family, KernelSpec, Layout, Schedule};
+use ternion_compiler::{Columns, CompileError, Family, KernelSpec, Schedule};
 
 /// Kernels whose times are a function, on a clock that only they move.
 struct ScriptedBench<'a> {
@@ -20,6 +19,8 @@ struct ScriptedBench<'a> {
     time: &'a dyn Fn(&Problem, Class, &Schedule) -> Duration,
     wrong: &'a dyn Fn(&Schedule) -> bool,
     noise: Noise,
+    /// Whether the machine gets slower and faster by a quarter, all six seconds, and interrupts some samples.
+    restless: bool,
     ready: BTreeSet<(KernelSpec, Schedule)>,
     compiled: usize,
 }
@@ -51,7 +52,13 @@ impl Bench for ScriptedBench<'_> {
         if !self.is_ready((class.spec(problem.k), schedule)) {
             return None;
         }
-        let time = (self.time)(problem, class, &schedule).mul_f64(1.0 + 0.1 * self.noise.normal());
+        let mut time = (self.time)(problem, class, &schedule).mul_f64(1.0 + 0.1 * self.noise.normal());
+        if self.restless {
+            time = time.mul_f64(1.0 + 0.25 * self.clock.elapsed().as_secs_f64().sin());
+            if self.noise.uniform() < 0.02 {
+                time *= 6;
+            }
+        }
         self.clock.advance(time);
         Some(time)
     }
@@ -67,25 +74,31 @@ fn search<'a>(
     Search { cpu, request, families, stopwatch, progress, threads: 1, batch: 2, note: &|_| {}, meter: None }
 }
 
-const SHAPES: [Problem; 4] = [
+pub(super) const SHAPES: [Problem; 4] = [
     Problem { m: 640, k: 2560, count: 60 },
     Problem { m: 6912, k: 2560, count: 60 },
     Problem { m: 2560, k: 2560, count: 60 },
     Problem { m: 2560, k: 6912, count: 30 },
 ];
 
-/// One scripted race of all shapes.
-struct Run {
-    budget: Budget,
-    compiling: Duration,
-    seed: u64,
+/// One scripted race.
+pub(super) struct Run<'a> {
+    pub(super) budget: Budget,
+    /// When the race begins.
+    pub(super) begin: Duration,
+    pub(super) shapes: &'a [Problem],
+    /// What compiling a batch takes.
+    pub(super) compiling: Duration,
+    pub(super) seed: u64,
+    pub(super) restless: bool,
 }
 
-struct Result {
-    found: Vec<Found>,
+pub(super) struct Result {
+    pub(super) found: Vec<Found>,
     news: MachineProfile,
     warnings: Vec<Warning>,
-    spent: Duration,
+    /// By the clock, in the end.
+    pub(super) spent: Duration,
     compiled: usize,
 }
 
@@ -93,8 +106,15 @@ fn key() -> ProfileKey {
     ProfileKey { cpu: "a".into(), features: "b".into(), compiler: "c".into(), threads: 2 }
 }
 
-impl Run {
-    const RACE: Self = Self { budget: Budget::RACE, compiling: Duration::from_millis(4), seed: 1 };
+impl Run<'_> {
+    const RACE: Self = Self {
+        budget: Budget::RACE,
+        begin: Duration::ZERO,
+        shapes: &SHAPES,
+        compiling: Duration::from_millis(4),
+        seed: 1,
+        restless: false,
+    };
 
     fn with(
         &self,
@@ -106,7 +126,7 @@ impl Run {
         self.on(&cpu, known, time, wrong)
     }
 
-    fn on(
+    pub(super) fn on(
         &self,
         cpu: &Cpu,
         known: &MachineProfile,
@@ -114,9 +134,10 @@ impl Run {
         wrong: &dyn Fn(&Schedule) -> bool,
     ) -> Result {
         let clock = ScriptedStopwatch::default();
+        clock.advance(self.begin);
         let (noise, ready) = (Noise::new(self.seed), BTreeSet::new());
-        let compiling = self.compiling;
-        let mut bench = ScriptedBench { clock: &clock, compiling, time, wrong, noise, ready, compiled: 0 };
+        let Run { compiling, restless, .. } = *self;
+        let mut bench = ScriptedBench { clock: &clock, compiling, time, wrong, noise, restless, ready, compiled: 0 };
         let calls = Cell::new(0);
         let progress = |progress: Progress| {
             match progress.phase {
@@ -126,7 +147,7 @@ impl Run {
             }
             calls.set(calls.get() + 1);
         };
-        let request = Request::new(SHAPES.to_vec(), self.budget);
+        let request = Request::new(self.shapes.to_vec(), self.budget);
         let search = search(cpu, &request, &clock, &progress);
         let mut found = look_up(&search, &probe(), known).unwrap();
         let mut news = MachineProfile::new(key());
@@ -144,7 +165,7 @@ fn tl1_wins(problem: &Problem, _: Class, schedule: &Schedule) -> Duration {
     Duration::from_secs_f64(work * if schedule.family == Family::Tl1 { 0.9 } else { 1.0 + other })
 }
 
-fn unknown() -> MachineProfile {
+pub(super) fn unknown() -> MachineProfile {
     MachineProfile::new(key())
 }
 
@@ -204,62 +225,6 @@ fn a_search_is_over_in_time_however_slow_compiling_and_kernels_are() {
     }
 }
 
-/// A machine on which every parameter's value, and some pairs of values, make a kernel faster or slower at random.
-fn rugged(seed: u64) -> impl Fn(&Problem, Class, &Schedule) -> Duration {
-    let random = move |what: &dyn std::fmt::Debug| {
-        let hash = format!("{what:?}")
-            .bytes()
-            .fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-        2.0 * Noise::new(hash).uniform() - 1.0
-    };
-    move |problem, class, s| {
-        let many = class != Class::One;
-        let single = 0.3 * random(&(s.family, s.machine, many))
-            + 0.3 * random(&(s.layout, many))
-            + 0.1 * random(&(s.multiply, class))
-            + 0.15 * random(&(s.unroll, many))
-            + 0.15 * random(&("ntile", s.ntile, class))
-            + 0.1 * random(&("prefetch", s.prefetch));
-        let pairs = 0.1 * random(&(s.layout, s.unroll)) + 0.05 * random(&(s.family, s.ntile, s.layout));
-        // As much of a prompt as a sample takes.
-        let work = (problem.m * problem.k * class.measured()).min(1 << 24) as f64 / if many { 300e9 } else { 60e9 };
-        Duration::from_secs_f64(work * (single + pairs).exp())
-    }
-}
-
-#[test]
-fn a_search_comes_close_to_the_best_of_the_whole_space() {
-    // One machine only, whose space is listed at once.
-    let cpu: Cpu = "x86-64 +ssse3 +sse4.1".parse().unwrap();
-    let budget = Budget::search(Duration::from_secs(20));
-    let weights = Workload::default().weights();
-    // Listed before anybody has to wait for it.
-    let space = |class: Class| legal(&Family::ALL, &class.spec(2560), &cpu, &Budget::EXHAUSTIVE, Duration::ZERO);
-    Class::ALL.into_iter().for_each(|class| drop(space(class)));
-    let mut losses = Vec::new();
-    for seed in 0..8 {
-        let time = rugged(seed);
-        let run = Run { budget, seed, ..Run::RACE }.on(&cpu, &unknown(), &time, &|_| false);
-        assert!(run.spent <= Duration::from_secs(22), "{:?}", run.spent);
-        for Found { problem, choice, .. } in &run.found {
-            // The best set that shares a layout.
-            let mut best: BTreeMap<Layout, [f64; 6]> = BTreeMap::new();
-            for class in Class::ALL {
-                for schedule in space(class).iter() {
-                    let best = &mut best.entry(schedule.layout).or_insert([f64::INFINITY; 6])[class.index()];
-                    *best = best.min(time(problem, class, schedule).as_secs_f64());
-                }
-            }
-            let total = |times: [f64; 6]| times.iter().zip(weights).map(|(time, weight)| time * weight).sum::<f64>();
-            let best = best.into_values().map(total).fold(f64::INFINITY, f64::min);
-            let found = total(Class::ALL.map(|class| time(problem, class, &choice.of(class)).as_secs_f64()));
-            losses.push(found / best);
-        }
-    }
-    losses.sort_by(f64::total_cmp);
-    assert!(losses[losses.len() * 3 / 4] < 1.05, "{losses:?}");
-}
-
 #[test]
 fn a_winner_that_does_not_beat_the_guess_in_held_out_rounds_gives_way_to_it() {
     let cpu: Cpu = "x86-64 +ssse3 +sse4.1".parse().unwrap();
@@ -301,8 +266,16 @@ fn exhaustive(journal: &Journal, kernels: usize, done: &[Trial]) -> (usize, Vec<
         false
     };
     let (noise, ready, compiling) = (Noise::new(9), BTreeSet::new(), Duration::from_millis(1));
-    let mut bench =
-        ScriptedBench { clock: &clock, compiling, time: &tl1_wins, wrong: &wrong, noise, ready, compiled: 0 };
+    let mut bench = ScriptedBench {
+        clock: &clock,
+        compiling,
+        time: &tl1_wins,
+        wrong: &wrong,
+        noise,
+        restless: false,
+        ready,
+        compiled: 0,
+    };
     let note = |trials: &[Trial]| journal.note(trials);
     let search = Search { families: &families, note: &note, ..search(&cpu, &request, &clock, &|_| {}) };
     let mut found = look_up(&search, &probe(), &unknown()).unwrap();
@@ -350,6 +323,7 @@ fn second_copies_go_where_memory_reaches_and_the_asked_workload_says_they_pay() 
         median_us: us,
         worst_us: us,
         guess_us: None,
+        pays: false,
     };
     let found = || {
         let results = vec![result(Class::One, 100.0), result(Class::Chunk, 3200.0)];

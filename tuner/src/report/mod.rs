@@ -3,6 +3,8 @@
 mod explain;
 mod html;
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use ternion_compiler::Schedule;
 
@@ -50,6 +52,8 @@ pub struct Row {
     pub roofline_percent: Option<f64>,
     /// How many times faster than the guess of an untuned start.
     pub gain_over_guess: Option<f64>,
+    /// Whether it is slower than that beyond noise, so that all classes together are faster.
+    pub pays: bool,
     /// How many times faster than the median of all that was measured.
     pub gain_over_median: f64,
     /// How many times faster than the slowest.
@@ -140,7 +144,35 @@ impl Report {
                 row.schedule
             ));
         }
+        lines.extend(self.remarks());
         lines.join("\n") + "\n"
+    }
+
+    /// What the figures alone do not say.
+    fn remarks(&self) -> Vec<String> {
+        let mut remarks = Vec::new();
+        let mut paying: BTreeMap<(usize, usize), Vec<&str>> = BTreeMap::new();
+        for row in self.rows.iter().filter(|row| row.pays) {
+            paying.entry((row.problem.m, row.problem.k)).or_default().push(row.class.name());
+        }
+        remarks.extend(paying.into_iter().map(|((m, k), classes)| {
+            let classes = classes.join(", ");
+            format!("{m}x{k}: n={classes} slower than the guess for the others' sake: together they are faster in this layout")
+        }));
+        let weights: f64 = self
+            .rows
+            .iter()
+            .filter(|row| row.class == Class::One)
+            .map(|row| bytes(row.problem.m, row.problem.k, &row.schedule) * row.problem.count as f64)
+            .sum();
+        let cache = self.machine.last_level_bytes() as f64;
+        if weights > 0.0 && weights <= cache {
+            let [weights, cache] = [weights, cache].map(|bytes| bytes / 1e6);
+            remarks.push(format!(
+                "the last-level cache ({cache:.1} MB) holds all {weights:.1} MB of weights: they were measured from there, as they will be read"
+            ));
+        }
+        remarks
     }
 }
 
@@ -155,7 +187,7 @@ fn bytes(m: usize, k: usize, schedule: &Schedule) -> f64 {
 fn rows(found: &Found) -> impl Iterator<Item = Row> {
     let Found { problem, choice, results, .. } = found;
     results.iter().map(move |result| {
-        let ClassResult { class, figures, tried, median_us, worst_us, guess_us, joules } = *result;
+        let ClassResult { class, figures, tried, median_us, worst_us, guess_us, joules, pays } = *result;
         let (schedule, us) = (choice.of(class), figures.median_us);
         Row {
             problem: *problem,
@@ -167,6 +199,7 @@ fn rows(found: &Found) -> impl Iterator<Item = Row> {
             gmac_per_s: macs(problem.m, problem.k, class) / us * 1e-3,
             roofline_percent: None,
             gain_over_guess: guess_us.map(|guess| guess / us),
+            pays,
             gain_over_median: median_us / us,
             gain_over_worst: worst_us / us,
             tried,
@@ -192,6 +225,7 @@ mod tests {
             median_us: 150.0,
             worst_us: 400.0,
             guess_us: Some(120.0),
+            pays: class == Class::Chunk,
         };
         let problem = Problem { m: 1000, k: 4000, count: 2 };
         let found = Found {
@@ -210,7 +244,10 @@ mod tests {
             trials: vec![trial(100.0), trial(150.0), trial(400.0)],
             warnings: Vec::new(),
         };
-        Report::new(&choices, probe(), 2, Some(20e9))
+        let mut machine = probe();
+        // 32 MiB are assumed.
+        machine.caches.clear();
+        Report::new(&choices, machine, 2, Some(20e9))
     }
 
     #[test]
@@ -225,8 +262,9 @@ mod tests {
         // The fastest kernel is the peak itself.
         assert!((report.rows[1].roofline_percent.unwrap() - 100.0).abs() < 1.0);
         let table = report.table();
-        assert_eq!(table.lines().count(), 3);
-        assert!(table.contains("1000x4000") && table.contains("33-128"));
+        assert_eq!(table.lines().count(), 5);
+        assert!(table.contains("1000x4000: n=33-128 slower than the guess"));
+        assert!(table.contains("holds all 2.0 MB of weights"), "{table}");
     }
 
     #[test]
