@@ -146,6 +146,8 @@ fn page(findings: &Findings) -> String {
         let shared = if cache.shared_by > 1 { format!(", shared by {}", cache.shared_by) } else { String::new() };
         line(&format!("L{} cache", cache.level), format!("{} × {}{shared}", cache.instances, bytes(cache.bytes)));
     }
+    let cached = bytes(machine.last_level_bytes());
+    line("", format!("ternary weights of up to {cached} stay in the cache: such models are measured from there"));
     let cores = &machine.cores;
     let quota = cores.quota.map_or(String::new(), |quota| format!(", quota {quota:.1}"));
     let physical = cores.physical.map_or(String::new(), |physical| format!(" on {physical} cores"));

@@ -1,6 +1,7 @@
 //! `ternion tune`: the fastest kernels for a model on this machine, why, and how sure that is.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
@@ -35,6 +36,9 @@ pub(crate) struct Tune {
     /// Tune for the shapes of a published model that is not here, for example 2B4T
     #[arg(long, value_name = "NAME", conflicts_with = "model")]
     shapes: Option<String>,
+    /// Tune matrices of one shape only: rows x length of a row, for example 640x2560
+    #[arg(long, value_name = "MxK", value_parser = shape)]
+    only: Option<(usize, usize)>,
     #[command(flatten)]
     threads: Threads,
     #[command(flatten)]
@@ -58,7 +62,7 @@ pub(crate) struct Tune {
     #[arg(long)]
     check: bool,
     /// With --check, also against the choices of an exported profile, of a second search with the same budget (`again`), or
-    /// of an exhaustive one (`exhaustive`, which takes hours unless it has been made before)
+    /// of an exhaustive one (`exhaustive`, which takes hours unless it has been made before: see --only)
     #[arg(long, value_name = "FILE|again|exhaustive", requires = "check")]
     against: Option<PathBuf>,
     /// Show what is known for this machine and stop
@@ -92,7 +96,10 @@ pub(crate) fn tune(options: &Tune) -> Result<ExitCode> {
         None => open(options.model.as_deref(), &options.read)?.config().clone(),
     };
     let budget = if options.exhaustive { Budget::EXHAUSTIVE } else { Budget::search(options.budget.budget) };
-    let request = Request { again: !options.exhaustive, ..request(&config, budget, &options.purpose) };
+    let mut request = Request { again: !options.exhaustive, ..request(&config, budget, &options.purpose) };
+    if let Some(shape) = options.only {
+        restrict(&mut request, shape)?;
+    }
     let choices = search(&request, &cpu, threads)?;
     report(options, &config, &choices, threads)?;
     if let Some(path) = &options.save {
@@ -108,6 +115,24 @@ pub(crate) fn tune(options: &Tune) -> Result<ExitCode> {
         )?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A shape as it is written: `MxK`.
+fn shape(text: &str) -> Result<(usize, usize), String> {
+    let parts = text.split_once('x').and_then(|(m, k)| Some((m.parse().ok()?, k.parse().ok()?)));
+    parts.ok_or_else(|| "expected rows x length of a row, for example 640x2560".to_owned())
+}
+
+/// Leaves nothing in a request but matrices of one shape.
+fn restrict(request: &mut Request, (m, k): (usize, usize)) -> Result<()> {
+    let shapes: BTreeSet<_> = request.problems.iter().map(|problem| (problem.m, problem.k)).collect();
+    if !shapes.contains(&(m, k)) {
+        let shapes: Vec<String> = shapes.into_iter().map(|(m, k)| format!("{m}x{k}")).collect();
+        return Err(UsageError(format!("--only {m}x{k}: the model's matrices are {}", shapes.join(", "))).into());
+    }
+    request.problems.retain(|problem| (problem.m, problem.k) == (m, k));
+    request.sparse = None;
+    Ok(())
 }
 
 /// The name of a published shape, however its dashes are written.
@@ -205,7 +230,10 @@ fn report(options: &Tune, config: &ModelConfig, choices: &Choices, threads: usiz
     if copies > 0 {
         note(&format!("{copies} shapes get a second copy of their weights"));
     }
-    note(&options.purpose.recommendation(config, &per_token(choices)));
+    // One shape says nothing of a whole token.
+    if options.only.is_none() {
+        note(&options.purpose.recommendation(config, &per_token(choices)));
+    }
     note(&format!("tuned for {threads} threads in {}", time(choices.spent)));
     Ok(())
 }

@@ -6,9 +6,12 @@ use std::path::Path;
 use anyhow::Result;
 use ternion_compiler::Cpu;
 use ternion_runtime::team::Team;
-use ternion_tuner::{Budget, CacheDir, Choice, Choices, Class, Comparison, Gain, Request, compare, gains, guess};
+use ternion_tuner::{
+    Budget, CacheDir, Choice, Choices, Class, Comparison, Gain, Request, compare, exhaustive_cost, gains, guess, known,
+};
 
 use crate::output::{self, print};
+use crate::terminal::{note, time};
 use crate::tune::search;
 
 /// What is checked.
@@ -52,6 +55,13 @@ fn rival(check: &Check<'_>, against: &Path) -> Result<(String, Shapes)> {
             return Ok((against.display().to_string(), shapes));
         }
     };
+    if !request.again && known(&request, check.cpu, check.threads, &CacheDir::default())?.is_none() {
+        let (schedules, takes) = exhaustive_cost(&request, check.choices, check.cpu);
+        let takes = takes.map_or(String::new(), |takes| format!(", about {} at the pace of this search", time(takes)));
+        note(&format!(
+            "exhaustive search of {schedules} schedules{takes}; interrupted, it goes on from there next time"
+        ));
+    }
     let name = if request.again { "second search" } else { "exhaustive search" };
     Ok((name.to_owned(), shapes(&search(&request, check.cpu, check.threads)?)))
 }

@@ -272,6 +272,7 @@ fn tune_finds_remembers_explains_and_hands_on() {
     std::fs::write(file, "{}").unwrap();
     refused(&with_cache(&cache, &["tune", "--import", file, "-t", "1"]), 1, &["not a usable machine profile"]);
     refused(&with_cache(&cache, &["tune", "--shapes", "nothing"]), 2, &["no shape is called nothing"]);
+    refused(&with_cache(&cache, &["tune", "--only", "3x5"]), 2, &["--only 3x5: the model's matrices are"]);
 }
 
 #[test]
@@ -385,6 +386,7 @@ fn mistakes_on_the_command_line_exit_with_2() {
         (&["run", "-p", "x", "--kernel", "mad/clif128 layout=rows4x64"], "--kernel"),
         (&["run", "-p", "x", "--kv", "f8"], "--kv"),
         (&["setup", "--budget", "soon"], "--budget"),
+        (&["tune", "--only", "wide"], "--only"),
         (&["fly"], "fly"),
     ] {
         let output = output(arguments);
