@@ -49,7 +49,8 @@ const NEAR: f64 = 1.2;
 /// Trials of a class in a layout before its best there says how fast the class may be.
 const HOPEFUL: usize = 6;
 
-/// Kernels so many times slower than the best of their class and layout are forgotten, for memory's sake.
+/// Kernels so many times slower than the best of their class are forgotten, for memory's sake, if they do not lead their
+/// layout.
 const WORTH_KEEPING: f64 = 1.3;
 
 /// The search for one shape.
@@ -174,11 +175,11 @@ impl ShapeSearch<'_, '_> {
         // Whoever may be in the final is compiled again if need be.
         let good = |job: &&Job| {
             classes(&job.0.columns).into_iter().any(|class| {
+                let mut first = self.tried.of(class, job.1.layout).iter().take(FINAL_SCHEDULES);
                 let entrant = Entrant { class, schedule: job.1 };
-                let best = self.tried.of(class, job.1.layout).first();
-                let time = self.tried.get(entrant).zip(best);
+                let time = self.tried.get(entrant).zip(self.tried.best(class));
                 let close = time.is_some_and(|(timed, best)| timed.seconds < WORTH_KEEPING * best.seconds);
-                close || drift.reference() == Some(entrant)
+                close || first.any(|timed| timed.schedule == job.1) || drift.reference() == Some(entrant)
             })
         };
         jobs.iter().filter(|job| !good(job)).for_each(|job| tools.bench.forget(*job));
