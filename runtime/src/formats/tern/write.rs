@@ -12,7 +12,7 @@ use std::sync::Mutex;
 use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::Xxh3;
 
-use super::sections::{Job, Progress};
+use super::sections::{Job, Progress, units};
 use super::unfinished::{Done, Unfinished};
 use super::{
     CHECKSUM_AT, ChooseLayout, Content, Form, HeadType, Header, MAGIC, PAGE, PREAMBLE, Part, Section, VERSION,
@@ -69,21 +69,22 @@ pub fn write_with(
     form: impl Into<Form>,
     progress: &mut (dyn FnMut(u64, u64) -> ControlFlow<()> + Send),
 ) -> Result<WriteSummary, FormatError> {
-    // Damage must not be copied under new checksums, nor a tokenizer that cannot be used.
+    // Damage must not be copied under new checksums.
     model.verify_checksums()?;
-    model.tokenizer()?;
 
     let (parts, mut header) = plan(model, layout, &form.into())?;
     let (data, total) = extent(&header);
-    let ranges: Vec<_> = header.sections.iter().map(|s| data + s.offset..data + s.offset + s.bytes).collect();
+    let units = units(&parts, &header.sections, data);
     let failed = |source| FormatError::Write { path: path.to_owned(), source };
-    let (file, done) = Unfinished::open(path, digest_of_plan(model, &header), total, &ranges).map_err(failed)?;
-    let resumed = done.iter().zip(&ranges).filter_map(|(done, range)| done.map(|_| range.end - range.start)).sum();
+    let plan = digest_of_plan(model, &header);
+    let places = units.iter().map(|unit| &unit.places[..]);
+    let (file, done) = Unfinished::open(path, plan, total, places).map_err(failed)?;
+    let resumed = units.iter().zip(&done).filter(|(_, done)| done.is_some()).map(|(unit, _)| unit.bytes()).sum();
 
     let mut told = Progress { tell: progress, done: resumed, total };
     let made = told.advance(0, path).and_then(|()| {
-        let (progress, sections) = (Mutex::new(told), &header.sections);
-        Job { model, path, parts: &parts, sections, data, file: &file, progress }.run(done)
+        let (progress, done, sections) = (Mutex::new(told), Mutex::new(done), &header.sections);
+        Job { model, path, parts: &parts, sections, units: &units, file: &file, progress, done }.run()
     });
     let made = match made {
         Ok(made) => made,
@@ -106,7 +107,8 @@ pub fn write_with(
             Content::Packed { .. } | Content::Screen { .. } => summary.derived += section.bytes,
             // The head comes after the embedding, if there is one of its own.
             Content::Floats { dtype, .. } if matches!(part, Part::Embedding | Part::Head) => {
-                (summary.head, summary.head_error) = (*dtype, error.sqrt());
+                let (off, whole) = error;
+                (summary.head, summary.head_error) = (*dtype, if whole > 0.0 { (off / whole).sqrt() } else { 0.0 });
             }
             _ => {}
         }
