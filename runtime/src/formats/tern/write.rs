@@ -242,7 +242,10 @@ fn front(header: &Header, data: u64) -> (Vec<u8>, u64) {
 }
 
 /// A new file in the directory of `path`, so that it can be renamed; it disappears unless it is.
-pub(in crate::formats) fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
+///
+/// # Errors
+/// If there is something at `path` that is no ordinary file, or nothing can be written beside it.
+pub fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
     // Renaming would replace a device as readily as a file.
     if path.file_name().is_none() || path.exists() && !path.is_file() {
         return Err(io::Error::other("there is something that is no ordinary file"));
@@ -251,10 +254,14 @@ pub(in crate::formats) fn temporary_beside(path: &Path) -> io::Result<NamedTempF
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
     };
+    if !directory.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "there is no such directory"));
+    }
     let mut builder = tempfile::Builder::new();
     builder.prefix(".ternion-").suffix(".part");
     // Temporary files are private by default; a model is an ordinary file, as far as the umask lets it be.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(directory)
+    // Without the temporary file's name, which means nothing to whoever asked for `path`.
+    builder.tempfile_in(directory).map_err(|error| error.kind().into())
 }
