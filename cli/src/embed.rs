@@ -21,6 +21,7 @@ use crate::{UsageError, interrupt};
 /// What to embed.
 #[derive(Debug, Args)]
 #[command(
+    group = clap::ArgGroup::new("texts").required(true).args(["prompt", "file"]),
     after_help = "Embedding models pool as they say, of others the last position is taken; vectors have length 1. \
     More: docs/src/evaluation.md"
 )]
@@ -28,11 +29,11 @@ pub(crate) struct Embed {
     #[command(flatten)]
     model: ModelOptions,
     /// A text; may be given several times
-    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true, required_unless_present = "file")]
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Vec<String>,
     /// A file of texts, one a line, or one JSON value a line if its name ends in .jsonl: a string or {"text": "…"};
     /// `-` reads lines from standard input
-    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
     /// Write the vectors to this file, .npy (an array of one row for each text) or .jsonl, instead of standard output
     #[arg(short, long, value_name = "FILE", value_parser = parse_output)]

@@ -248,7 +248,8 @@ fn measure(
     };
     let bar = Bar::count("reading", tokens.len() as u64);
     let observer = counts.as_mut().map(|counts| counts as &mut dyn Observer);
-    let loss: Loss = loss(session, &tokens, windows, observer, &mut visit, &mut |done| go_on(&bar, done))?;
+    let loss = loss(session, &tokens, windows, observer, &mut visit, &mut |done| go_on(&bar, done));
+    let loss: Loss = loss.with_context(|| path.display().to_string())?;
     drop(bar);
     if let Some((path, lines)) = lines {
         let written = match failed {

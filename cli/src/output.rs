@@ -3,9 +3,10 @@
 use std::io::{self, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde::Serialize;
 use tempfile::NamedTempFile;
+use ternion_runtime::formats::tern;
 
 /// Writes text as it is, at once.
 pub(crate) fn print(text: &str) -> Result<()> {
@@ -27,17 +28,7 @@ pub(crate) fn json(value: &impl Serialize) -> Result<()> {
 
 /// Creates a file that appears under its name only when [`finish`] is called.
 pub(crate) fn create(path: &Path) -> Result<NamedTempFile> {
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // Renaming would replace a device as readily as a file.
-    if path.exists() && !path.is_file() {
-        bail!("{} is no ordinary file: give another name", path.display());
-    }
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".ternion-");
-    // A temporary file would otherwise be its owner's alone.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(directory).with_context(|| format!("{} cannot be written", path.display()))
+    tern::temporary_beside(path).with_context(|| format!("{} cannot be written", path.display()))
 }
 
 /// Gives a created file its name.

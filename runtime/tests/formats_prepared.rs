@@ -11,7 +11,7 @@ use serde_json::Value;
 use support::{Dress, HuggingFaceFixture, embedded, embedded_path};
 use ternion_compiler::Layout;
 use ternion_runtime::formats::synth::Recipe;
-use ternion_runtime::formats::tern::{self, HeadType};
+use ternion_runtime::formats::tern::{self, Form, HeadType};
 use ternion_runtime::formats::{Bytes, Checkpoint, FormatError, LayerNorm, ModelConfig, Projection, RowType};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -232,6 +232,78 @@ fn what_was_interrupted_is_continued_and_ends_with_the_same_bytes() {
         assert!(!part.exists());
         std::fs::remove_file(&output).unwrap();
     }
+}
+
+#[test]
+fn an_embedding_that_was_interrupted_in_its_middle_is_continued_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let (whole, output) = (directory.path().join("whole.tern"), directory.path().join("out.tern"));
+    let part = directory.path().join("out.tern.part");
+    let config =
+        ModelConfig { layers: 1, hidden: 256, heads: 4, kv_heads: 4, head_dim: 64, ffn: 256, ..small_config() };
+    let config = ModelConfig { vocabulary: 40_000, ..config };
+    let model = Checkpoint::synthetic(Recipe { config, ..Recipe::preset("125M").unwrap() }).unwrap();
+    for head in [HeadType::Own, HeadType::Int8] {
+        let form = || Form { head, screen: true, ..Form::default() };
+        let write = |output: &Path, tell: &mut (dyn FnMut(u64, u64) -> ControlFlow<()> + Send)| {
+            tern::write_with(&model, output, &canonical, form(), tell)
+        };
+        let expected = write(&whole, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        // The embedding is most of the file's first half, and most of the rest is its screen.
+        let mut before = 0;
+        for percent in [30, 50, 90] {
+            let mut first = None;
+            let stopped = write(&output, &mut |done, total| {
+                first.get_or_insert(done);
+                if done > total * percent / 100 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            });
+            assert!(matches!(stopped, Err(FormatError::Cancelled { .. })), "{stopped:?}");
+            assert!(first >= Some(before), "what was there is there: {first:?}, {before}");
+            before = first.unwrap();
+        }
+        assert!(before > expected.bytes / 10, "blocks of an unfinished section are kept: {before}");
+        // One of them is damaged in the meantime: it alone is made again.
+        let mut bytes = std::fs::read(&part).unwrap();
+        let at = bytes.len() / 10;
+        bytes[at] ^= 1;
+        std::fs::write(&part, bytes).unwrap();
+        let summary = write(&output, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        assert!(summary.resumed > expected.bytes / 4 && summary.resumed < expected.bytes, "{summary:?}");
+        assert_eq!(summary, tern::WriteSummary { resumed: summary.resumed, ..expected });
+        assert!(std::fs::read(&output).unwrap() == std::fs::read(&whole).unwrap());
+        let written = Checkpoint::open(&output).unwrap();
+        written.verify_checksums().unwrap();
+        written.verify_derived().unwrap();
+        assert!(!part.exists());
+    }
+}
+
+/// All units are there, and the process was killed before the file got its name.
+#[test]
+fn a_file_that_lacks_nothing_but_its_header_gets_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out.tern");
+    let stopped = tern::write(&embedded(), &output, &canonical, &mut |_, _| ControlFlow::Break(()));
+    assert!(matches!(stopped, Err(FormatError::Cancelled { .. })));
+    // One step at a time, until no step is left.
+    let mut resumed = Vec::new();
+    let summary = loop {
+        let mut steps = 0;
+        let result = tern::write(&embedded(), &output, &canonical, &mut |done, _| {
+            if steps == 0 {
+                resumed.push(done);
+            }
+            steps += 1;
+            if steps > 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        match result {
+            Ok(summary) => break summary,
+            Err(error) => assert!(matches!(error, FormatError::Cancelled { .. }), "{error}"),
+        }
+    };
+    assert!(resumed.is_sorted() && resumed.len() > 10, "{resumed:?}");
+    assert_eq!(Some(&summary.resumed), resumed.last());
+    assert!(std::fs::read(&output).unwrap() == *EMBEDDED);
 }
 
 #[test]

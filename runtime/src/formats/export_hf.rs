@@ -44,6 +44,9 @@ pub fn export(
         return Err(failed(io::Error::other("there is something already")));
     }
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !parent.is_dir() {
+        return Err(failed(io::Error::new(io::ErrorKind::NotFound, "there is no such directory")));
+    }
     let directory = tempfile::Builder::new().prefix(".ternion-").tempdir_in(parent).map_err(failed)?;
     let put = |name: &str, content: &[u8]| std::fs::write(directory.path().join(name), content).map_err(failed);
     let pretty = |json: &Value| format!("{json:#}\n").into_bytes();

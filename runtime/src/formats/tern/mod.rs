@@ -11,9 +11,7 @@ mod unfinished;
 mod write;
 
 pub use form::{ChooseLayout, Form, HeadType};
-pub use write::{WriteSummary, has_form, planned_bytes, write, write_with};
-
-pub(super) use write::temporary_beside;
+pub use write::{WriteSummary, has_form, planned_bytes, temporary_beside, write, write_with};
 
 pub(super) use read::Prepared;
 

@@ -1,14 +1,16 @@
-//! Making sections, on all cores: ternary matrices one by one, embedding and head in blocks of rows.
+//! Making sections, on all cores: ternary matrices one by one, embedding, head and screen in blocks of rows.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::{ControlFlow, Range};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use ternion_compiler::Layout;
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::Xxh3;
 
 use super::unfinished::{Done, Unfinished};
 use super::{Content, Part, Section, biases_len, norms_len};
@@ -21,6 +23,59 @@ use crate::screen;
 const STEP: usize = 4 << 20;
 /// What the matrices that are being made at a time may take; several times the largest one's packed size each.
 const IN_FLIGHT: u64 = 192 << 20;
+/// Bytes that are written before they are sent to the disk.
+const FLUSH: usize = 32 << 20;
+
+/// What a worker makes in one go, and the journal has an entry for.
+pub(super) struct Unit {
+    /// Where in the list its section is.
+    section: usize,
+    /// Rows of an embedding, a head or a screen; `None` for the whole of any other section.
+    rows: Option<Range<usize>>,
+    /// Where in the file it lies: in one piece, or, of a screen, tiles and scales.
+    pub(super) places: Vec<Range<u64>>,
+}
+
+impl Unit {
+    pub(super) fn bytes(&self) -> u64 {
+        self.places.iter().map(|place| place.end - place.start).sum()
+    }
+}
+
+/// All units of a file whose first section starts at `data`, in the order of the sections.
+pub(super) fn units(parts: &[Part], sections: &[Section], data: u64) -> Vec<Unit> {
+    let mut units = Vec::with_capacity(sections.len());
+    for (at, (part, section)) in parts.iter().zip(sections).enumerate() {
+        let start = data + section.offset;
+        let place = |within: Range<usize>| start + within.start as u64..start + within.end as u64;
+        let mut blocks = |rows: usize, row_bytes: usize, places: &dyn Fn(&Range<usize>) -> Vec<Range<u64>>| {
+            // A block of a screen begins with a tile of it.
+            let each = (STEP / row_bytes.max(1)).max(1).next_multiple_of(SCREEN_ROWS);
+            units.extend((0..rows).step_by(each).map(|first| {
+                let rows = first..rows.min(first + each);
+                Unit { section: at, places: places(&rows), rows: Some(rows) }
+            }));
+        };
+        match section.content {
+            Content::Floats { rows, columns, dtype } if matches!(part, Part::Embedding | Part::Head) => {
+                let row_bytes = dtype.row_bytes(columns);
+                blocks(rows, row_bytes, &|rows| vec![place(rows.start * row_bytes..rows.end * row_bytes)]);
+            }
+            Content::Screen { rows, columns } => {
+                let (scales, _) = screen::extent(rows, columns).expect("sizes were planned");
+                blocks(rows, columns, &|rows| {
+                    let of_scales = screen::scales_of(rows);
+                    let of_scales = scales + of_scales.start..scales + of_scales.end;
+                    vec![place(screen::tiles_of(rows, columns)), place(of_scales)]
+                });
+            }
+            _ => {
+                units.push(Unit { section: at, rows: None, places: vec![place(0..section.bytes as usize)] });
+            }
+        }
+    }
+    units
+}
 
 /// Who is told how far writing has come, and may cancel it.
 pub(super) struct Progress<'a> {
@@ -46,103 +101,108 @@ pub(super) struct Job<'a> {
     pub(super) path: &'a Path,
     pub(super) parts: &'a [Part],
     pub(super) sections: &'a [Section],
-    /// Where the first section starts.
-    pub(super) data: u64,
+    pub(super) units: &'a [Unit],
     pub(super) file: &'a Unfinished,
     pub(super) progress: Mutex<Progress<'a>>,
-}
-
-/// What a worker does in one go.
-enum Work {
-    Section(usize),
-    /// A block of rows of `tables[n]`.
-    Rows(usize, usize),
+    /// What is known of each unit that is complete.
+    pub(super) done: Mutex<Vec<Option<Done>>>,
 }
 
 /// An embedding, a head or its screen on its way.
 struct Table {
-    section: usize,
     name: String,
     matrix: FloatMatrix,
     target: RowType,
     /// Whether it is the screen of such rows that is to be made.
     screen: bool,
-    /// Rows of a block, a multiple of a screen's tiles.
-    each: usize,
-    /// Blocks that are not written yet.
-    left: AtomicUsize,
-    /// `‖w − w'‖²` and `‖w‖²` of each block, to be added in order.
-    errors: Mutex<Vec<(f64, f64)>>,
+    /// Its blocks.
+    units: Range<usize>,
+    checksum: Mutex<Checksum>,
+}
+
+/// The checksum of a section that is made in blocks, as far as they are there from the first one on.
+#[derive(Default)]
+struct Checksum {
+    hash: Xxh3,
+    blocks: usize,
 }
 
 impl Job<'_> {
-    /// Makes and writes the sections that are not `done`, and completes the list.
-    pub(super) fn run(&self, mut done: Vec<Option<Done>>) -> Result<Vec<Done>, FormatError> {
-        let (tables, works) = self.share_out(&done)?;
+    /// Makes and writes the units that are not done. Returns what is known of each section.
+    pub(super) fn run(&self) -> Result<Vec<Done>, FormatError> {
+        let tables = self.tables()?;
+        let left: Vec<usize> = (0..self.units.len()).filter(|unit| self.done()[*unit].is_none()).collect();
         let next = AtomicUsize::new(0);
-        let work = || {
-            let mut finished = Vec::new();
-            while let Some(work) = works.get(next.fetch_add(1, Ordering::Relaxed)) {
-                match self.carry_out(work, &tables) {
-                    Ok(section) => finished.extend(section),
-                    Err(error) => {
-                        // No worker needs to start anything else.
-                        next.store(works.len(), Ordering::Relaxed);
-                        return Err(error);
-                    }
+        let work = |written: Sender<usize>| {
+            while let Some(unit) = left.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if let Err(error) = self.make(*unit, &tables, &written) {
+                    // No worker needs to start anything else.
+                    next.store(left.len(), Ordering::Relaxed);
+                    return Err(error);
                 }
             }
-            Ok(finished)
+            Ok(())
         };
         let largest = self.sections.iter().filter(|section| matches!(section.content, Content::Ternary { .. }));
         let largest = largest.map(|section| section.bytes).max().unwrap_or(0).max(1);
         let room = usize::try_from(IN_FLIGHT / (4 * largest)).unwrap_or(usize::MAX).max(1);
-        let workers = thread::available_parallelism().map_or(1, usize::from).min(works.len()).min(room);
+        let workers = thread::available_parallelism().map_or(1, usize::from).min(left.len()).min(room);
         thread::scope(|scope| {
-            let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
-            for worker in workers {
-                for (section, made) in worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))? {
-                    done[section] = Some(made);
-                }
+            let (written, to_flush) = mpsc::channel();
+            let flushed = scope.spawn(|| self.flush_along(to_flush));
+            let workers: Vec<_> = (0..workers)
+                .map(|_| {
+                    scope.spawn({
+                        let written = written.clone();
+                        || work(written)
+                    })
+                })
+                .collect();
+            drop(written);
+            for thread in workers.into_iter().chain([flushed]) {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
             }
             Ok::<_, FormatError>(())
         })?;
-        // Without an error every section has been made.
-        Ok(done.into_iter().flatten().collect())
+        self.whole_sections(&tables)
     }
 
-    /// The work that is left: many small sections first, so that an interruption loses little, then the tables, in which all
-    /// workers have a part to the end.
-    fn share_out(&self, done: &[Option<Done>]) -> Result<(Vec<Table>, Vec<Work>), FormatError> {
-        let (mut tables, mut rows, mut sections) = (Vec::new(), Vec::new(), Vec::new());
-        for (at, part) in self.parts.iter().enumerate().filter(|(at, _)| done[*at].is_none()) {
+    fn done(&self) -> MutexGuard<'_, Vec<Option<Done>>> {
+        self.done.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has what is written go to the disk while the rest is made: nothing is left to wait for at the end, and after a power
+    /// failure what was there is.
+    fn flush_along(&self, written: Receiver<usize>) -> Result<(), FormatError> {
+        let mut waiting = 0;
+        for bytes in written {
+            waiting += bytes;
+            if waiting >= FLUSH {
+                self.file.flush().map_err(|source| self.failed(source))?;
+                waiting = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// The sections that are made in blocks.
+    fn tables(&self) -> Result<BTreeMap<usize, Table>, FormatError> {
+        let mut tables = BTreeMap::new();
+        for (section, part) in self.parts.iter().enumerate() {
             let matrix = match part {
                 Part::Embedding => Some(self.model.embedding()?),
                 Part::Head => self.model.head()?,
                 Part::Screen => Some(self.model.head()?.map_or_else(|| self.model.embedding(), Ok)?),
                 _ => None,
             };
-            match (matrix, self.stored_rows(*part)) {
-                (Some(matrix), Some(dtype)) => {
-                    let each = (STEP / dtype.row_bytes(matrix.columns).max(1)).max(1).next_multiple_of(SCREEN_ROWS);
-                    let blocks = matrix.rows.div_ceil(each);
-                    rows.extend((0..blocks).map(|block| Work::Rows(tables.len(), block)));
-                    tables.push(Table {
-                        section: at,
-                        name: part.to_string(),
-                        target: dtype,
-                        screen: *part == Part::Screen,
-                        each,
-                        left: AtomicUsize::new(blocks),
-                        errors: Mutex::new(vec![(0.0, 0.0); blocks]),
-                        matrix,
-                    });
-                }
-                _ => sections.push(Work::Section(at)),
+            let first = self.units.partition_point(|unit| unit.section < section);
+            let units = first..self.units.partition_point(|unit| unit.section <= section);
+            if let (Some(matrix), Some(target)) = (matrix, self.stored_rows(*part)) {
+                let (name, screen) = (part.to_string(), *part == Part::Screen);
+                tables.insert(section, Table { name, matrix, target, screen, units, checksum: Mutex::default() });
             }
         }
-        sections.extend(rows);
-        Ok((tables, sections))
+        Ok(tables)
     }
 
     /// The type in which the file has the rows that a section holds or is made of.
@@ -159,60 +219,71 @@ impl Job<'_> {
         }
     }
 
-    /// Returns a section that is complete now.
-    fn carry_out(&self, work: &Work, tables: &[Table]) -> Result<Option<(usize, Done)>, FormatError> {
-        match work {
-            Work::Section(at) => {
-                let section = &self.sections[*at];
-                let (bytes, scale) = section_bytes(self.model, self.parts[*at], section)?;
-                self.put(&bytes, section.offset)?;
-                let done = Done { xxh3: xxh3_64(&bytes), scale: scale.unwrap_or(0.0), error: 0.0 };
-                self.record(*at, done).map(Some)
+    fn make(&self, unit: usize, tables: &BTreeMap<usize, Table>, written: &Sender<usize>) -> Result<(), FormatError> {
+        let Unit { section, rows, places } = &self.units[unit];
+        let (pieces, mut done) = match (tables.get(section), rows) {
+            (Some(table), Some(rows)) => table.block(rows.clone(), self.model)?,
+            _ => {
+                let (bytes, scale) = section_bytes(self.model, self.parts[*section], &self.sections[*section])?;
+                (vec![bytes], Done { scale: scale.unwrap_or(0.0), ..Done::default() })
             }
-            Work::Rows(table, block) => self.put_rows(&tables[*table], *block),
+        };
+        let mut hash = Xxh3::new();
+        for (bytes, place) in pieces.iter().zip(places) {
+            self.put(bytes, place.start, written)?;
+            hash.update(bytes);
         }
+        done.xxh3 = hash.digest();
+        self.file.record(unit, done).map_err(|source| self.failed(source))?;
+        self.done()[unit] = Some(done);
+        // Whoever has it goes on with it; what nobody does is done at the end.
+        if let Some(table) = tables.get(section)
+            && let Ok(mut checksum) = table.checksum.try_lock()
+        {
+            self.go_on(table, &mut checksum)?;
+        }
+        Ok(())
     }
 
-    fn put_rows(&self, table: &Table, block: usize) -> Result<Option<(usize, Done)>, FormatError> {
-        let Table { section, matrix, target, each, .. } = table;
-        let section = &self.sections[*section];
-        let rows = block * each..matrix.rows.min((block + 1) * each);
-        let offset = section.offset + (rows.start * target.row_bytes(matrix.columns)) as u64;
-        if table.screen {
-            let (tiles, scales) = table.screen_of(rows.clone(), self.model)?;
-            let (start, _) = screen::extent(matrix.rows, matrix.columns).expect("sizes were planned");
-            self.put(&tiles, section.offset + screen::tiles_of(&rows, matrix.columns).start as u64)?;
-            self.put(&scales, section.offset + (start + screen::scales_of(&rows).start) as u64)?;
-        } else if *target == matrix.dtype {
-            let row_bytes = matrix.row_bytes();
-            self.put(&matrix.bytes[rows.start * row_bytes..rows.end * row_bytes], offset)?;
-        } else {
-            let (bytes, error) = table.round(rows, self.model)?;
-            self.put(&bytes, offset)?;
-            table.errors.lock().unwrap_or_else(PoisonError::into_inner)[block] = error;
+    /// Goes on with a section's checksum while its blocks, which come in any order, are still in the caches.
+    fn go_on(&self, table: &Table, checksum: &mut Checksum) -> Result<(), FormatError> {
+        for unit in table.units.clone().skip(checksum.blocks) {
+            if self.done()[unit].is_none() {
+                break;
+            }
+            let place = self.units[unit].places[0].clone();
+            self.file.hash(place, &mut checksum.hash).map_err(|source| self.failed(source))?;
+            checksum.blocks += 1;
         }
-        if table.left.fetch_sub(1, Ordering::AcqRel) > 1 {
-            return Ok(None);
-        }
-        // The last block of the table; others may have been written by others, in any order.
-        let start = self.data + section.offset;
-        let xxh3 = self.file.hash(start..start + section.bytes).map_err(|source| self.failed(source))?;
-        let errors = table.errors.lock().unwrap_or_else(PoisonError::into_inner);
-        let (error, whole) = errors.iter().fold((0.0, 0.0), |sum, block| (sum.0 + block.0, sum.1 + block.1));
-        let error = if whole > 0.0 { error / whole } else { 0.0 };
-        self.record(table.section, Done { xxh3, scale: 0.0, error }).map(Some)
+        Ok(())
     }
 
-    fn record(&self, section: usize, done: Done) -> Result<(usize, Done), FormatError> {
-        self.file.record(section, done).map_err(|source| self.failed(source))?;
-        Ok((section, done))
+    /// What is known of each section, all units being there.
+    fn whole_sections(&self, tables: &BTreeMap<usize, Table>) -> Result<Vec<Done>, FormatError> {
+        let mut sections = vec![Done::default(); self.sections.len()];
+        for (unit, done) in self.units.iter().zip(self.done().iter().flatten()) {
+            let section = &mut sections[unit.section];
+            let error = (section.error.0 + done.error.0, section.error.1 + done.error.1);
+            *section = Done { error, ..*done };
+        }
+        for (section, table) in tables {
+            let mut checksum = table.checksum.lock().unwrap_or_else(PoisonError::into_inner);
+            self.go_on(table, &mut checksum)?;
+            // A screen's scales are behind all of its tiles.
+            for place in self.units[table.units.clone()].iter().flat_map(|unit| &unit.places[1..]) {
+                self.file.hash(place.clone(), &mut checksum.hash).map_err(|source| self.failed(source))?;
+            }
+            sections[*section].xxh3 = checksum.hash.digest();
+        }
+        Ok(sections)
     }
 
-    /// Writes bytes of sections, `offset` counting from the first section's first byte.
-    fn put(&self, bytes: &[u8], offset: u64) -> Result<(), FormatError> {
+    /// Writes bytes at a place in the file.
+    fn put(&self, bytes: &[u8], start: u64, written: &Sender<usize>) -> Result<(), FormatError> {
         for (at, step) in bytes.chunks(STEP).enumerate() {
-            let offset = self.data + offset + (at * STEP) as u64;
-            self.file.write_at(step, offset).map_err(|source| self.failed(source))?;
+            self.file.write_at(step, start + (at * STEP) as u64).map_err(|source| self.failed(source))?;
+            // If flushing has failed, that is what will be told.
+            let _ = written.send(step.len());
             let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
             progress.advance(step.len() as u64, self.path)?;
         }
@@ -225,15 +296,23 @@ impl Job<'_> {
 }
 
 impl Table {
-    /// The screen of some rows as they are stored: its tiles and scales.
-    fn screen_of(&self, rows: Range<usize>, model: &Checkpoint) -> Result<(Vec<u8>, Vec<u8>), FormatError> {
+    /// A block of rows as the file has them, or their screen's tiles and scales, and what rounding them took.
+    fn block(&self, rows: Range<usize>, model: &Checkpoint) -> Result<(Vec<Bytes>, Done), FormatError> {
         let Self { matrix, target, .. } = self;
-        if *target == matrix.dtype {
-            return Ok(screen::form_bytes(matrix, rows));
+        let (rounded, error) = if *target == matrix.dtype {
+            let row_bytes = matrix.row_bytes();
+            let own = matrix.bytes.slice(rows.start * row_bytes..rows.end * row_bytes);
+            (own.expect("a matrix has all of its rows"), (0.0, 0.0))
+        } else {
+            let (bytes, error) = self.round(rows.clone(), model)?;
+            (bytes.into(), error)
+        };
+        if !self.screen {
+            return Ok((vec![rounded], Done { error, ..Done::default() }));
         }
-        let (count, (bytes, _)) = (rows.len(), self.round(rows, model)?);
-        let stored = FloatMatrix { rows: count, columns: matrix.columns, dtype: *target, bytes: bytes.into() };
-        Ok(screen::form_bytes(&stored, 0..count))
+        let stored = FloatMatrix { rows: rows.len(), columns: matrix.columns, dtype: *target, bytes: rounded };
+        let (tiles, scales) = screen::form_bytes(&stored, 0..rows.len());
+        Ok((vec![tiles.into(), scales.into()], Done::default()))
     }
 
     /// Rows in the type that was asked for, and what rounding them took: `‖w − w'‖²` and `‖w‖²`.
@@ -276,10 +355,14 @@ pub(super) fn section_bytes(
     section: &Section,
 ) -> Result<(Bytes, Option<f32>), FormatError> {
     let (bytes, scale) = match part {
-        Part::Tokenizer => (model.tokenizer_json()?, None),
+        Part::Tokenizer => {
+            // One that cannot be used must not be copied.
+            model.tokenizer()?;
+            (model.tokenizer_json()?, None)
+        }
         Part::Norms => (norms(model)?, None),
         Part::Biases => (biases(model)?, None),
-        // Made in blocks of rows, unless there are none.
+        // Made in blocks of rows.
         Part::Embedding | Part::Head | Part::Screen => (Bytes::from(Vec::new()), None),
         Part::Copy(layer, projection) => {
             (repack(model, &section.name, model.projection(layer, projection)?, section.layout())?, None)

@@ -1,8 +1,9 @@
 //! The file that a prepared file grows in: `MODEL.tern.part`, beside where the result will be.
 //!
-//! Where the result has its header, this file has a journal: bytes that no reader takes for a model, what is being
-//! written, and one entry for each section that is complete. Whoever writes the same thing again, after an interruption,
-//! a killed process or a power failure, believes an entry if the section has its checksum, and goes on with the rest.
+//! Where the result has its header, this file has bytes that no reader takes for a model, and a digest of what is being
+//! written. Behind the last section it has a journal with one entry for each unit, which is a section or a block of one.
+//! Whoever writes the same thing again, after an interruption, a killed process or a power failure, believes an entry
+//! if the unit has its checksum, and goes on with the rest.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -13,41 +14,41 @@ use xxhash_rust::xxh3::Xxh3;
 
 /// First bytes of an unfinished file.
 pub(super) const MAGIC: [u8; 8] = *b"\x89TERNPRT";
-/// Magic and the digest of what is being written.
-const PREFIX: usize = 16;
-/// Bytes of an entry. A header's row about a section is longer, so the journal fits in the header's place.
-const ENTRY: usize = 24;
+/// Bytes of a journal's entry.
+const ENTRY: usize = 32;
 /// Bytes read at a time.
 const STEP: usize = 1 << 20;
 
-/// What is known of a section that is complete.
+/// What is known of a unit that is complete.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Done {
     pub(super) xxh3: u64,
     /// A ternary section's multiplier.
     pub(super) scale: f32,
-    /// `‖w − w'‖² / ‖w‖²` of rows `w` that became `w'` because another type was asked for.
-    pub(super) error: f64,
+    /// `‖w − w'‖²` and `‖w‖²` of rows `w` that became `w'` because another type was asked for.
+    pub(super) error: (f64, f64),
 }
 
 impl Done {
     fn to_bytes(self) -> [u8; ENTRY] {
         let mut bytes = [0; ENTRY];
         bytes[..8].copy_from_slice(&self.xxh3.to_le_bytes());
-        bytes[8..16].copy_from_slice(&self.error.to_le_bytes());
-        bytes[16..20].copy_from_slice(&self.scale.to_le_bytes());
-        bytes[20] = 1;
+        bytes[8..16].copy_from_slice(&self.error.0.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.error.1.to_le_bytes());
+        bytes[24..28].copy_from_slice(&self.scale.to_le_bytes());
+        bytes[28] = 1;
         bytes
     }
 
     fn from_bytes(bytes: &[u8; ENTRY]) -> Option<Self> {
         let (xxh3, rest) = bytes.split_first_chunk()?;
         let (error, rest) = rest.split_first_chunk()?;
+        let (whole, rest) = rest.split_first_chunk()?;
         let (scale, rest) = rest.split_first_chunk()?;
         let done = Self {
             xxh3: u64::from_le_bytes(*xxh3),
             scale: f32::from_le_bytes(*scale),
-            error: f64::from_le_bytes(*error),
+            error: (f64::from_le_bytes(*error), f64::from_le_bytes(*whole)),
         };
         (rest[0] == 1).then_some(done)
     }
@@ -58,6 +59,8 @@ impl Done {
 pub(super) struct Unfinished {
     file: File,
     path: PathBuf,
+    /// Length of the result; the journal follows.
+    total: u64,
 }
 
 impl Unfinished {
@@ -68,13 +71,14 @@ impl Unfinished {
         name.into()
     }
 
-    /// Opens the unfinished file for `target`, `total` bytes long, with the sections that are complete already: none
-    /// if there was no such file, or one that was to become something else than `plan`.
-    pub(super) fn open(
+    /// Opens the unfinished file for `target`, which will be `total` bytes long, with what is known of the units that lie
+    /// at `places` and are complete already: none if there was no such file, or one that was to become something else
+    /// than `plan`.
+    pub(super) fn open<'a>(
         target: &Path,
         plan: u64,
         total: u64,
-        sections: &[Range<u64>],
+        places: impl ExactSizeIterator<Item = &'a [Range<u64>]>,
     ) -> io::Result<(Self, Vec<Option<Done>>)> {
         // Renaming would replace a device as readily as a file.
         if target.file_name().is_none() || target.exists() && !target.is_file() {
@@ -82,18 +86,21 @@ impl Unfinished {
         }
         let path = Self::path_for(target);
         let file = open_locked(&path)?;
-        let unfinished = Self { file, path };
-        let mut front = vec![0; PREFIX + sections.len() * ENTRY];
+        let unfinished = Self { file, path, total };
+        let (mut front, mut journal) = ([0; 16], vec![0; places.len() * ENTRY]);
         let head = [MAGIC, plan.to_le_bytes()].concat();
-        let known = unfinished.file.metadata()?.len() == total && unfinished.read_at(&mut front, 0).is_ok();
-        if known && front.starts_with(&head) {
-            let entries = front[PREFIX..].as_chunks().0.iter().map(Done::from_bytes).zip(sections);
-            let done = entries.map(|(done, section)| done.filter(|done| unfinished.has(section, done.xxh3)));
+        let length = total + journal.len() as u64;
+        let known = unfinished.file.metadata()?.len() == length
+            && unfinished.read_at(&mut front, 0).is_ok()
+            && unfinished.read_at(&mut journal, total).is_ok();
+        if known && front[..] == head {
+            let entries = journal.as_chunks().0.iter().map(Done::from_bytes).zip(places);
+            let done = entries.map(|(done, places)| done.filter(|done| unfinished.has(places, done.xxh3)));
             let done = done.collect();
             return Ok((unfinished, done));
         }
-        match unfinished.begin(total, &head) {
-            Ok(()) => Ok((unfinished, vec![None; sections.len()])),
+        match unfinished.begin(length, &head) {
+            Ok(()) => Ok((unfinished, vec![None; places.len()])),
             Err(error) => {
                 unfinished.discard();
                 Err(error)
@@ -101,24 +108,25 @@ impl Unfinished {
         }
     }
 
-    fn begin(&self, total: u64, head: &[u8]) -> io::Result<()> {
+    fn begin(&self, length: u64, head: &[u8]) -> io::Result<()> {
         self.file.set_len(0)?;
-        self.file.set_len(total)?;
+        self.file.set_len(length)?;
         self.write_at(head, 0)
     }
 
-    fn has(&self, section: &Range<u64>, xxh3: u64) -> bool {
-        self.hash(section.clone()).is_ok_and(|found| found == xxh3)
+    fn has(&self, places: &[Range<u64>], xxh3: u64) -> bool {
+        let mut hash = Xxh3::new();
+        places.iter().all(|place| self.hash(place.clone(), &mut hash).is_ok()) && hash.digest() == xxh3
     }
 
-    /// Writes down that a section is complete.
-    pub(super) fn record(&self, section: usize, done: Done) -> io::Result<()> {
-        self.write_at(&done.to_bytes(), (PREFIX + section * ENTRY) as u64)
+    /// Writes down that a unit is complete.
+    pub(super) fn record(&self, unit: usize, done: Done) -> io::Result<()> {
+        self.write_at(&done.to_bytes(), self.total + (unit * ENTRY) as u64)
     }
 
-    /// The checksum of a part of the file, read back from it.
-    pub(super) fn hash(&self, range: Range<u64>) -> io::Result<u64> {
-        let (mut hash, mut buffer) = (Xxh3::new(), vec![0; STEP]);
+    /// Reads a part of the file back into a checksum.
+    pub(super) fn hash(&self, range: Range<u64>, hash: &mut Xxh3) -> io::Result<()> {
+        let mut buffer = vec![0; range.end.saturating_sub(range.start).min(STEP as u64) as usize];
         let mut at = range.start;
         while at < range.end {
             let part = &mut buffer[..(range.end - at).min(STEP as u64) as usize];
@@ -126,13 +134,19 @@ impl Unfinished {
             hash.update(part);
             at += part.len() as u64;
         }
-        Ok(hash.digest())
+        Ok(())
     }
 
-    /// Writes the header in the journal's place and gives the file its name.
+    /// Waits until what was written so far is on the disk.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Takes the journal off, writes the header and gives the file its name.
     pub(super) fn finish(self, front: &[u8], target: &Path) -> io::Result<()> {
+        let finished = self.file.set_len(self.total).and_then(|()| self.write_at(front, 0));
         // Some file systems report a full disk only when everything must be on it.
-        let finished = self.write_at(front, 0).and_then(|()| self.file.sync_all());
+        let finished = finished.and_then(|()| self.file.sync_all());
         let finished = finished.and_then(|()| fs::rename(&self.path, target));
         if finished.is_err() {
             self.discard();

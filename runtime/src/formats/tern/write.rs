@@ -12,7 +12,7 @@ use std::sync::Mutex;
 use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::Xxh3;
 
-use super::sections::{Job, Progress};
+use super::sections::{Job, Progress, units};
 use super::unfinished::{Done, Unfinished};
 use super::{
     CHECKSUM_AT, ChooseLayout, Content, Form, HeadType, Header, MAGIC, PAGE, PREAMBLE, Part, Section, VERSION,
@@ -69,21 +69,22 @@ pub fn write_with(
     form: impl Into<Form>,
     progress: &mut (dyn FnMut(u64, u64) -> ControlFlow<()> + Send),
 ) -> Result<WriteSummary, FormatError> {
-    // Damage must not be copied under new checksums, nor a tokenizer that cannot be used.
+    // Damage must not be copied under new checksums.
     model.verify_checksums()?;
-    model.tokenizer()?;
 
     let (parts, mut header) = plan(model, layout, &form.into())?;
     let (data, total) = extent(&header);
-    let ranges: Vec<_> = header.sections.iter().map(|s| data + s.offset..data + s.offset + s.bytes).collect();
+    let units = units(&parts, &header.sections, data);
     let failed = |source| FormatError::Write { path: path.to_owned(), source };
-    let (file, done) = Unfinished::open(path, digest_of_plan(model, &header), total, &ranges).map_err(failed)?;
-    let resumed = done.iter().zip(&ranges).filter_map(|(done, range)| done.map(|_| range.end - range.start)).sum();
+    let plan = digest_of_plan(model, &header);
+    let places = units.iter().map(|unit| &unit.places[..]);
+    let (file, done) = Unfinished::open(path, plan, total, places).map_err(failed)?;
+    let resumed = units.iter().zip(&done).filter(|(_, done)| done.is_some()).map(|(unit, _)| unit.bytes()).sum();
 
     let mut told = Progress { tell: progress, done: resumed, total };
     let made = told.advance(0, path).and_then(|()| {
-        let (progress, sections) = (Mutex::new(told), &header.sections);
-        Job { model, path, parts: &parts, sections, data, file: &file, progress }.run(done)
+        let (progress, done, sections) = (Mutex::new(told), Mutex::new(done), &header.sections);
+        Job { model, path, parts: &parts, sections, units: &units, file: &file, progress, done }.run()
     });
     let made = match made {
         Ok(made) => made,
@@ -106,7 +107,8 @@ pub fn write_with(
             Content::Packed { .. } | Content::Screen { .. } => summary.derived += section.bytes,
             // The head comes after the embedding, if there is one of its own.
             Content::Floats { dtype, .. } if matches!(part, Part::Embedding | Part::Head) => {
-                (summary.head, summary.head_error) = (*dtype, error.sqrt());
+                let (off, whole) = error;
+                (summary.head, summary.head_error) = (*dtype, if whole > 0.0 { (off / whole).sqrt() } else { 0.0 });
             }
             _ => {}
         }
@@ -240,7 +242,10 @@ fn front(header: &Header, data: u64) -> (Vec<u8>, u64) {
 }
 
 /// A new file in the directory of `path`, so that it can be renamed; it disappears unless it is.
-pub(in crate::formats) fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
+///
+/// # Errors
+/// If there is something at `path` that is no ordinary file, or nothing can be written beside it.
+pub fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
     // Renaming would replace a device as readily as a file.
     if path.file_name().is_none() || path.exists() && !path.is_file() {
         return Err(io::Error::other("there is something that is no ordinary file"));
@@ -249,10 +254,14 @@ pub(in crate::formats) fn temporary_beside(path: &Path) -> io::Result<NamedTempF
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
     };
+    if !directory.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "there is no such directory"));
+    }
     let mut builder = tempfile::Builder::new();
     builder.prefix(".ternion-").suffix(".part");
     // Temporary files are private by default; a model is an ordinary file, as far as the umask lets it be.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(directory)
+    // Without the temporary file's name, which means nothing to whoever asked for `path`.
+    builder.tempfile_in(directory).map_err(|error| error.kind().into())
 }
