@@ -3,7 +3,7 @@
 use ternion_kernels_ref::attention::KEY_BLOCK;
 use ternion_kernels_ref::lanes::LANES;
 
-use super::{CachedBlock, Factors, Running, Scores, VECTORS, fetch, in_groups, merge_values, merge_weights};
+use super::{CachedBlock, Factors, Groups, Running, Scores, VECTORS, fetch, merge_values, merge_weights};
 use crate::ops::half;
 use crate::ops::lanes::Lanes;
 
@@ -121,14 +121,14 @@ pub(super) fn attend<E: Copy, const ONE: usize, const TWO: usize, const FOUR: us
     let [keys, values, next_keys] =
         [cached.keys, cached.values, cached.next_keys].map(|elements| elements.as_chunks().0);
     let block = Block { cached, keys, values, next_keys, scale, widen };
-    in_groups(running, head_dim.next_multiple_of(LANES), |first, count, running| {
+    for (first, running) in Groups::new(running, head_dim.next_multiple_of(LANES)) {
         let query = |g: usize| &queries[(first + g) * head_dim..][..head_dim];
-        match count {
+        match running.max.len() {
             1 => block.merge::<1, ONE>([query(0)], running),
             2 => block.merge::<2, TWO>([query(0), query(1)], running),
             _ => block.merge::<4, FOUR>([query(0), query(1), query(2), query(3)], running),
         }
-    });
+    }
 }
 
 /// Sixteen `f32` values as they are.

@@ -3,7 +3,7 @@
 use ternion_kernels_ref::attention::{KEY_BLOCK, WideRow};
 use ternion_kernels_ref::lanes::LANES;
 
-use super::{CachedBlock, Factors, Running, Scores, VECTORS, fetch, in_groups, merge_values, merge_weights};
+use super::{CachedBlock, Factors, Groups, Running, Scores, VECTORS, fetch, merge_values, merge_weights};
 use crate::ops::lanes::Lanes;
 
 /// Two elements of each of sixteen positions, or of sixteen dimensions.
@@ -321,15 +321,15 @@ fn attend<L: Level, const ONE: usize, const TWO: usize, const FOUR: usize>(
         [cached.keys, cached.values, cached.next_keys].map(|elements| elements.as_chunks().0);
     let [key_steps, value_steps] = [cached.key_steps, cached.value_steps].map(|steps| steps.as_chunks().0);
     let block = Block { cached, keys, values, key_steps, value_steps, next_keys, level };
-    in_groups(running, head_dim.next_multiple_of(LANES), |first, count, running| {
+    for (first, running) in Groups::new(running, head_dim.next_multiple_of(LANES)) {
         let query = |g: usize| queries.values[(first + g) * head_dim..][..head_dim].as_chunks().0;
         let scale = |g: usize| scale * queries.steps[first + g];
-        match count {
+        match running.max.len() {
             1 => block.merge::<1, ONE>([query(0)], [scale(0)], running),
             2 => block.merge::<2, TWO>([0, 1].map(query), [0, 1].map(scale), running),
             _ => block.merge::<4, FOUR>([0, 1, 2, 3].map(query), [0, 1, 2, 3].map(scale), running),
         }
-    });
+    }
 }
 
 /// By plain integers, which a test can call where others are chosen.

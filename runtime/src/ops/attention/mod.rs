@@ -143,21 +143,40 @@ fn merge_values(target: &mut [f32; LANES], values: Lanes, (old, new): Factors) {
     *target = Lanes(*target).mul_add(Lanes::splat(old), scaled).0;
 }
 
-/// Splits heads into groups of 4, 2 and 1 and calls `of` with the first of each, its size and its results.
-#[inline(always)]
-fn in_groups(running: Running<'_>, width: usize, mut of: impl FnMut(usize, usize, Running<'_>)) {
-    let heads = running.max.len();
-    let mut done = 0;
-    while done < heads {
-        let count = match heads - done {
+/// Heads in groups of 4, 2 and 1, each with its results. A closure for each group would be a function of its own, compiled
+/// without the features of the level that it is for.
+struct Groups<'a> {
+    rest: Running<'a>,
+    done: usize,
+    width: usize,
+}
+
+impl<'a> Groups<'a> {
+    /// All heads of `running`, whose values are `width` each.
+    #[inline(always)]
+    fn new(running: Running<'a>, width: usize) -> Self {
+        Self { rest: running, done: 0, width }
+    }
+}
+
+impl<'a> Iterator for Groups<'a> {
+    /// The first head, and the results of the group.
+    type Item = (usize, Running<'a>);
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Self::Item> {
+        let count = match self.rest.max.len() {
+            0 => return None,
             1 => 1,
             2 | 3 => 2,
             _ => 4,
         };
-        let range = done..done + count;
-        let values = &mut running.values[done * width..][..count * width];
-        of(done, count, Running { max: &mut running.max[range.clone()], sum: &mut running.sum[range], values });
-        done += count;
+        let first = self.done;
+        self.done += count;
+        let max = self.rest.max.split_off_mut(..count)?;
+        let sum = self.rest.sum.split_off_mut(..count)?;
+        let values = self.rest.values.split_off_mut(..count * self.width)?;
+        Some((first, Running { max, sum, values }))
     }
 }
 
