@@ -5,13 +5,15 @@
 //! ([`Partial::merge`]). That order is a property of the positions alone, so threads may share out blocks and prompts
 //! may be cut into chunks as they like.
 //!
-//! A cached vector is `x[d] = element[d] · step`, with one step per position and head ([`Rows`]). Elements are what the
-//! cache's type holds: `f32` and IEEE half as they are, with step 1, or int8 with the step of [`QuantizedRow`], `1 / q`.
+//! Two kinds of caches exist ([`Cached`]):
 //!
-//! A score is `(Σ q[d] · k[d]) · (scale · step)`, summed over the elements along the head dimension in order, with fused
-//! multiply-adds; a value's elements are accumulated with the weight `e^(score − max) · step`. So a step is never
-//! multiplied into a single element, and one of 1 changes no bit. Fast versions keep keys transposed and do sixteen
-//! positions at once without a single horizontal sum.
+//! - [`Rows`] of floats, `f32` or widened from IEEE half. A score is `(Σ q[d] · k[d]) · scale`, summed along the head
+//!   dimension in order, with fused multiply-adds, and values are accumulated position by position in the same way. Fast
+//!   versions keep keys transposed and do sixteen positions at once without a single horizontal sum.
+//! - [`QuantizedRows`] of int8 with one step per position and head, that of [`QuantizedRow`], `1 / q`. What they are
+//!   multiplied with, queries and the weights of a block, becomes int16 with one step ([`WideRow`]), so that sums are whole
+//!   numbers and exact in any order. A score is `(Σ q[d] · k[d]) · (scale · query step · key step)`; a value's weight is
+//!   `e^(score − max) · value step` before it is rounded.
 //!
 //! [`QuantizedRow`]: crate::QuantizedRow
 
@@ -21,24 +23,106 @@ use crate::{lanes, math};
 pub const KEY_BLOCK: usize = 64;
 
 /// Cached vectors, position by position.
+pub trait Cached: Copy {
+    /// The same in blocks of [`KEY_BLOCK`] positions, in order.
+    fn blocks(self, head_dim: usize) -> impl Iterator<Item = Self>;
+
+    /// The product of `query`, `[head_dim]`, with every vector, times `scale`.
+    fn scores(self, query: &[f32], scale: f32) -> Vec<f32>;
+
+    /// The sum of all vectors, each times its weight: `[head_dim]`.
+    fn weighted(self, weights: &[f32], head_dim: usize) -> Vec<f32>;
+}
+
+/// Vectors of floats, `[positions, head_dim]`.
 #[derive(Clone, Copy, Debug)]
-pub struct Rows<'a> {
-    /// `[positions, head_dim]`
-    pub elements: &'a [f32],
+pub struct Rows<'a>(pub &'a [f32]);
+
+impl Cached for Rows<'_> {
+    fn blocks(self, head_dim: usize) -> impl Iterator<Item = Self> {
+        self.0.chunks(KEY_BLOCK * head_dim).map(Self)
+    }
+
+    fn scores(self, query: &[f32], scale: f32) -> Vec<f32> {
+        let dot = |key: &[f32]| query.iter().zip(key).fold(0.0, |sum: f32, (q, k)| q.mul_add(*k, sum));
+        self.0.chunks_exact(query.len()).map(|key| dot(key) * scale).collect()
+    }
+
+    fn weighted(self, weights: &[f32], head_dim: usize) -> Vec<f32> {
+        let mut weighted = vec![0.0; head_dim];
+        for (weight, value) in weights.iter().zip(self.0.chunks_exact(head_dim)) {
+            for (sum, v) in weighted.iter_mut().zip(value) {
+                *sum = weight.mul_add(*v, *sum);
+            }
+        }
+        weighted
+    }
+}
+
+/// Vectors of int8 with steps.
+#[derive(Clone, Copy, Debug)]
+pub struct QuantizedRows<'a> {
+    /// `[positions, head_dim]`, none of them −128.
+    pub elements: &'a [i8],
     /// What the elements of each position are multiplied with, `[positions]`.
     pub steps: &'a [f32],
 }
 
-impl<'a> Rows<'a> {
-    /// Vectors of `head_dim` elements with their steps.
-    fn iter(self, head_dim: usize) -> impl Iterator<Item = (&'a [f32], f32)> {
-        self.elements.chunks_exact(head_dim).zip(self.steps.iter().copied())
-    }
-
-    /// The same in blocks of [`KEY_BLOCK`].
+impl Cached for QuantizedRows<'_> {
     fn blocks(self, head_dim: usize) -> impl Iterator<Item = Self> {
         let elements = self.elements.chunks(KEY_BLOCK * head_dim);
         elements.zip(self.steps.chunks(KEY_BLOCK)).map(|(elements, steps)| Self { elements, steps })
+    }
+
+    fn scores(self, query: &[f32], scale: f32) -> Vec<f32> {
+        let query = WideRow::new(query, query.len());
+        let scale = scale * query.step;
+        let dot = |key: &[i8]| query.values.iter().zip(key).map(|(q, k)| i32::from(*q) * i32::from(*k)).sum::<i32>();
+        let keys = self.elements.chunks_exact(query.values.len()).zip(self.steps);
+        keys.map(|(key, step)| dot(key) as f32 * (scale * step)).collect()
+    }
+
+    fn weighted(self, weights: &[f32], head_dim: usize) -> Vec<f32> {
+        let weights: Vec<f32> = weights.iter().zip(self.steps).map(|(weight, step)| weight * step).collect();
+        let weights = WideRow::new(&weights, KEY_BLOCK);
+        let mut sums = vec![0i32; head_dim];
+        for (weight, value) in weights.values.iter().zip(self.elements.chunks_exact(head_dim)) {
+            for (sum, v) in sums.iter_mut().zip(value) {
+                *sum += i32::from(*weight) * i32::from(*v);
+            }
+        }
+        sums.into_iter().map(|sum| sum as f32 * weights.step).collect()
+    }
+}
+
+/// Numbers as int16 with one step: what int8 is multiplied with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WideRow {
+    /// `round(x · q)`, half to even, with `q = levels / max|x|`; 0 for NaN.
+    pub values: Vec<i16>,
+    /// `1 / q`
+    pub step: f32,
+}
+
+impl WideRow {
+    /// The smallest absolute maximum: what is below is rounded as if it were there.
+    pub const MIN: f32 = 1e-30;
+
+    /// The largest value, such that a sum of `len` products with int8 fits 32 bits: 32767 up to a length of 516.
+    #[must_use]
+    pub const fn levels(len: usize) -> f32 {
+        let levels = i32::MAX as usize / (127 * if len == 0 { 1 } else { len });
+        if levels < i16::MAX as usize { levels as f32 } else { i16::MAX as f32 }
+    }
+
+    /// Rounds numbers that will be multiplied and added up `len` at a time.
+    #[must_use]
+    pub fn new(x: &[f32], len: usize) -> Self {
+        let levels = Self::levels(len);
+        let largest = x.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        let q = levels / largest.max(Self::MIN);
+        let values = x.iter().map(|x| (x * q).round_ties_even().clamp(-levels, levels) as i16).collect();
+        Self { values, step: 1.0 / q }
     }
 }
 
@@ -62,23 +146,15 @@ impl Partial {
 
     /// Over one block of at most [`KEY_BLOCK`] positions.
     ///
-    /// Exponentials are summed as [`lanes::sum`] does, by position within the block; values are accumulated position by
-    /// position. Scores of positions before `first`, which is one of the block's, count as −∞.
+    /// Exponentials are summed as [`lanes::sum`] does, by position within the block. Scores of positions before `first`,
+    /// which is one of the block's, count as −∞.
     #[must_use]
-    pub fn block(query: &[f32], keys: Rows<'_>, values: Rows<'_>, first: usize, scale: f32) -> Self {
-        let head_dim = query.len();
-        let mut scores: Vec<f32> = keys.iter(head_dim).map(|(key, step)| score(query, key) * (scale * step)).collect();
+    pub fn block<C: Cached>(query: &[f32], keys: C, values: C, first: usize, scale: f32) -> Self {
+        let mut scores = keys.scores(query, scale);
         scores[..first].fill(f32::NEG_INFINITY);
         let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weights: Vec<f32> = scores.iter().map(|s| math::exp(s - max)).collect();
-        let mut weighted = vec![0.0; head_dim];
-        for (weight, (value, step)) in weights.iter().zip(values.iter(head_dim)) {
-            let weight = weight * step;
-            for (sum, v) in weighted.iter_mut().zip(value) {
-                *sum = weight.mul_add(*v, *sum);
-            }
-        }
-        Self { max, sum: lanes::sum(&weights), values: weighted }
+        Self { max, sum: lanes::sum(&weights), values: values.weighted(&weights, query.len()) }
     }
 
     /// Adds the result of the next positions: both are brought to the larger maximum, `self` first.
@@ -99,21 +175,16 @@ impl Partial {
     }
 }
 
-/// `Σ q[d] · k[d]`, in order of d.
-fn score(query: &[f32], key: &[f32]) -> f32 {
-    query.iter().zip(key).fold(0.0, |sum, (q, k)| q.mul_add(*k, sum))
-}
-
 /// Attention of `query` (`[head_dim]`) over all of `keys` and `values`.
 #[must_use]
-pub fn attention(query: &[f32], keys: Rows<'_>, values: Rows<'_>, scale: f32) -> Vec<f32> {
+pub fn attention<C: Cached>(query: &[f32], keys: C, values: C, scale: f32) -> Vec<f32> {
     attention_from(query, keys, values, 0, scale)
 }
 
 /// [`attention`] over the positions from `first` on: what a sliding window leaves to see. Blocks stay aligned to
 /// position 0; those that end before `first` take no part.
 #[must_use]
-pub fn attention_from(query: &[f32], keys: Rows<'_>, values: Rows<'_>, first: usize, scale: f32) -> Vec<f32> {
+pub fn attention_from<C: Cached>(query: &[f32], keys: C, values: C, first: usize, scale: f32) -> Vec<f32> {
     let mut result = Partial::empty(query.len());
     let blocks = keys.blocks(query.len()).zip(values.blocks(query.len()));
     for (i, (keys, values)) in blocks.enumerate().skip(first / KEY_BLOCK) {
@@ -127,6 +198,15 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// The textbook formula.
+    fn exact(query: &[f32], keys: &[f32], values: &[f32], scale: f64) -> Vec<f64> {
+        let dot = |key: &[f32]| query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>();
+        let weights: Vec<f64> = keys.chunks_exact(query.len()).map(|key| (dot(key) * scale).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let values = || weights.iter().zip(values.chunks_exact(query.len()));
+        (0..query.len()).map(|d| values().map(|(w, value)| w / total * f64::from(value[d])).sum()).collect()
+    }
+
     proptest! {
         #[test]
         fn blocks_merged_in_order_agree_with_the_textbook_formula(
@@ -136,18 +216,38 @@ mod tests {
         ) {
             let (query, rest) = seed.split_at(4);
             let (keys, values) = (&rest[..4 * positions], &rest[800..][..4 * positions]);
-            let keys = Rows { elements: keys, steps: &steps[..positions] };
-            let values = Rows { elements: values, steps: &steps[200..][..positions] };
-            let scores: Vec<f64> = keys.iter(4).map(|(key, step)| {
-                query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() * f64::from(step) * 0.5
-            }).collect();
-            let total: f64 = scores.iter().map(|s| s.exp()).sum();
-            let output = attention(query, keys, values, 0.5);
-            for d in 0..4 {
-                let exact: f64 = scores.iter().zip(values.iter(4))
-                    .map(|(s, (value, step))| s.exp() / total * f64::from(value[d]) * f64::from(step)).sum();
-                prop_assert!((f64::from(output[d]) - exact).abs() < 3e-5);
+            let output = attention(query, Rows(keys), Rows(values), 0.5);
+            for (output, exact) in output.iter().zip(exact(query, keys, values, 0.5)) {
+                prop_assert!((f64::from(*output) - exact).abs() < 3e-5);
             }
+
+            // Only queries and weights are rounded, and those to 16 bits.
+            let (key_steps, value_steps) = (&steps[..positions], &steps[200..][..positions]);
+            let int8 = |x: &[f32]| -> Vec<i8> { x.iter().map(|x| (x * 63.0) as i8).collect() };
+            let (keys, values) = (int8(keys), int8(values));
+            let wide = |elements: &[i8], steps: &[f32]| -> Vec<f32> {
+                let rows = elements.chunks_exact(4).zip(steps);
+                rows.flat_map(|(row, step)| row.iter().map(move |x| f32::from(*x) * (step / 63.0))).collect()
+            };
+            let exact = exact(query, &wide(&keys, key_steps), &wide(&values, value_steps), 0.5);
+            let small = |steps: &[f32]| -> Vec<f32> { steps.iter().map(|step| step / 63.0).collect() };
+            let (key_steps, value_steps) = (small(key_steps), small(value_steps));
+            let keys = QuantizedRows { elements: &keys, steps: &key_steps };
+            let values = QuantizedRows { elements: &values, steps: &value_steps };
+            for (output, exact) in attention(query, keys, values, 0.5).iter().zip(exact) {
+                prop_assert!((f64::from(*output) - exact).abs() < 3e-3, "{output} {exact}");
+            }
+        }
+    }
+
+    #[test]
+    fn wide_rows_use_all_sixteen_bits_while_sums_fit() {
+        let row = WideRow::new(&[1.0, -2.0, 0.0, f32::NAN, 2e-5], 4);
+        assert_eq!((row.values, row.step), (vec![16384, -32767, 0, 0, 0], 1.0 / (32767.0 / 2.0)));
+        assert_eq!(WideRow::new(&[0.0, 1e-40], 2).values, [0, 0]);
+        for len in [1, 516, 517, 4096] {
+            let levels = WideRow::levels(len) as usize;
+            assert!(levels * 127 * len <= i32::MAX as usize && (levels == 32767) == (len <= 516), "{len}: {levels}");
         }
     }
 
@@ -155,11 +255,10 @@ mod tests {
     fn a_window_sees_nothing_of_what_lies_before_it() {
         let keys: Vec<f32> = (0..200).map(|i| (i * 37 % 101) as f32 * 0.02 - 1.0).collect();
         let values: Vec<f32> = (0..200).map(|i| (i * 53 % 97) as f32 * 0.02 - 1.0).collect();
-        let (query, steps) = ([0.7, -0.3], [1.0; 100]);
+        let query = [0.7, -0.3];
         let rows = |elements: &[f32], first: usize| {
             let (keys, values) = elements.split_at(elements.len() / 2);
-            let rows = |elements| Rows { elements, steps: &steps[..keys.len() / 2] };
-            attention_from(&query, rows(keys), rows(values), first, 0.5)
+            attention_from(&query, Rows(keys), Rows(values), first, 0.5)
         };
         let both = |from: usize| [&keys[from..], &values[from..]].concat();
         for first in [1, 63, 64, 65, 99] {
@@ -176,7 +275,6 @@ mod tests {
 
     #[test]
     fn one_position_returns_its_value() {
-        let row = |elements| Rows { elements, steps: &[1.0] };
-        assert_eq!(attention(&[1.0, 2.0], row(&[3.0, 4.0]), row(&[5.0, 6.0]), 1.0), [5.0, 6.0]);
+        assert_eq!(attention(&[1.0, 2.0], Rows(&[3.0, 4.0]), Rows(&[5.0, 6.0]), 1.0), [5.0, 6.0]);
     }
 }

@@ -29,7 +29,7 @@ fn the_embedded_model_has_one_digest_for_each_type_of_the_cache() {
     let checkpoint = support::embedded();
     // Both are the same on every machine; another number here means that the model computes something else than before.
     assert_eq!(format!("{:016x}", one_digest(&checkpoint, 150, KvType::F16)), "46f90f4aa49c4801");
-    assert_eq!(format!("{:016x}", one_digest(&checkpoint, 90, KvType::Int8)), "6487c5866d196f4d");
+    assert_eq!(format!("{:016x}", one_digest(&checkpoint, 90, KvType::Int8)), "fea620bad87daab7");
 }
 
 /// One with biases, one with norms of heads, a sliding window and another activation function: no fused path for them.

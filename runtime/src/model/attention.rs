@@ -17,7 +17,8 @@ use super::Part;
 use super::forward::Forward;
 use super::weights::Layer;
 use crate::formats::ModelConfig;
-use crate::ops::{self, Running};
+use crate::model::kv_cache::{KvType, Queries};
+use crate::ops::{self, Running, WideQueries};
 use crate::team::{SharedSlice, Team, share};
 
 /// Passes of up to this many tokens are shared out by blocks.
@@ -108,6 +109,9 @@ impl SharedResults<'_> {
 #[derive(Debug)]
 pub(super) struct AttentionScratch {
     spans: Vec<Span>,
+    /// Queries rounded for an int8 cache, `[tokens, heads, head_dim]`, and their steps.
+    wide: Vec<i16>,
+    steps: Vec<f32>,
     /// Results over all blocks so far, `[tokens, heads]`.
     running: Results,
     /// Results of single blocks, `[kv_heads, spans: [blocks, tokens], group]`.
@@ -120,6 +124,8 @@ impl AttentionScratch {
         let width = config.head_dim.next_multiple_of(LANES);
         Self {
             spans: Vec::with_capacity(tokens),
+            wide: vec![0; tokens * config.heads * config.head_dim],
+            steps: vec![0.0; tokens * config.heads],
             running: Results::new(tokens * config.heads, width),
             single: Results::new(0, width),
         }
@@ -156,6 +162,8 @@ struct Job<'a> {
     spans: &'a [Span],
     /// `[tokens, heads, head_dim]`
     queries: &'a [f32],
+    /// The same rounded, where the cache is of int8.
+    wide: WideQueries<'a>,
     /// `[tokens, heads, head_dim]`
     output: SharedSlice<'a, f32>,
     running: SharedResults<'a>,
@@ -173,9 +181,12 @@ impl Forward<'_> {
         scratch: &mut AttentionScratch,
     ) {
         let ModelConfig { heads, kv_heads, head_dim, .. } = *self.model.config();
-        let AttentionScratch { spans, running, single } = scratch;
+        let AttentionScratch { spans, wide, steps, running, single } = scratch;
+        self.widen(parts, spans, queries, (wide, steps));
+        let wide = WideQueries { values: wide, steps };
         let (output, running, single) = (SharedSlice::new(output), running.share(), single.share());
-        let job = Job { layer, window, heads, kv_heads, head_dim, parts, spans, queries, output, running, single };
+        let job =
+            Job { layer, window, heads, kv_heads, head_dim, parts, spans, queries, wide, output, running, single };
         let threads = self.team.threads();
         if self.n > FEW {
             let items = kv_heads * self.n;
@@ -192,6 +203,33 @@ impl Forward<'_> {
             0 => {}
             1..=MERGES => merge(0, 1),
             _ => self.team.divide(&|part| merge(part, threads)),
+        }
+    }
+
+    /// Rounds the queries of tokens whose cache is of int8.
+    fn widen(&self, parts: &[Part<'_>], spans: &[Span], queries: &[f32], target: (&mut [i16], &mut [f32])) {
+        let ModelConfig { heads, head_dim, .. } = *self.model.config();
+        let tokens = || spans.iter().filter(|s| parts[s.part].sequence.cache.kind() == KvType::Int8);
+        if tokens().next().is_none() {
+            return;
+        }
+        let (wide, steps) = (SharedSlice::new(target.0), SharedSlice::new(target.1));
+        // SAFETY: every head of every token is in one part of the work.
+        let round = |all: Range<usize>| unsafe {
+            for span in tokens() {
+                let first = (span.tokens.start * heads).max(all.start);
+                for head in first..(span.tokens.end * heads).min(all.end) {
+                    let of_head = head * head_dim..(head + 1) * head_dim;
+                    let step = ops::widen_query(&queries[of_head.clone()], wide.part(of_head));
+                    steps.part(head..head + 1)[0] = step;
+                }
+            }
+        };
+        let threads = self.team.threads();
+        if self.n > FEW {
+            self.team.divide(&|part| round(share(self.n * heads, threads, part)));
+        } else {
+            round(0..self.n * heads);
         }
     }
 }
@@ -246,7 +284,9 @@ impl<'a> Job<'a> {
     /// Merges a block into what a token's heads have found.
     fn attend(&self, span: &Span, kv_head: usize, token: usize, block: usize, running: Running<'_>) {
         let heads = self.of_token(kv_head, token);
-        let queries = &self.queries[heads.start * self.head_dim..heads.end * self.head_dim];
+        let of_heads = heads.start * self.head_dim..heads.end * self.head_dim;
+        let wide = WideQueries { values: &self.wide.values[of_heads.clone()], steps: &self.wide.steps[heads] };
+        let queries = Queries { floats: &self.queries[of_heads], wide };
         let cache = &self.parts[span.part].sequence.cache;
         cache.attend(self.layer, kv_head, block, self.seen(span, token), queries, running);
     }

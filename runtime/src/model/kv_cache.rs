@@ -2,9 +2,9 @@
 //!
 //! A page holds [`KEY_BLOCK`] positions of all layers, so memory follows the length of the text and a page is one block
 //! of attention's fixed order. Long contexts read hundreds of megabytes per token, so pages lie on the system's huge pages
-//! where they are large enough. Within a page, per layer and key-value head: keys transposed in groups of sixteen positions
-//! (`[4, head_dim, 16]`), so that attention works on sixteen positions at once, and values position by position,
-//! padded to whole groups of sixteen. Keys and values of int8 have a step per position and head beside them.
+//! where they are large enough. Within a page, per layer and key-value head, keys lie in groups of sixteen positions and values
+//! in groups of sixteen dimensions, so that attention works on sixteen sums at once ([`CachedBlock`]). Keys and values of
+//! int8 have a step per position and head beside them.
 //!
 //! Texts that begin alike share their pages: a fork takes no time and no memory, and a page that several caches hold is
 //! copied by the first of them that is to write into it.
@@ -22,7 +22,7 @@ use ternion_kernels_ref::lanes::LANES;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::memory::PageBuffer;
-use crate::ops::{self, CachedBlock, Running};
+use crate::ops::{self, CachedBlock, Running, WideQueries};
 
 /// The precision of cached keys and values. It is an input of a model's results, unlike kernels or threads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -97,59 +97,64 @@ trait Element: FromBytes + IntoBytes + Immutable + Copy + Default + Debug + Send
     const KIND: KvType;
     /// Whether a vector has a step beside its elements.
     const STEPS: bool;
+    /// How many of the elements that are summed over lie side by side.
+    const ALONG: usize;
 
     /// Rounds one vector; returns the step that its elements are to be multiplied with.
     fn round(vector: &[f32], elements: &mut [Self]) -> f32;
 
-    fn attend(queries: &[f32], block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>);
+    fn attend(queries: Queries<'_>, block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>);
 }
 
 impl Element for u16 {
     const KIND: KvType = KvType::F16;
     const STEPS: bool = false;
+    const ALONG: usize = 1;
 
     fn round(vector: &[f32], elements: &mut [Self]) -> f32 {
         ops::narrow_f16(vector, elements);
         1.0
     }
 
-    fn attend(queries: &[f32], block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>) {
-        ops::attend_block_f16(queries, block, scale, running);
+    fn attend(queries: Queries<'_>, block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>) {
+        ops::attend_block_f16(queries.floats, block, scale, running);
     }
 }
 
 impl Element for f32 {
     const KIND: KvType = KvType::F32;
     const STEPS: bool = false;
+    const ALONG: usize = 1;
 
     fn round(vector: &[f32], elements: &mut [Self]) -> f32 {
         elements.copy_from_slice(vector);
         1.0
     }
 
-    fn attend(queries: &[f32], block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>) {
-        ops::attend_block_f32(queries, block, scale, running);
+    fn attend(queries: Queries<'_>, block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>) {
+        ops::attend_block_f32(queries.floats, block, scale, running);
     }
 }
 
 impl Element for i8 {
     const KIND: KvType = KvType::Int8;
     const STEPS: bool = true;
+    const ALONG: usize = 2;
 
     fn round(vector: &[f32], elements: &mut [Self]) -> f32 {
         1.0 / ops::quantize(vector, elements)
     }
 
-    fn attend(queries: &[f32], block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>) {
-        ops::attend_block_int8(queries, block, scale, running);
+    fn attend(queries: Queries<'_>, block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>) {
+        ops::attend_block_int8(queries.wide, block, scale, running);
     }
 }
 
 /// [`KEY_BLOCK`] positions of all layers.
 #[derive(Debug)]
 struct Page<E> {
-    /// Per layer and key-value head the keys, `[KEY_BLOCK / 16, head_dim, 16]`, and the values, `[KEY_BLOCK, width]`. Then,
-    /// for types that have them, the steps of keys and values as `f32`, `[layers, kv_heads, 2, KEY_BLOCK]`.
+    /// Per layer and key-value head the keys and the values as in a [`CachedBlock`]. Then, for types that have them, the
+    /// steps of keys and values as `f32`, `[layers, kv_heads, 2, KEY_BLOCK]`.
     bytes: PageBuffer,
     _elements: PhantomData<E>,
 }
@@ -174,16 +179,26 @@ impl<E: Element> Page<E> {
         (shape.keys() + shape.values()) * size_of::<E>()
     }
 
+    /// Where an element lies that is number `along` of `len` in a sum and belongs to sum `across`:
+    /// `[across / 16, len / ALONG, 16, ALONG]`.
+    const fn place(along: usize, len: usize, across: usize) -> usize {
+        let group = across / LANES * (len / E::ALONG) + along / E::ALONG;
+        (group * LANES + across % LANES) * E::ALONG + along % E::ALONG
+    }
+
     /// Stores the key and value of one position of one head of all layers'.
     fn store(&mut self, shape: Shape, head: usize, position: usize, [key, value]: [&[f32]; 2], rounded: &mut [E]) {
         let (elements, steps) = self.bytes.split_at_mut(shape.layers * shape.kv_heads * Self::head_bytes(shape));
         let elements = &mut elements[head * Self::head_bytes(shape)..][..Self::head_bytes(shape)];
         let (keys, values) = elements_mut::<E>(elements).split_at_mut(shape.keys());
         let key_step = E::round(key, rounded);
-        let first = position / LANES * shape.head_dim * LANES + position % LANES;
-        let places = keys[first..].iter_mut().step_by(LANES);
-        places.zip(&*rounded).for_each(|(place, k)| *place = *k);
-        let value_step = E::round(value, &mut values[position * shape.width()..][..shape.head_dim]);
+        for (d, k) in rounded.iter().enumerate() {
+            keys[Self::place(d, shape.head_dim, position)] = *k;
+        }
+        let value_step = E::round(value, rounded);
+        for (d, v) in rounded.iter().enumerate() {
+            values[Self::place(position, KEY_BLOCK, d)] = *v;
+        }
         if E::STEPS {
             let steps = &mut elements_mut::<f32>(steps)[head * 2 * KEY_BLOCK..][..2 * KEY_BLOCK];
             (steps[position], steps[KEY_BLOCK + position]) = (key_step, value_step);
@@ -233,7 +248,7 @@ trait Pages: Debug + Send + Sync {
         &self,
         of: (usize, usize),
         seen: (usize, Range<usize>),
-        queries: &[f32],
+        queries: Queries<'_>,
         scale: f32,
         running: Running<'_>,
     );
@@ -243,13 +258,13 @@ trait Pages: Debug + Send + Sync {
 struct PagesOf<E> {
     shape: Shape,
     pages: Vec<Arc<Page<E>>>,
-    /// One head's key, rounded, before it is stored.
-    key: Vec<E>,
+    /// One head's key or value, rounded, before it is stored.
+    rounded: Vec<E>,
 }
 
 impl<E: Element> PagesOf<E> {
     fn boxed(shape: Shape, pages: &[Arc<Page<E>>]) -> Box<dyn Pages> {
-        Box::new(Self { shape, pages: pages.to_vec(), key: vec![E::default(); shape.head_dim] })
+        Box::new(Self { shape, pages: pages.to_vec(), rounded: vec![E::default(); shape.head_dim] })
     }
 }
 
@@ -290,7 +305,7 @@ impl<E: Element> Pages for PagesOf<E> {
         for (head, (key, value)) in heads.enumerate() {
             let (page, head) = (&mut self.pages[position / KEY_BLOCK], layer * kv_heads + head);
             let page = Arc::get_mut(page).expect("store: a reserved position");
-            page.store(self.shape, head, position % KEY_BLOCK, [key, value], &mut self.key);
+            page.store(self.shape, head, position % KEY_BLOCK, [key, value], &mut self.rounded);
         }
     }
 
@@ -298,7 +313,7 @@ impl<E: Element> Pages for PagesOf<E> {
         &self,
         (layer, head): (usize, usize),
         (page, positions): (usize, Range<usize>),
-        queries: &[f32],
+        queries: Queries<'_>,
         scale: f32,
         running: Running<'_>,
     ) {
@@ -309,6 +324,15 @@ impl<E: Element> Pages for PagesOf<E> {
         let block = CachedBlock { next_keys, ..self.pages[page].block(self.shape, head, positions) };
         E::attend(queries, block, scale, running);
     }
+}
+
+/// Queries of some heads that share a key-value head, in the forms that caches multiply with.
+#[derive(Clone, Copy, Debug)]
+pub struct Queries<'a> {
+    /// `[heads, head_dim]`
+    pub floats: &'a [f32],
+    /// The same rounded, which an int8 cache alone needs.
+    pub wide: WideQueries<'a>,
 }
 
 /// The cache of one sequence.
@@ -374,7 +398,7 @@ impl KvCache {
     }
 
     /// Merges block `block`, that is positions `64 · block` on, into the attention of `running.max.len()` query heads that
-    /// share the key-value head `head` and see these `positions`. `queries` is `[heads, head_dim]`.
+    /// share the key-value head `head` and see these `positions`.
     ///
     /// # Panics
     /// If there is no such layer or head, none of the positions is in the block, or fewer have been reserved.
@@ -384,7 +408,7 @@ impl KvCache {
         head: usize,
         block: usize,
         positions: Range<usize>,
-        queries: &[f32],
+        queries: Queries<'_>,
         running: Running<'_>,
     ) {
         let start = block * KEY_BLOCK;
@@ -402,7 +426,7 @@ pub fn attention_scale(head_dim: usize) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ternion_kernels_ref::attention::{Rows, attention_from};
+    use ternion_kernels_ref::attention::{QuantizedRows, Rows, attention_from};
     use ternion_kernels_ref::{QuantizedRow, widen};
 
     const HEADS: usize = 2;
@@ -423,34 +447,40 @@ mod tests {
     }
 
     fn expected(kind: KvType, head: usize, seen: Range<usize>, queries: &[f32]) -> Vec<f32> {
-        let rounded = |row: &[f32]| -> (Vec<f32>, f32) {
-            match kind {
-                KvType::F16 => (row.iter().map(|x| widen::f16_to_f32(widen::f32_to_f16(*x))).collect(), 1.0),
-                KvType::F32 => (row.to_vec(), 1.0),
-                KvType::Int8 => {
-                    let row = QuantizedRow::new(row);
-                    (row.values().iter().copied().map(f32::from).collect(), 1.0 / row.q())
-                }
-            }
+        let all = |of: usize| -> Vec<Vec<f32>> {
+            (0..seen.end).map(|position| row(position, of)[head * HEAD_DIM..][..HEAD_DIM].to_vec()).collect()
         };
-        let all = |of: usize| -> (Vec<Vec<f32>>, Vec<f32>) {
-            (0..seen.end).map(|position| rounded(&row(position, of)[head * HEAD_DIM..][..HEAD_DIM])).unzip()
-        };
-        let ((keys, key_steps), (values, value_steps)) = (all(0), all(1));
-        let (keys, values) = (keys.concat(), values.concat());
-        let keys = Rows { elements: &keys, steps: &key_steps };
-        let values = Rows { elements: &values, steps: &value_steps };
-        let scale = attention_scale(HEAD_DIM);
-        queries.chunks_exact(HEAD_DIM).flat_map(|q| attention_from(q, keys, values, seen.start, scale)).collect()
+        let (keys, values, scale) = (all(0), all(1), attention_scale(HEAD_DIM));
+        let queries = queries.chunks_exact(HEAD_DIM);
+        if kind == KvType::Int8 {
+            let quantized = |rows: &[Vec<f32>]| -> (Vec<i8>, Vec<f32>) {
+                let rows: Vec<_> = rows.iter().map(|row| QuantizedRow::new(row)).collect();
+                (
+                    rows.iter().flat_map(QuantizedRow::values).copied().collect(),
+                    rows.iter().map(|r| 1.0 / r.q()).collect(),
+                )
+            };
+            let ((keys, key_steps), (values, value_steps)) = (quantized(&keys), quantized(&values));
+            let keys = QuantizedRows { elements: &keys, steps: &key_steps };
+            let values = QuantizedRows { elements: &values, steps: &value_steps };
+            return queries.flat_map(|q| attention_from(q, keys, values, seen.start, scale)).collect();
+        }
+        let rounded = |x: f32| if kind == KvType::F16 { widen::f16_to_f32(widen::f32_to_f16(x)) } else { x };
+        let [keys, values] = [keys, values].map(|rows| rows.concat().into_iter().map(rounded).collect::<Vec<f32>>());
+        queries.flat_map(|q| attention_from(q, Rows(&keys), Rows(&values), seen.start, scale)).collect()
     }
 
     fn attend(cache: &KvCache, head: usize, seen: Range<usize>, queries: &[f32]) -> Vec<f32> {
         let heads = queries.len() / HEAD_DIM;
         let (mut max, mut sum, mut values) = (vec![0.0; heads], vec![0.0; heads], vec![0.0; heads * LANES]);
+        let mut wide = vec![0; queries.len()];
+        let rows = queries.chunks_exact(HEAD_DIM).zip(wide.chunks_exact_mut(HEAD_DIM));
+        let steps: Vec<f32> = rows.map(|(query, wide)| ops::widen_query(query, wide)).collect();
+        let all = Queries { floats: queries, wide: WideQueries { values: &wide, steps: &steps } };
         let mut running = Running { max: &mut max, sum: &mut sum, values: &mut values };
         running.clear(0.0);
         for block in seen.start / KEY_BLOCK..seen.end.div_ceil(KEY_BLOCK) {
-            cache.attend(1, head, block, seen.clone(), queries, running.again());
+            cache.attend(1, head, block, seen.clone(), all, running.again());
         }
         let mut output = vec![0.0; queries.len()];
         for ((output, values), sum) in output.chunks_exact_mut(HEAD_DIM).zip(values.chunks_exact(LANES)).zip(sum) {

@@ -3,7 +3,7 @@
 //! It is what every [`Session`](super::Session) must equal bit for bit, so nothing clever may enter it: no threads, no
 //! chunks, no compiled kernels, no fast operations. It takes seconds per token on a model of billions of weights.
 
-use ternion_kernels_ref::attention::{Rows, attention_from};
+use ternion_kernels_ref::attention::{QuantizedRows, Rows, attention_from};
 use ternion_kernels_ref::gemm::bit_linear;
 use ternion_kernels_ref::norm::rms_norm;
 use ternion_kernels_ref::rope::Rotation;
@@ -88,46 +88,71 @@ impl Reference {
     /// An empty sequence.
     #[must_use]
     pub fn session(&self, kv: KvType, precision: Precision) -> ReferenceSession<'_> {
-        let layers = self.layers.iter().map(|_| vec![Cached::default(); self.config.kv_heads]).collect();
+        let layers = self.layers.iter().map(|_| vec![CachedHead::new(kv); self.config.kv_heads]).collect();
         let frequencies = (0..self.config.layers).map(|layer| self.config.inverse_frequencies(layer)).collect();
         ReferenceSession { model: self, kv, precision, frequencies, layers, len: 0 }
     }
 }
 
 /// Keys or values of one head, as the cache's type holds them.
-#[derive(Clone, Debug, Default)]
-struct CachedRows {
-    /// `[positions, head_dim]`
-    elements: Vec<f32>,
-    /// `[positions]`
-    steps: Vec<f32>,
+#[derive(Clone, Debug)]
+enum CachedRows {
+    /// `[positions, head_dim]`, also of halves.
+    Floats(Vec<f32>),
+    /// `[positions, head_dim]` and `[positions]`
+    Quantized(Vec<i8>, Vec<f32>),
 }
 
 impl CachedRows {
-    fn push(&mut self, kv: KvType, row: &[f32]) {
-        let mut step = 1.0;
+    const fn new(kv: KvType) -> Self {
         match kv {
-            KvType::Int8 => {
-                let quantized = QuantizedRow::new(row);
-                self.elements.extend(quantized.values().iter().copied().map(f32::from));
-                step = 1.0 / quantized.q();
-            }
-            KvType::F16 => self.elements.extend(row.iter().map(|x| f16_to_f32(f32_to_f16(*x)))),
-            KvType::F32 => self.elements.extend(row),
+            KvType::F16 | KvType::F32 => Self::Floats(Vec::new()),
+            KvType::Int8 => Self::Quantized(Vec::new(), Vec::new()),
         }
-        self.steps.push(step);
     }
 
-    fn rows(&self) -> Rows<'_> {
-        Rows { elements: &self.elements, steps: &self.steps }
+    fn push(&mut self, kv: KvType, row: &[f32]) {
+        match self {
+            Self::Floats(elements) if kv == KvType::F16 => {
+                elements.extend(row.iter().map(|x| f16_to_f32(f32_to_f16(*x))));
+            }
+            Self::Floats(elements) => elements.extend(row),
+            Self::Quantized(elements, steps) => {
+                let row = QuantizedRow::new(row);
+                elements.extend(row.values());
+                steps.push(1.0 / row.q());
+            }
+        }
     }
 }
 
 /// What is cached of one head.
-#[derive(Clone, Debug, Default)]
-struct Cached {
+#[derive(Clone, Debug)]
+struct CachedHead {
     keys: CachedRows,
     values: CachedRows,
+}
+
+impl CachedHead {
+    const fn new(kv: KvType) -> Self {
+        Self { keys: CachedRows::new(kv), values: CachedRows::new(kv) }
+    }
+
+    /// Attention over the positions from `first` on.
+    fn attend(&self, query: &[f32], first: usize) -> Vec<f32> {
+        let scale = attention_scale(query.len());
+        match (&self.keys, &self.values) {
+            (CachedRows::Floats(keys), CachedRows::Floats(values)) => {
+                attention_from(query, Rows(keys), Rows(values), first, scale)
+            }
+            (CachedRows::Quantized(keys, key_steps), CachedRows::Quantized(values, value_steps)) => {
+                let keys = QuantizedRows { elements: keys, steps: key_steps };
+                let values = QuantizedRows { elements: values, steps: value_steps };
+                attention_from(query, keys, values, first, scale)
+            }
+            _ => unreachable!("keys and values are of one type"),
+        }
+    }
 }
 
 /// A sequence of tokens on the reference.
@@ -138,7 +163,7 @@ pub struct ReferenceSession<'a> {
     /// One set per layer.
     frequencies: Vec<Vec<f32>>,
     /// One per layer and key-value head.
-    layers: Vec<Vec<Cached>>,
+    layers: Vec<Vec<CachedHead>>,
     len: usize,
 }
 
@@ -205,8 +230,7 @@ impl ReferenceSession<'_> {
         let mut output = Vec::with_capacity(heads * head_dim);
         for (head, query) in queries.chunks_exact(head_dim).enumerate() {
             let cache = &self.layers[index][head / (heads / kv_heads)];
-            let (keys, values) = (cache.keys.rows(), cache.values.rows());
-            output.extend(attention_from(query, keys, values, first, attention_scale(head_dim)));
+            output.extend(cache.attend(query, first));
         }
         self.project(layer, Projection::Output, &self.norm(layer, LayerNorm::AttentionSub, &output))
     }

@@ -33,7 +33,8 @@ mod rope;
 mod screen;
 
 pub use attention::{
-    CachedBlock, Running, attend_block_f16, attend_block_f32, attend_block_int8, finish_attention, merge_attention,
+    CachedBlock, Running, WideQueries, attend_block_f16, attend_block_f32, attend_block_int8, finish_attention,
+    merge_attention, widen_query,
 };
 pub use gumbel::{gumbel_bounds, perturb};
 pub use half::{f16_to_f32, f32_to_f16, narrow_f16, widen_f16};
