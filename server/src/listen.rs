@@ -1,15 +1,17 @@
 //! Connections: accepted up to a limit, encrypted if asked for, given up when a client is too slow, and all of them
 //! seen to their end when the server stops.
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
+use axum::http::{HeaderValue, header};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -142,10 +144,19 @@ impl Connection {
         let Self { router, peer, patience, metrics, permit } = self;
         let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
             request.extensions_mut().insert(Peer(peer));
-            router.clone().oneshot(request)
+            let answer = router.clone().oneshot(request);
+            async {
+                let mut response = answer.await?;
+                if let Some(date) = date(SystemTime::now()) {
+                    response.headers_mut().insert(header::DATE, date);
+                }
+                Ok::<_, Infallible>(response)
+            }
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
+            // Hyper's own stays where it was when the clock is set back, until that has caught up.
+            .auto_date_header(false)
             .header_read_timeout(patience)
             .serve_connection(TokioIo::new(stream), service);
         metrics.connections.inc();
@@ -156,10 +167,30 @@ impl Connection {
     }
 }
 
+/// The value of a `Date` header, for times that it can tell: from 1970 to 9999.
+fn date(time: SystemTime) -> Option<HeaderValue> {
+    const END: Duration = Duration::from_secs(253_402_300_800);
+    let since = time.duration_since(UNIX_EPOCH).ok().filter(|since| *since < END)?;
+    HeaderValue::try_from(httpdate::fmt_http_date(UNIX_EPOCH + since)).ok()
+}
+
 /// Binds an address.
 ///
 /// # Errors
 /// As the system says.
 pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::bind(address).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_date_that_cannot_be_told_is_not_told() {
+        let year = Duration::from_secs(31_557_600);
+        assert_eq!(date(UNIX_EPOCH).unwrap(), "Thu, 01 Jan 1970 00:00:00 GMT");
+        assert_eq!(date(UNIX_EPOCH + Duration::from_secs(253_402_300_799)).unwrap(), "Fri, 31 Dec 9999 23:59:59 GMT");
+        assert!(date(UNIX_EPOCH - 12 * year).is_none() && date(UNIX_EPOCH + 8031 * year).is_none());
+    }
 }

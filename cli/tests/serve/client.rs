@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
@@ -61,6 +61,16 @@ pub(crate) fn ternion(arguments: &[&str]) -> Command {
     command.args(arguments).env("TERNION_CACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"));
     command.stdin(Stdio::null());
     command
+}
+
+/// The library that gives a process another clock, if it is installed; says so if not.
+pub(crate) fn faketime() -> Option<PathBuf> {
+    let libraries = std::fs::read_dir("/usr/lib").into_iter().flatten().map_while(Result::ok);
+    let found = libraries.map(|entry| entry.path().join("faketime/libfaketimeMT.so.1")).find(|path| path.is_file());
+    if found.is_none() {
+        println!("skipped: there is no libfaketime (Debian: apt-get install libfaketime)");
+    }
+    found
 }
 
 impl Server {

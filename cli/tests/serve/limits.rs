@@ -30,6 +30,9 @@ fn fields_out_of_range_are_named_and_nothing_else_happens() {
             assert!(message.starts_with(name), "{name} {value}: {message}");
         }
     }
+    for name in ["max_tokens", "n", "logprobs"] {
+        server.post(TEXT, &with(name, json!(-1.0))).refused(400, "INVALID_INPUT");
+    }
     for name in ["max_tokens", "n"] {
         server.post(TEXT, &with(name, json!(0))).refused(400, "INVALID_INPUT");
     }
@@ -56,6 +59,8 @@ fn fields_out_of_range_are_named_and_nothing_else_happens() {
         ("tools", json!([{"type": "function"}])),
         ("echo", json!(true)),
         ("model", json!(5)),
+        ("stream_options", json!(5)),
+        ("stream_options", json!({"include_usage": "yes"})),
     ] {
         let message = server.post(TEXT, &with(name, value.clone())).refused(400, "INVALID_INPUT");
         assert!(message.starts_with(name), "{name} {value}: {message}");
@@ -81,6 +86,8 @@ fn fields_out_of_range_are_named_and_nothing_else_happens() {
     assert_eq!(server.metric("ternion_completion_tokens_total"), 0.0);
     assert!(server.metric("ternion_errors_total") > 100.0);
     server.post(TEXT, &with("user", json!("x"))).ok();
+    // Languages with one type of number write whole ones so.
+    server.post(TEXT, &with("n", json!(1.0))).ok();
 }
 
 #[test]
@@ -95,6 +102,7 @@ fn bodies_that_are_no_requests_are_told_so() {
     server.post(TEXT, &json!({"prompt": "x".repeat(2000)})).refused(413, "INVALID_INPUT");
     server.get(TEXT).refused(405, "INVALID_INPUT");
     server.get("/v1/nothing").refused(404, "INVALID_INPUT");
+    server.get("/v1/models/%ff").refused(404, "INVALID_INPUT");
     server.post("/", &json!({})).refused(404, "INVALID_INPUT");
 }
 
@@ -153,6 +161,10 @@ fn where_there_are_keys_only_they_open() {
     server.with_key(Some(&user));
     server.post(TEXT, &json!({"prompt": "A", "max_tokens": 1})).ok();
     server.get("/admin/report.json").refused(403, "FORBIDDEN");
+    // The name of the scheme may be written in any way (RFC 9110, 11.1).
+    server.with_key(None);
+    server.get_with("/v1/models", &[("authorization", &format!("bearer {user}"))]).ok();
+    server.get_with("/v1/models", &[("authorization", &format!("Basic {user}"))]).refused(401, "INVALID_API_KEY");
     server.with_key(Some(&admin));
     server.get("/admin/report.json").ok();
     server.get("/admin/live.json").ok();
@@ -286,12 +298,19 @@ fn pages_of_other_origins_may_ask_only_if_they_are_let() {
     named.get_with("/v1/models", &[("host", "Evil.Example"), ("sec-fetch-site", "same-origin")]).ok();
     named.get_with("/v1/models", &[("host", "third.example")]).refused(403, "FORBIDDEN");
     let open = Server::start(&["--cors", "https://example.org"]);
-    let reply = open.get_with("/v1/models", &[("sec-fetch-site", "cross-site")]);
+    let from = |origin| [("sec-fetch-site", "cross-site"), ("origin", origin)];
+    let reply = open.get_with("/v1/models", &from("https://example.org"));
     reply.ok();
     assert_eq!(reply.headers["access-control-allow-origin"], "https://example.org");
+    // It is one origin that is let, and neither others nor pages that do not say theirs.
+    open.get_with("/v1/models", &from("https://example.com")).refused(403, "FORBIDDEN");
+    open.get_with("/v1/models", &from("https://example.org")[..1]).refused(403, "FORBIDDEN");
+    Server::start(&["--cors", "*"]).get_with("/v1/models", &from("https://example.com")).ok();
     let asked = open.raw(
         &[b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"],
         Duration::ZERO,
     );
-    assert!(asked.starts_with("HTTP/1.1 204") && asked.contains("authorization"), "{asked}");
+    // Whatever headers a client sends besides: that of a key is not among the star's.
+    assert!(asked.starts_with("HTTP/1.1 204") && asked.contains("allow-headers: authorization, *"), "{asked}");
+    assert!(asked.contains("expose-headers: retry-after"), "{asked}");
 }

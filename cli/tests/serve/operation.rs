@@ -1,11 +1,14 @@
 //! What an operator sees: health, metrics, reports, the log, the description of the interface.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::sync::mpsc::channel;
 
 use serde_json::{Value, json};
 
-use crate::client::{Server, ternion};
+use crate::client::{Server, faketime, ternion};
 
 const TEXT: &str = "/v1/completions";
 
@@ -188,6 +191,38 @@ fn what_is_beyond_its_threshold_is_reported() {
     let alerts = report["alerts"].as_array().expect("alerts");
     assert!(alerts.iter().any(|alert| alert["what"] == "latency_ms" && alert["threshold"] == 0.000001), "{report}");
     assert!(alerts.iter().all(|alert| alert["what"] != "memory_mb_over_baseline"), "{report}");
+}
+
+#[test]
+fn an_alert_is_said_and_sent_to_the_webhook() {
+    let Some(library) = faketime() else { return };
+    let hook = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = format!("http://{}/alerts", hook.local_addr().expect("an address"));
+    let (sender, alerts) = channel();
+    std::thread::spawn(move || {
+        for stream in hook.incoming().map_while(Result::ok) {
+            let mut lines = BufReader::new(&stream).split(b'}').map_while(Result::ok);
+            drop(sender.send(String::from_utf8(lines.next().unwrap_or_default()).expect("UTF-8")));
+            // Whether the server waits for it is its affair.
+            drop((&stream).write_all(b"HTTP/1.1 204 No Content\r\n\r\n"));
+        }
+    });
+    // A minute takes a second, and so all other times are longer.
+    let options = ["--alert-latency", "0.000001", "--alert-webhook", &url, "--patience", "60m", "--drain", "60m"];
+    let mut command = ternion(&Server::arguments(&options));
+    command.env("LD_PRELOAD", library).env("FAKETIME", "+0 x60");
+    let server = Server::run(command);
+    let sent = Cell::new(String::new());
+    server.until("an alert is sent", |server| {
+        server.get("/v1/models").ok();
+        alerts.try_recv().map(|alert| sent.set(alert)).is_ok()
+    });
+    let alert = sent.take();
+    assert!(alert.starts_with("POST /alerts HTTP/1.1"), "{alert}");
+    assert!(alert.contains(r#"{"what":"latency_ms","value":"#) && alert.ends_with(r#""threshold":1e-6"#), "{alert}");
+    server.signal("-TERM");
+    let (status, said) = server.wait();
+    assert!(status.success() && said.contains("alert: latency_ms was "), "{said}");
 }
 
 #[test]

@@ -117,7 +117,9 @@ pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     if let Some(origin) = &app.options.cors {
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
-        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("authorization, content-type"));
+        // Clients have headers of their own; the star stands for all but the key's.
+        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("authorization, *"));
+        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("retry-after, x-request-id"));
     }
     response
 }
@@ -125,8 +127,9 @@ pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next
 /// Who asks, as a number, and whether they may.
 fn admit(app: &App, request: &Request, path: &str) -> (u64, Result<(), ApiError>) {
     let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip().to_canonical());
-    let bearer = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let key = bearer.and_then(|value| value.strip_prefix("Bearer "));
+    let authorization = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let bearer = authorization.and_then(|value| value.split_once(' '));
+    let key = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, key)| key);
     let caller = app.options.keys.as_ref().zip(key).and_then(|(keys, key)| keys.find(key.trim()));
     let mut digest = Sha256::new();
     digest.update(app.salt);
@@ -140,7 +143,7 @@ fn admit(app: &App, request: &Request, path: &str) -> (u64, Result<(), ApiError>
     let admitted = match (&app.options.keys, needs) {
         (_, Needs::Nothing) => Ok(()),
         _ if !app.options.hosts.allow(request) => Err(ApiError::unknown_host()),
-        _ if app.options.cors.is_none() && is_foreign(request) => Err(ApiError::foreign()),
+        _ if is_foreign(request) && !is_let_in(app.options.cors.as_ref(), request) => Err(ApiError::foreign()),
         (Some(_), _) if caller.is_none() => Err(ApiError::unauthorised()),
         (Some(_), Needs::Admin) if caller.is_some_and(|caller| !caller.admin) => Err(ApiError::forbidden()),
         (None, Needs::Admin) if peer.is_some_and(|peer| !peer.is_loopback()) => Err(ApiError::forbidden()),
@@ -153,6 +156,11 @@ fn admit(app: &App, request: &Request, path: &str) -> (u64, Result<(), ApiError>
         _ => app.rate.count(client).map_err(ApiError::rate_limited),
     };
     (client, counted.and(admitted))
+}
+
+/// Whether `--cors` is for the page that asks.
+fn is_let_in(cors: Option<&HeaderValue>, request: &Request) -> bool {
+    cors.is_some_and(|origin| origin == "*" || request.headers().get(header::ORIGIN) == Some(origin))
 }
 
 /// What one client has of addresses: one of version 4, or 2^64 of version 6.

@@ -55,7 +55,7 @@ impl Fields {
     /// If it is something else.
     pub fn integer(&self, name: &str, range: RangeInclusive<usize>) -> Result<Option<usize>, ApiError> {
         let Some(value) = self.get(name) else { return Ok(None) };
-        match value.as_u64().and_then(|number| usize::try_from(number).ok()) {
+        match whole(value).and_then(|number| usize::try_from(number).ok()) {
             Some(number) if range.contains(&number) => Ok(Some(number)),
             _ => {
                 Err(ApiError::field(name, format!("expected a whole number from {} to {}", range.start(), range.end())))
@@ -110,4 +110,11 @@ impl Fields {
             Some(_) => Err(ApiError::field(name, "is not supported by this server: leave it out")),
         }
     }
+}
+
+/// A whole number, which may be written as `5.0`: languages with one type of number do.
+fn whole(value: &Value) -> Option<u64> {
+    const EXACT: f64 = (1u64 << 53) as f64;
+    let float = || value.as_f64().filter(|number| number.fract() == 0.0 && (0.0..EXACT).contains(number));
+    value.as_u64().or_else(|| float().map(|number| number as u64))
 }

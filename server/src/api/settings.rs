@@ -66,11 +66,14 @@ impl Settings {
             )
         })?;
         let stream = fields.boolean("stream")?;
-        let include_usage = fields.get("stream_options").map(|options| options["include_usage"].clone());
-        let include_usage = match include_usage {
-            None | Some(Value::Null) => false,
-            Some(Value::Bool(include)) => include,
-            Some(_) => return Err(ApiError::field("stream_options.include_usage", "expected true or false")),
+        let include_usage = match fields.get("stream_options") {
+            None => false,
+            Some(Value::Object(options)) => match options.get("include_usage") {
+                None | Some(Value::Null) => false,
+                Some(Value::Bool(include)) => *include,
+                Some(_) => return Err(ApiError::field("stream_options.include_usage", "expected true or false")),
+            },
+            Some(_) => return Err(ApiError::field("stream_options", "expected an object")),
         };
         let schema = response_format(fields)?;
         let grammar = schema.as_ref().map(|schema| {
