@@ -78,7 +78,7 @@ impl ShapeSearch<'_, '_> {
     }
 
     /// Tries schedules until everything is tried, or until what is left of the time until `deadline` is what the final
-    /// will take, but at most `reserve`; `first` before all others.
+    /// will take, but between a third of `reserve` and all of it; `first` before all others.
     pub(crate) fn explore(&mut self, first: &[Schedule], tools: &mut Tools<'_>, deadline: Duration, reserve: Duration) {
         let patience = deadline.saturating_sub(self.search.stopwatch.elapsed() + reserve).mul_f64(LISTING_SHARE);
         let mut open = self.open(patience);
@@ -98,7 +98,7 @@ impl ShapeSearch<'_, '_> {
             if batch.is_empty() {
                 batch = self.promising(&mut open, tools.model);
             }
-            let until = deadline.saturating_sub(reserve.min(self.final_cost()));
+            let until = deadline.saturating_sub(self.final_cost().clamp(reserve / 3, reserve));
             if batch.is_empty() || self.search.stopwatch.elapsed() >= until {
                 break;
             }

@@ -4,6 +4,7 @@ use ternion_kernels_ref::attention::{KEY_BLOCK, WideRow};
 use ternion_kernels_ref::lanes::LANES;
 
 use super::{CachedBlock, Factors, Groups, Running, Scores, VECTORS, fetch, merge_values, merge_weights};
+use crate::memory::prefetch;
 use crate::ops::lanes::Lanes;
 
 /// Two elements of each of sixteen positions, or of sixteen dimensions.
@@ -317,6 +318,9 @@ fn attend<L: Level, const ONE: usize, const TWO: usize, const FOUR: usize>(
     assert!(head_dim.is_multiple_of(2), "attend: heads of whole pairs");
     cached.check(head_dim, &running, true);
 
+    // Steps lie apart from what is read in a stream.
+    prefetch(cached.key_steps);
+    prefetch(cached.value_steps);
     let [keys, values, next_keys] =
         [cached.keys, cached.values, cached.next_keys].map(|elements| elements.as_chunks().0);
     let [key_steps, value_steps] = [cached.key_steps, cached.value_steps].map(|steps| steps.as_chunks().0);
