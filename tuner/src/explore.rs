@@ -31,6 +31,10 @@ const HOPELESS: [f64; TRIAL_SAMPLES - 1] = [4.0, 1.5];
 /// Samples without which nobody leads: of hundreds that were measured three times, the fastest has been lucky.
 const LEADING_SAMPLES: usize = 9;
 
+/// Of the time that exploring leaves, the final has at least this part; before that, those who may be in it are measured
+/// again.
+const FINAL_SHARE: f64 = 0.75;
+
 /// Candidates that are compiled and tried at a time.
 const BATCH: usize = 8;
 
@@ -108,7 +112,7 @@ impl ShapeSearch<'_, '_> {
             self.try_out(&batch, tools, &mut drift, until);
             batch.clear();
         }
-        let until = deadline.saturating_sub(reserve / 2);
+        let until = deadline.saturating_sub(reserve.mul_f64(FINAL_SHARE));
         while self.settle(FINAL_SCHEDULES, tools, &drift, until) {
             self.look_at(&mut drift, tools.bench);
         }
