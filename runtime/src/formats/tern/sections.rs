@@ -23,8 +23,8 @@ use crate::screen;
 const STEP: usize = 4 << 20;
 /// What the matrices that are being made at a time may take; several times the largest one's packed size each.
 const IN_FLIGHT: u64 = 192 << 20;
-/// Bytes that are written before they are sent to the disk.
-const FLUSH: usize = 32 << 20;
+/// Bytes that are written before they are sent to the disk: every time costs a commit of the file system.
+const FLUSH: usize = 256 << 20;
 
 /// What a worker makes in one go, and the journal has an entry for.
 pub(super) struct Unit {
