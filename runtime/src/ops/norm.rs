@@ -40,19 +40,18 @@ fn rms_norm_in_place_body(x: &mut [f32], weight: &[f32], eps: f32) {
 
 /// The largest `|x|`, 0 if there is none. NaN compares as false and so takes no part.
 #[inline(always)]
-fn absolute_max(chunks: impl Iterator<Item = Lanes>, tail: impl Iterator<Item = f32>) -> f32 {
+pub(super) fn absolute_max(chunks: impl Iterator<Item = Lanes>, tail: impl Iterator<Item = f32>) -> f32 {
     let larger = |max: f32, x: f32| if x.abs() > max { x.abs() } else { max };
     let max = chunks.fold(Lanes::ZERO, |max, x| max.zip(x, larger));
     tail.fold(max.0.into_iter().fold(0.0, larger), larger)
 }
 
-/// One element as int8. Clamping before rounding is the same as after it, since ±127 are whole numbers; adding
-/// 1.5·2²³ rounds half to even and leaves the whole number in the low bits.
+/// `x`, rounded half to even and limited to whole numbers from `-levels` to `levels`, in the low bits; 0 for NaN. Clamping
+/// before rounding is the same as after it, since the ends are whole numbers, and adding 1.5·2²³ rounds.
 #[inline(always)]
-fn to_int8(x: f32, q: f32) -> i8 {
+pub(super) fn to_whole(x: f32, levels: f32) -> u32 {
     const ROUND: f32 = 12_582_912.0;
-    let x = x * q;
-    ((if x.is_nan() { 0.0 } else { x }).clamp(-127.0, 127.0) + ROUND).to_bits() as i8
+    ((if x.is_nan() { 0.0 } else { x }).clamp(-levels, levels) + ROUND).to_bits()
 }
 
 #[inline(always)]
@@ -62,7 +61,7 @@ fn quantize_body(x: &[f32], target: &mut [i8]) -> f32 {
     let max = absolute_max(chunks.iter().map(|x| Lanes(*x)), tail.iter().copied());
     let q = 127.0 / max.max(MIN_SCALE);
     for (target, x) in target.iter_mut().zip(x) {
-        *target = to_int8(*x, q);
+        *target = to_whole(*x * q, 127.0) as i8;
     }
     q
 }

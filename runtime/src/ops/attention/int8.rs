@@ -6,6 +6,7 @@ use ternion_kernels_ref::lanes::LANES;
 use super::{CachedBlock, Factors, Groups, Running, Scores, VECTORS, fetch, merge_values, merge_weights};
 use crate::memory::prefetch;
 use crate::ops::lanes::Lanes;
+use crate::ops::norm::{absolute_max, to_whole};
 
 /// Two elements of each of sixteen positions, or of sixteen dimensions.
 type Pairs = [i8; 2 * LANES];
@@ -383,20 +384,11 @@ pub fn attend_block_int8(queries: WideQueries<'_>, block: CachedBlock<'_, i8>, s
 /// Rounds numbers as [`WideRow::new`] does; returns their step.
 #[inline(always)]
 fn widen_row(x: &[f32], target: &mut [i16], len: usize) -> f32 {
-    /// Adding 1.5·2²³ rounds half to even and leaves the whole number in the low bits.
-    const ROUND: f32 = 12_582_912.0;
     let levels = WideRow::levels(len);
-    let mut largest = Lanes::ZERO;
-    let larger = |largest: f32, x: f32| if x.abs() > largest { x.abs() } else { largest };
     let (chunks, tail) = x.as_chunks();
-    for x in chunks {
-        largest = largest.zip(Lanes(*x), larger);
-    }
-    let largest = tail.iter().copied().fold(largest.largest(), larger);
-    let q = levels / largest.max(WideRow::MIN);
+    let q = levels / absolute_max(chunks.iter().map(|x| Lanes(*x)), tail.iter().copied()).max(WideRow::MIN);
     for (target, x) in target.iter_mut().zip(x) {
-        let x = x * q;
-        *target = ((if x.is_nan() { 0.0 } else { x }).clamp(-levels, levels) + ROUND).to_bits() as i16;
+        *target = to_whole(*x * q, levels) as i16;
     }
     1.0 / q
 }
