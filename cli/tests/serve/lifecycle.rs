@@ -201,9 +201,7 @@ fn long_prompts_do_not_hold_up_running_texts() {
     server.post(TEXT, &json!({"prompt": prompt, "max_tokens": 1})).ok();
     // The prompt took many passes, and the running text had a token in each.
     assert_eq!(running.last().as_deref(), Some("[DONE]"), "{:?}", begun.elapsed());
-    // A pass is counted after its tokens have been sent.
-    server.until("all are counted", |server| server.metric("ternion_pass_seconds_count") >= 200.0);
     let passes = server.metric("ternion_pass_seconds_count");
     let most = server.metric("ternion_batch_tokens_sum");
-    assert!(most > passes, "{most} tokens in {passes} passes");
+    assert!(passes >= 200.0 && most > passes, "{most} tokens in {passes} passes");
 }

@@ -175,13 +175,14 @@ impl Scheduler<'_> {
         let queries: Vec<_> = asking.iter().filter_map(|at| slots[*at].query()).collect();
         lists.resize_with(queries.len().max(lists.len()), Vec::new);
         shared.model.head().candidates(&shared.team, queries.iter().copied(), head, &mut lists[..asking.len()]);
+        // Before anyone hears of it: who has an answer finds its passes counted.
+        shared.metrics.pass(size, texts, start.elapsed());
         let mut ended = vec![false; slots.len()];
         let asked = slots.iter_mut().zip(&mut ended).enumerate().filter(|(at, _)| asking.binary_search(at).is_ok());
         choose(&shared.team, asked.map(|(_, asked)| asked).zip(lists));
         for (slot, ended) in slots.iter_mut().zip(&mut ended).filter(|(slot, _)| slot.embeds()) {
             *ended = slot.embed() == Progress::Ended;
         }
-        shared.metrics.pass(size, texts, start.elapsed());
         let mut ended = ended.into_iter();
         for slot in self.slots.extract_if(.., |_| ended.next().unwrap_or(false)) {
             self.prefixes.keep(slot.sequence);
