@@ -223,10 +223,13 @@ impl<'a> Slot<'a> {
 
     fn end(&mut self, finish: Finish, completion_tokens: usize) -> Progress {
         self.job.trace.ended(End::Finished(finish.name()), self.cached);
-        self.send(Event::Done(Done { finish, completion_tokens, cached_tokens: self.cached }));
+        let done = Event::Done(Done { finish, completion_tokens, cached_tokens: self.cached });
+        // Before the reader has it: who asks again at once finds it kept.
         if let Some(key) = self.job.key.take() {
+            self.sent.push(done.clone());
             self.shared.responses.keep(key, std::mem::take(&mut self.sent));
         }
+        self.send(done);
         Progress::Ended
     }
 
