@@ -91,6 +91,9 @@ fn winners(report: &Report) -> String {
         );
     }
     table += "</table></div>";
+    for remark in report.remarks() {
+        let _ = write!(table, "<p class=\"soft\">{}</p>", escape(&remark));
+    }
     format!(
         "<section><h2>The winners</h2><p>Times are medians of one product with the whole matrix. The last columns say how many times faster than the \
          guess, the median and the worst: the guess is what ternion would use without measuring; the median and the worst are over everything that was measured.</p>{table}</section>"

@@ -277,6 +277,7 @@ mod tests {
             assert!(!page.contains(reference), "{reference}");
         }
         assert!(page.contains("&lt;script&gt;"));
+        assert!(report.remarks().iter().all(|remark| page.contains(remark)), "what the table says below it");
         assert_eq!(page.matches("<svg").count(), page.matches("</svg>").count());
     }
 }
