@@ -44,7 +44,8 @@ impl<E: Copy, W: Widen<E>> Block<'_, E, W> {
                 }
             }
             for (scores, sums) in scores.iter_mut().zip(sums) {
-                for (score, sum) in scores[round * V..].iter_mut().zip(sums) {
+                let scores = &mut scores.as_chunks_mut::<V>().0[round];
+                for (score, sum) in scores.iter_mut().zip(sums) {
                     *score = sum.map(|sum| sum * self.scale);
                 }
             }
@@ -57,10 +58,7 @@ impl<E: Copy, W: Widen<E>> Block<'_, E, W> {
     fn merge<const G: usize, const V: usize>(&self, queries: [&[f32]; G], running: Running<'_>) {
         let Running { max, sum, values } = running;
         let mut weights = self.scores::<G, V>(queries);
-        let mut factors = [(0.0, 0.0); G];
-        for g in 0..G {
-            factors[g] = merge_weights(&mut weights[g], &self.cached, &mut max[g], &mut sum[g]);
-        }
+        let factors = merge_weights(&mut weights, &self.cached, max, sum);
         let width = values.len() / G / LANES;
         let (targets, _) = values.as_chunks_mut::<LANES>();
         let mut group = 0;
@@ -149,7 +147,7 @@ macro_rules! attend_at_every_level {
         ))]
         $vis fn $name(queries: &[f32], block: CachedBlock<'_, $element>, scale: f32, running: Running<'_>) {
             multiversion::target::match_target! {
-                "x86_64+avx512f" => attend::<_, 4, 4, 4>(queries, block, scale, running, |e: &_| $widen_avx512(e)),
+                "x86_64+avx512f" => attend::<_, 4, 4, 2>(queries, block, scale, running, |e: &_| $widen_avx512(e)),
                 "x86_64+avx2+f16c" => attend::<_, 4, 2, 1>(queries, block, scale, running, |e: &_| $widen_avx2(e)),
                 _ => attend::<_, 4, 2, 1>(queries, block, scale, running, $widen),
             }

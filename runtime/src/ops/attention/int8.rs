@@ -34,7 +34,8 @@ trait Level: Copy {
     fn widen(self, pairs: &Pairs) -> Self::Wide;
     /// Adds to each sum its two elements, times the two of `factors`.
     fn add(self, sums: Self::Sums, factors: [i16; 2], pairs: Self::Wide) -> Self::Sums;
-    fn totals(self, sums: Self::Sums) -> [i32; LANES];
+    /// The sums, rounded to `f32`.
+    fn floats(self, sums: Self::Sums) -> Lanes;
 }
 
 /// Plain integers.
@@ -64,8 +65,12 @@ impl Level for Portable {
     }
 
     #[inline(always)]
-    fn totals(self, sums: [i32; LANES]) -> [i32; LANES] {
-        sums
+    fn floats(self, sums: [i32; LANES]) -> Lanes {
+        let mut floats = Lanes::ZERO;
+        for (float, sum) in floats.0.iter_mut().zip(sums) {
+            *float = sum as f32;
+        }
+        floats
     }
 }
 
@@ -74,12 +79,13 @@ mod x86 {
     //! Levels whose instructions no compiler finds by itself.
 
     use std::arch::x86_64::{
-        __m256i, __m512i, _mm_loadu_si128, _mm256_add_epi32, _mm256_cvtepi8_epi16, _mm256_loadu_si256,
-        _mm256_madd_epi16, _mm256_set1_epi32, _mm256_setzero_si256, _mm256_storeu_si256, _mm512_cvtepi8_epi16,
-        _mm512_dpwssd_epi32, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_storeu_si512,
+        __m256i, __m512i, _mm_loadu_si128, _mm256_add_epi32, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps,
+        _mm256_loadu_si256, _mm256_madd_epi16, _mm256_set1_epi32, _mm256_setzero_si256, _mm256_storeu_ps,
+        _mm512_cvtepi8_epi16, _mm512_cvtepi32_ps, _mm512_dpwssd_epi32, _mm512_set1_epi32, _mm512_setzero_si512,
+        _mm512_storeu_ps,
     };
 
-    use super::{LANES, Level, Pairs};
+    use super::{LANES, Lanes, Level, Pairs};
 
     /// Two int16 as one number, the first in its lower half.
     #[inline(always)]
@@ -114,14 +120,14 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub(super) fn totals_avx2(sums: [__m256i; 2]) -> [i32; LANES] {
-        let mut totals = [0; LANES];
+    pub(super) fn floats_avx2(sums: [__m256i; 2]) -> Lanes {
+        let mut floats = Lanes::ZERO;
         // SAFETY: each half is 32 bytes.
         unsafe {
-            _mm256_storeu_si256(totals.as_mut_ptr().cast(), sums[0]);
-            _mm256_storeu_si256(totals.as_mut_ptr().add(LANES / 2).cast(), sums[1]);
+            _mm256_storeu_ps(floats.0.as_mut_ptr(), _mm256_cvtepi32_ps(sums[0]));
+            _mm256_storeu_ps(floats.0.as_mut_ptr().add(LANES / 2), _mm256_cvtepi32_ps(sums[1]));
         }
-        totals
+        floats
     }
 
     #[inline]
@@ -145,11 +151,11 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub(super) fn totals_avx512(sums: __m512i) -> [i32; LANES] {
-        let mut totals = [0; LANES];
-        // SAFETY: the totals are 64 bytes.
-        unsafe { _mm512_storeu_si512(totals.as_mut_ptr().cast(), sums) };
-        totals
+    pub(super) fn floats_avx512(sums: __m512i) -> Lanes {
+        let mut floats = Lanes::ZERO;
+        // SAFETY: sixteen lanes are 64 bytes.
+        unsafe { _mm512_storeu_ps(floats.0.as_mut_ptr(), _mm512_cvtepi32_ps(sums)) };
+        floats
     }
 
     /// A level made of functions that only it may call.
@@ -158,7 +164,7 @@ mod x86 {
         pub(super) zero: Z,
         pub(super) widen: W,
         pub(super) add: A,
-        pub(super) totals: T,
+        pub(super) floats: T,
     }
 
     impl<X, S, Z, W, A, T> Level for By<Z, W, A, T>
@@ -168,7 +174,7 @@ mod x86 {
         Z: Fn() -> S + Copy,
         W: Fn(&Pairs) -> X + Copy,
         A: Fn(S, [i16; 2], X) -> S + Copy,
-        T: Fn(S) -> [i32; LANES] + Copy,
+        T: Fn(S) -> Lanes + Copy,
     {
         type Wide = X;
         type Sums = S;
@@ -189,8 +195,8 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn totals(self, sums: S) -> [i32; LANES] {
-            (self.totals)(sums)
+        fn floats(self, sums: S) -> Lanes {
+            (self.floats)(sums)
         }
     }
 }
@@ -215,7 +221,14 @@ fn dots<L: Level, const G: usize, const V: usize>(
             }
         }
     }
-    sums.map(|sums| sums.map(|sums| Lanes(level.totals(sums).map(|sum| sum as f32))))
+    // Not by `map`, which may become a call of a function without the level's features.
+    let mut floats = [[Lanes::ZERO; V]; G];
+    for (floats, sums) in floats.iter_mut().zip(sums) {
+        for (floats, sums) in floats.iter_mut().zip(sums) {
+            *floats = level.floats(sums);
+        }
+    }
+    floats
 }
 
 /// One block of one key-value head.
@@ -242,8 +255,9 @@ impl<L: Level> Block<'_, L> {
             let fetch = |pair| fetch(self.values, (round * pairs + pair) * V, V);
             let sums = dots::<L, G, V>(self.level, queries, keys, fetch);
             for ((scores, sums), scale) in scores.iter_mut().zip(sums).zip(scales) {
-                let steps = &self.key_steps[round * V..];
-                for ((score, sum), steps) in scores[round * V..].iter_mut().zip(sums).zip(steps) {
+                let scores = &mut scores.as_chunks_mut::<V>().0[round];
+                let steps = &self.key_steps.as_chunks::<V>().0[round];
+                for ((score, sum), steps) in scores.iter_mut().zip(sums).zip(steps) {
                     *score = sum.zip(Lanes(*steps), |sum, step| sum * (scale * step));
                 }
             }
@@ -257,9 +271,9 @@ impl<L: Level> Block<'_, L> {
         let Running { max, sum, values } = running;
         let mut scores = self.scores::<G, V>(queries, scales);
         let mut weights = [[[0; 2]; PAIRS]; G];
-        let (mut steps, mut factors) = ([0.0; G], [(0.0, 0.0); G]);
+        let factors = merge_weights(&mut scores, &self.cached, max, sum);
+        let mut steps = [0.0; G];
         for g in 0..G {
-            factors[g] = merge_weights(&mut scores[g], &self.cached, &mut max[g], &mut sum[g]);
             let mut weighed = [[0.0; LANES]; VECTORS];
             for ((weighed, weight), steps) in weighed.iter_mut().zip(scores[g]).zip(self.value_steps) {
                 *weighed = weight.zip(Lanes(*steps), |weight, step| weight * step).0;
@@ -351,7 +365,7 @@ pub(super) fn attend_avx2(queries: WideQueries<'_>, block: CachedBlock<'_, i8>, 
         zero: || x86::zero_avx2(),
         widen: |pairs: &Pairs| x86::widen_avx2(pairs),
         add: |sums, factors, pairs| x86::add_avx2(sums, factors, pairs),
-        totals: |sums| x86::totals_avx2(sums),
+        floats: |sums| x86::floats_avx2(sums),
     };
     attend::<_, 4, 2, 1>(level, queries, block, scale, running);
 }
@@ -372,7 +386,7 @@ pub fn attend_block_int8(queries: WideQueries<'_>, block: CachedBlock<'_, i8>, s
                 zero: || x86::zero_avx512(),
                 widen: |pairs: &Pairs| x86::widen_avx512(pairs),
                 add: |sums, factors, pairs| x86::add_vnni(sums, factors, pairs),
-                totals: |sums| x86::totals_avx512(sums),
+                floats: |sums| x86::floats_avx512(sums),
             };
             attend::<_, 4, 4, 4>(level, queries, block, scale, running);
         }

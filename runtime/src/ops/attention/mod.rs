@@ -103,14 +103,17 @@ type Scores = [Lanes; VECTORS];
 /// and the sum of the weights.
 #[inline(always)]
 fn weigh(scores: &mut Scores, first: usize, positions: usize) -> (f32, f32) {
-    let mut max = Lanes::splat(f32::NEG_INFINITY);
-    for (vector, scores) in scores.iter_mut().enumerate() {
+    if first > 0 || positions < KEY_BLOCK {
         // e^−∞ is 0.
-        let lane = |position: usize| position.saturating_sub(vector * LANES).min(LANES);
-        scores.0[..lane(first)].fill(f32::NEG_INFINITY);
-        if positions < (vector + 1) * LANES {
-            scores.0[lane(positions)..].fill(f32::NEG_INFINITY);
+        for (vector, scores) in scores.iter_mut().enumerate() {
+            let seen = |lane: usize| (first..positions).contains(&(vector * LANES + lane));
+            for (lane, score) in scores.0.iter_mut().enumerate() {
+                *score = if seen(lane) { *score } else { f32::NEG_INFINITY };
+            }
         }
+    }
+    let mut max = scores[0];
+    for scores in &scores[1..] {
         max = max.zip(*scores, |max, score| if score > max { score } else { max });
     }
     let max = max.largest();
@@ -125,15 +128,32 @@ fn weigh(scores: &mut Scores, first: usize, positions: usize) -> (f32, f32) {
 /// Factors of a head's values: of what came before a block, and of the block's own.
 type Factors = (f32, f32);
 
-/// [`weigh`]s one head's scores, and merges their maximum and sum into what came before.
+/// [`weigh`]s the scores of some heads, and merges their maxima and sums into what came before.
 #[inline(always)]
-fn merge_weights<E>(scores: &mut Scores, block: &CachedBlock<'_, E>, max: &mut f32, sum: &mut f32) -> Factors {
-    let (block_max, block_sum) = weigh(scores, block.first, block.positions);
-    let larger = max.max(block_max);
-    let (old, new) = (math::exp(*max - larger), math::exp(block_max - larger));
-    *sum = sum.mul_add(old, block_sum * new);
-    *max = larger;
-    (old, new)
+fn merge_weights<E, const G: usize>(
+    scores: &mut [Scores; G],
+    block: &CachedBlock<'_, E>,
+    max: &mut [f32],
+    sum: &mut [f32],
+) -> [Factors; G] {
+    const { assert!(2 * G <= LANES, "two exponentials a head") };
+    let (mut exponentials, mut sums) = (Lanes::ZERO, [0.0; G]);
+    for g in 0..G {
+        let block_max;
+        (block_max, sums[g]) = weigh(&mut scores[g], block.first, block.positions);
+        let larger = max[g].max(block_max);
+        (exponentials.0[g], exponentials.0[G + g]) = (max[g] - larger, block_max - larger);
+        max[g] = larger;
+    }
+    // All at once: one after the other they take as long as those of all positions.
+    exponentials = exponentials.map(math::exp);
+    let mut factors = [(0.0, 0.0); G];
+    for g in 0..G {
+        let (old, new) = (exponentials.0[g], exponentials.0[G + g]);
+        sum[g] = sum[g].mul_add(old, sums[g] * new);
+        factors[g] = (old, new);
+    }
+    factors
 }
 
 /// Merges a block's weighted values in one group of lanes into what came before.
