@@ -210,7 +210,7 @@ fn runners(options: &Bench, checkpoint: &Checkpoint, longest: usize) -> Result<V
         let (kernels, choices) = match options.kernel {
             Some(kernel) => (forced(kernel), None),
             None => {
-                let choices = schedules(&start(checkpoint.config()), &cpu, &team)?;
+                let choices = schedules(&start(checkpoint), &cpu, &team)?;
                 (KernelChoice::Tuned(choices.clone()), Some(choices))
             }
         };

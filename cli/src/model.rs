@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ternion_compiler::{Cpu, Schedule};
-use ternion_runtime::formats::{Checkpoint, ModelConfig, Projection};
+use ternion_runtime::formats::{Checkpoint, Projection};
 use ternion_runtime::lora::Adapter;
-use ternion_runtime::model::{KernelChoice, LoadReport, Model, problems, sparse_shape};
+use ternion_runtime::model::{KernelChoice, LoadReport, Model, held, problems, sparse_shape};
 use ternion_runtime::team::{Team, available_threads};
 use ternion_tuner::{Budget, CacheDir, Choice, Choices, Request, choose};
 
@@ -82,9 +82,10 @@ pub(crate) fn team(threads: Option<NonZeroUsize>) -> Result<Arc<Team>> {
     Ok(Arc::new(Team::new(threads.map_or_else(available_threads, usize::from))?))
 }
 
-/// What a start asks of the tuner: what is known, or a short race.
-pub(crate) fn start(config: &ModelConfig) -> Request {
-    Request { sparse: sparse_shape(config), ..Request::new(problems(config), Budget::RACE) }
+/// What a start asks of the tuner: what is known, or a short race, and no conversion that is not worth it.
+pub(crate) fn start(checkpoint: &Checkpoint) -> Request {
+    let config = checkpoint.config();
+    Request { sparse: sparse_shape(config), held: held(checkpoint), ..Request::new(problems(config), Budget::RACE) }
 }
 
 /// The schedules that `request` asks for: remembered ones, or the winners of a race. Warnings go to the terminal.
@@ -133,7 +134,7 @@ pub(crate) fn ready(options: &ModelOptions) -> Result<Ready> {
         Some(kernel) => forced(kernel),
         None => {
             let second_copies = options.room.second_copies(checkpoint.config());
-            let request = Request { second_copies, ..start(checkpoint.config()) };
+            let request = Request { second_copies, ..start(&checkpoint) };
             let choices = schedules(&request, &cpu, &team)?;
             times.tune = choices.spent;
             times.raced = !choices.all_known();

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use ternion_compiler::Cpu;
 use ternion_runtime::formats::Checkpoint;
-use ternion_runtime::model::{DEFAULT_CHUNK, KernelChoice, KvType, problems};
+use ternion_runtime::model::{DEFAULT_CHUNK, KernelChoice, KvType};
 use ternion_runtime::team::Team;
 use ternion_server::api::Hosts;
 use ternion_server::engine::EngineOptions;
@@ -26,10 +26,10 @@ use ternion_server::monitor::{Alert, Thresholds};
 use ternion_server::security_log::SecurityLog;
 use ternion_server::trace::Tracer;
 use ternion_server::{App, Limits, Offer, Options};
-use ternion_tuner::{Budget, CpuProfile, Request, SystemStopwatch, probe};
+use ternion_tuner::{CpuProfile, SystemStopwatch, probe};
 
 use crate::arguments::{ForcedKernel, ReadOptions, Threads, parse_kernel, parse_time};
-use crate::model::{cpu, forced, load, open, schedules};
+use crate::model::{cpu, forced, load, open, schedules, start};
 use crate::output::print;
 use crate::purpose::Preset;
 use crate::serve::plan::{Plan, Wishes, plan, preset, threads};
@@ -485,7 +485,7 @@ impl Layout {
 fn offer(name: String, options: &Serve, checkpoint: &Checkpoint, cpu: &Cpu, team: &Arc<Team>) -> Result<Offer> {
     let kernels = match options.layout.kernel {
         Some(kernel) => forced(kernel),
-        None => KernelChoice::Tuned(schedules(&Request::new(problems(checkpoint.config()), Budget::RACE), cpu, team)?),
+        None => KernelChoice::Tuned(schedules(&start(checkpoint), cpu, team)?),
     };
     let model = load(checkpoint, &kernels, cpu, team)?;
     Ok(Offer::new(name, checkpoint, Arc::new(model), Arc::clone(team))?)

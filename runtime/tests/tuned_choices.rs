@@ -7,9 +7,13 @@ use std::time::Duration;
 
 use ternion_compiler::{Columns, Cpu, KernelSpec, Schedule};
 use ternion_runtime::formats::Checkpoint;
-use ternion_runtime::model::{KernelChoice, Model, Session, SessionOptions, problems, sparse_shape};
+use ternion_runtime::formats::tern::{self, HeadType};
+use ternion_runtime::model::{KernelChoice, Model, Session, SessionOptions, held, problems, ready_form, sparse_shape};
 use ternion_runtime::team::Team;
-use ternion_tuner::{Budget, CacheDir, Choice, Choices, Class, ListChoice, Problem, Request, SparseChoice, choose};
+use ternion_tuner::{
+    Alternative, Budget, CacheDir, Choice, Choices, Class, ListChoice, Problem, ProfileKey, Request, SparseChoice,
+    choose, probe,
+};
 
 const THREADS: usize = 2;
 
@@ -74,6 +78,7 @@ fn every_kernel_for_lists_and_every_break_even_says_the_same() {
             schedule: schedules[nth % schedules.len()],
             worth,
             ratios: Vec::new(),
+            alternatives: Vec::new(),
         };
         Some(SparseChoice { rows: list(&rows), columns: list(&columns) })
     };
@@ -84,4 +89,55 @@ fn every_kernel_for_lists_and_every_break_even_says_the_same() {
     for nth in [0, 1, rows.len() / 2, rows.len() - 1] {
         assert!(with(choice(nth, 1.0)) == expected, "always reading lists, kernel {nth}");
     }
+}
+
+/// A choice that reads another layout than `choice`.
+fn elsewhere(choice: Choice, k: usize) -> Choice {
+    let schedules = |columns| Schedule::candidates(&KernelSpec { k, columns }, &cpu());
+    let (ones, many) = (schedules(Columns::One), schedules(Columns::Many));
+    let pairs = ones.iter().flat_map(|one| many.iter().map(move |many| (*one, *many)));
+    let mut others = pairs.filter(|(one, many)| one.layout == many.layout && one.layout != choice.layout());
+    let (one, many) = others.next().expect("two layouts");
+    Choice::pair(one, many)
+}
+
+#[test]
+fn what_a_file_holds_is_used_where_other_kernels_are_hardly_faster() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, cache) = (directory.path().join("m.tern"), CacheDir::at(directory.path().join("cache")));
+    let team = Team::new(THREADS).unwrap();
+    // The machine's fastest kernels, by what is remembered, and the file in another layout.
+    let embedded = support::embedded();
+    let request = Request::new(problems(embedded.config()), Budget::RACE);
+    choose(&request, &cpu(), &team, &cache, &|_| {}).unwrap();
+    let key = ProfileKey::new(&probe(), &cpu(), THREADS);
+    let (mut profile, warnings) = cache.load(&key, &cpu());
+    assert!(warnings.is_empty() && !profile.shapes.is_empty(), "{warnings:?}");
+    for entry in &mut profile.shapes {
+        entry.alternatives = vec![Alternative { choice: elsewhere(entry.choice, entry.k), slower: 1.04 }];
+    }
+    cache.import(&profile).unwrap();
+    let other = |m, k| profile.shape(m, k).expect("every shape has raced").alternatives[0].choice;
+    let mut choices = guess(&embedded);
+    choices.found.iter_mut().for_each(|found| found.choice = other(found.problem.m, found.problem.k));
+    let form = ready_form(&embedded, &KernelChoice::Tuned(choices), &cpu(), HeadType::Own).unwrap();
+    let layout = |_, _, m, k| other(m, k).layout();
+    tern::write_with(&embedded, &path, &layout, form, &mut |_, _| std::ops::ControlFlow::Continue(())).unwrap();
+
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let start = |held| {
+        let request = Request { held, sparse: sparse_shape(checkpoint.config()), ..request.clone() };
+        choose(&request, &cpu(), &team, &cache, &|_| {}).unwrap()
+    };
+    let load = |choices: Choices| {
+        assert!(choices.all_known());
+        Model::load(&checkpoint, &KernelChoice::Tuned(choices), &cpu(), &team, &|_| {}).unwrap().report()
+    };
+    let report = load(start(held(&checkpoint)));
+    assert_eq!((report.packed_bytes, report.record_bytes), (0, report.mapped_record_bytes), "nothing is converted");
+    assert!(load(start(Default::default())).packed_bytes > 0, "what is faster is not what the file holds");
+    // Too slow to be used for the sake of a start.
+    profile.shapes.iter_mut().for_each(|entry| entry.alternatives[0].slower = 1.2);
+    cache.import(&profile).unwrap();
+    assert!(load(start(held(&checkpoint))).packed_bytes > 0);
 }

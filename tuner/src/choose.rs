@@ -114,6 +114,11 @@ pub(crate) fn choose_observed(
     }
     let Outcome { trials, warnings: refused, phases, .. } = outcome;
     warnings.extend(refused);
+    // What is remembered is what is fastest; what is used may be what need not be converted.
+    for found in &mut found {
+        found.prefer(request.held.layouts(found.problem.m, found.problem.k));
+    }
+    let sparse = sparse.map(|choice| choice.prefer(&request.held));
     let spent = stopwatch.elapsed();
     Ok(Choices { found, sparse, spent, phases, trials, warnings })
 }
@@ -153,15 +158,15 @@ fn look_up_one(
     let affordable = |choice: &Choice| second_copy(&problem, choice).is_none_or(|bytes| bytes <= spare);
     let entry = known.shape(m, k);
     let choice = entry.and_then(|entry| [Some(entry.choice), entry.one_copy].into_iter().flatten().find(affordable));
-    if let (Some(choice), Some(ShapeEntry { results, raced, .. })) = (choice, entry) {
-        let (results, raced) = (results.clone(), *raced);
-        return Ok(Found { problem, choice, source: Source::Known, results, raced });
+    if let (Some(choice), Some(ShapeEntry { results, raced, alternatives, .. })) = (choice, entry) {
+        let (results, raced, alternatives) = (results.clone(), *raced, alternatives.clone());
+        return Ok(Found { problem, choice, source: Source::Known, results, raced, alternatives });
     }
     let shipped = shipped::choice(machine, search.cpu, search.threads, problem);
     let guess = || search.shortlist(problem, known).guess().map(|guess| (guess, Source::Guess));
     let found = shipped.map(|choice| (choice, Source::Shipped)).or_else(guess);
     let (choice, source) = found.ok_or(NoSchedule { m, k, cpu: *search.cpu })?;
-    Ok(Found { problem, choice, source, results: Vec::new(), raced: 0 })
+    Ok(Found { problem, choice, source, results: Vec::new(), raced: 0, alternatives: Vec::new() })
 }
 
 /// Bytes of all matrices of a shape in the second layout of a choice; `None` if it has only one.
@@ -214,6 +219,7 @@ pub(crate) fn entries(
         workload: request.workload,
         second_copies: request.second_copies.unwrap_or(0),
         one_copy: one_copy.get(&at).copied(),
+        alternatives: found.alternatives.clone(),
         energy: request.energy,
         provisional,
     };

@@ -52,7 +52,8 @@ pub use product::Product;
 pub use profile::{CacheDir, MachineProfile, ProfileKey, Refusal, ShapeEntry, SparseEntry, Warning};
 pub use report::{Report, Roofline, Row, explain};
 pub use request::{
-    Budget, Choices, ClassResult, Effort, Found, NoSchedule, Phase, Phases, Problem, Progress, Request, Source, Trial,
+    Alternative, Budget, Choices, ClassResult, Effort, Found, Held, NoSchedule, Phase, Phases, Problem, Progress,
+    Request, Source, Trial,
 };
 pub use sparse::{ListChoice, SparseChoice, SparseShape};
 pub use stopwatch::{Stopwatch, SystemStopwatch};

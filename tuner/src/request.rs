@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use ternion_compiler::{Cpu, Schedule};
+use ternion_compiler::{Cpu, Layout, Schedule};
 
 use crate::contest::Figures;
 use crate::profile::Warning;
@@ -97,14 +97,56 @@ pub struct Request {
     pub sparse: Option<SparseShape>,
     /// Of schedules that are nearly as fast as the fastest, choose the one that takes least energy.
     pub energy: bool,
+    /// What a file holds already: of layouts that are nearly as fast as the fastest, one that is there is used.
+    #[serde(default)]
+    pub held: Held,
 }
+
+/// The layouts that weights lie in already, so that nothing has to be converted before the first token.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Held {
+    /// Of all matrices of a shape, `(m, k)`.
+    pub matrices: Vec<((usize, usize), Vec<Layout>)>,
+    /// Of the records of up-projections.
+    pub rows: Option<Layout>,
+    /// Of the records of down-projections.
+    pub columns: Option<Layout>,
+}
+
+impl Held {
+    /// The layouts of `[m, k]` matrices.
+    #[must_use]
+    pub fn layouts(&self, m: usize, k: usize) -> &[Layout] {
+        self.matrices.iter().find(|(shape, _)| *shape == (m, k)).map_or(&[], |(_, layouts)| layouts)
+    }
+}
+
+/// The best choice that reads another layout than the one that was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Alternative {
+    /// Its schedules.
+    pub choice: Choice,
+    /// How many times slower it was, all classes together.
+    pub slower: f64,
+}
+
+/// Up to how many times slower kernels may be if their weights need not be converted first.
+pub(crate) const NEARLY: f64 = 1.05;
 
 impl Request {
     /// What is known, or else what `budget` finds, for the usual workload and one copy of the weights.
     #[must_use]
     pub fn new(problems: Vec<Problem>, budget: Budget) -> Self {
-        let workload = Workload::default();
-        Self { problems, budget, workload, second_copies: None, again: false, sparse: None, energy: false }
+        Self {
+            problems,
+            budget,
+            workload: Workload::default(),
+            second_copies: None,
+            again: false,
+            sparse: None,
+            energy: false,
+            held: Held::default(),
+        }
     }
 }
 
@@ -175,9 +217,25 @@ pub struct Found {
     pub results: Vec<ClassResult>,
     /// Schedules that raced.
     pub raced: usize,
+    /// The best of other layouts, the fastest first.
+    #[serde(default)]
+    pub alternatives: Vec<Alternative>,
 }
 
 impl Found {
+    /// Takes the fastest alternative whose layouts are all `held`, if the choice's are not and it is nearly as fast.
+    pub(crate) fn prefer(&mut self, held: &[Layout]) {
+        let is_held = |choice: &Choice| choice.layouts().iter().all(|layout| held.contains(layout));
+        if is_held(&self.choice) {
+            return;
+        }
+        if let Some(other) = self.alternatives.iter().find(|other| other.slower <= NEARLY && is_held(&other.choice)) {
+            self.choice = other.choice;
+            // Of the fastest.
+            self.results.clear();
+        }
+    }
+
     /// What was measured for a class.
     #[must_use]
     pub fn result(&self, class: Class) -> Option<&ClassResult> {

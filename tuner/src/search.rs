@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use ternion_compiler::{CompileError, Cpu, Family, Schedule};
+use ternion_compiler::{CompileError, Cpu, Family, Layout, Schedule};
 
 use crate::bench::Bench;
 use crate::contest::{Entrant, Figures, MAX_ROUNDS, Rules, Standing, Verdict, contest};
@@ -16,7 +16,9 @@ use crate::energy::EnergyMeter;
 use crate::explore::{ShapeSearch, Tools};
 use crate::held_out::{ROUNDS, Rounds, rounds, total};
 use crate::profile::{MachineProfile, Refusal, Warning};
-use crate::request::{ClassResult, Effort, Found, Phase, Phases, Problem, Progress, Request, Source, Trial};
+use crate::request::{
+    Alternative, ClassResult, Effort, Found, Phase, Phases, Problem, Progress, Request, Source, Trial,
+};
 use crate::seeds::compile;
 use crate::shortlist::Shortlist;
 use crate::sparse::{self, SparseSearch};
@@ -96,13 +98,27 @@ impl Search<'_> {
         Shortlist::new(problem.k, self.cpu, self.request.budget.seeds(), &refused)
     }
 
-    /// The shortlist, with what is known or shipped first.
+    /// The shortlist, with what is known or shipped first, and then the guess as it would read the layouts that are held.
     fn seeds(&self, found: &Found, known: &MachineProfile) -> Shortlist {
+        let Problem { m, k, .. } = found.problem;
         let mut list = self.shortlist(found.problem, known);
+        let guess = list.guess();
+        for layout in self.request.held.layouts(m, k) {
+            let of = |class| self.moved(known, class, k, guess?.of(class), *layout);
+            if let Some((one, many)) = of(Class::One).zip(of(Class::Batch)) {
+                list.promote(Choice::pair(one, many));
+            }
+        }
         if found.choice.layouts().len() == 1 {
             list.promote(found.choice);
         }
         list
+    }
+
+    /// A schedule for another layout, if it is legal there.
+    fn moved(&self, known: &MachineProfile, class: Class, k: usize, of: Schedule, layout: Layout) -> Option<Schedule> {
+        let (spec, moved) = (class.spec(k), Schedule { layout, ..of });
+        (moved.check(&spec, self.cpu).is_ok() && !known.is_refused(&spec, &moved)).then_some(moved)
     }
 
     /// Races every shape of `found` that wants it, each with an equal part of the time that compiling seeds leaves.
@@ -285,13 +301,9 @@ impl ShapeSearch<'_, '_> {
         }
         if let Some(guess) = self.guess {
             for class in Class::ALL {
-                let (spec, guess) = (class.spec(self.problem.k), guess.of(class));
-                let moved = layouts.iter().map(|layout| Schedule { layout: *layout, ..guess });
-                let legal = |schedule: &Schedule| {
-                    schedule.check(&spec, self.search.cpu).is_ok() && !self.known.is_refused(&spec, schedule)
-                };
-                let all = moved.filter(legal).chain([guess]);
-                finalists.extend(all.map(|schedule| Entrant { class, schedule }));
+                let (k, guess) = (self.problem.k, guess.of(class));
+                let moved = layouts.iter().filter_map(|layout| self.search.moved(self.known, class, k, guess, *layout));
+                finalists.extend(moved.chain([guess]).map(|schedule| Entrant { class, schedule }));
             }
         }
         finalists.into_iter().collect()
@@ -426,11 +438,46 @@ impl ShapeSearch<'_, '_> {
         });
         let results: Vec<ClassResult> = results.collect();
         let raced = self.tried.len();
-        let found = Found { problem: *self.problem, choice, source: Source::Raced, results, raced };
+        let alternatives = self.alternatives(entrants, verdict);
+        let found = Found { problem: *self.problem, choice, source: Source::Raced, results, raced, alternatives };
         let second = verdict
             .two_copies
             .map(|two| (complete(entrants, &two), (verdict.one_copy.total - two.total) * self.problem.count as f64));
         Raced { found, second }
+    }
+
+    /// The best sets of the layouts that did not win.
+    fn alternatives(&self, entrants: &[Entrant], verdict: &Verdict) -> Vec<Alternative> {
+        let weights = self.search.request.workload.weights();
+        let total = |set: &[Option<usize>; 6]| {
+            let times = set.iter().zip(weights);
+            times.filter_map(|(at, weight)| Some(weight * verdict.figures[(*at)?].median_us)).sum::<f64>()
+        };
+        let winners = &verdict.one_copy.set;
+        let won = winners.iter().flatten().next().map(|at| entrants[*at].schedule.layout);
+        let others: BTreeSet<Layout> = entrants.iter().map(|entrant| entrant.schedule.layout).collect();
+        let set = |layout: Layout| {
+            let mut set = [None; 6];
+            for class in Class::ALL.into_iter().filter(|class| winners[class.index()].is_some()) {
+                let of = (0..entrants.len()).filter(|at| {
+                    let Entrant { class: other, schedule } = entrants[*at];
+                    (other, schedule.layout) == (class, layout) && verdict.figures[*at].samples > 0
+                });
+                let time = |at: &usize| verdict.figures[*at].median_us;
+                set[class.index()] = Some(of.min_by(|a, b| time(a).total_cmp(&time(b)))?);
+            }
+            Some(set)
+        };
+        let sets = others.into_iter().filter(|layout| Some(*layout) != won).filter_map(set);
+        let least = total(winners);
+        let mut alternatives: Vec<Alternative> = sets
+            .map(|set| {
+                let total = total(&set);
+                Alternative { choice: complete(entrants, &Standing { total, set }), slower: total / least }
+            })
+            .collect();
+        alternatives.sort_by(|a, b| a.slower.total_cmp(&b.slower));
+        alternatives
     }
 
     /// What has been measured of a class, whose winner has met the guess in these rounds.

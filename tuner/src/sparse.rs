@@ -8,11 +8,11 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use ternion_compiler::{Columns, Cpu, KernelSpec, Schedule};
+use ternion_compiler::{Columns, Cpu, KernelSpec, Layout, Schedule};
 
 use crate::bench::Bench;
 use crate::contest::{Entrant, Rules, contest};
-use crate::request::Problem;
+use crate::request::{Held, NEARLY, Problem};
 use crate::{Class, Stopwatch};
 
 /// Of the time of a search, what this takes at most.
@@ -27,6 +27,9 @@ const SHARES: [f64; 7] = [0.05, 0.15, 0.25, 0.35, 0.45, 0.6, 0.8];
 /// Rounds of that, and how few are enough.
 const ROUNDS: usize = 15;
 const LEAST_ROUNDS: usize = 5;
+
+/// Kernels for other layouts that are remembered.
+const ALTERNATIVES: usize = 4;
 
 /// Kernels to compile at a time.
 const BATCH: usize = 8;
@@ -64,6 +67,24 @@ pub struct ListChoice {
     pub worth: f64,
     /// What was measured: shares of records, and the time over that of the whole matrix.
     pub ratios: Vec<(f64, f64)>,
+    /// The fastest kernels for other layouts and how many times slower they are, the fastest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alternatives: Vec<(Schedule, f64)>,
+}
+
+impl ListChoice {
+    /// An alternative for the layout that is `held`, if the kernel's is another and it is nearly as fast.
+    fn prefer(self, held: Option<Layout>) -> Self {
+        let is_held = |schedule: &Schedule| Some(schedule.layout) == held;
+        let mut others = self.alternatives.iter().filter(|(schedule, slower)| is_held(schedule) && *slower <= NEARLY);
+        match others.next() {
+            Some(&(schedule, slower)) if !is_held(&self.schedule) => {
+                let ratios = self.ratios.iter().map(|(share, ratio)| (*share, ratio * slower)).collect::<Vec<_>>();
+                Self { schedule, worth: break_even(&ratios), ratios, ..self }
+            }
+            _ => self,
+        }
+    }
 }
 
 /// The choice for the feed-forwards of a model.
@@ -76,10 +97,17 @@ pub struct SparseChoice {
 }
 
 impl SparseChoice {
+    /// With kernels for the records that are held already, where they are nearly as fast.
+    pub(crate) fn prefer(self, held: &Held) -> Self {
+        Self { rows: self.rows.prefer(held.rows), columns: self.columns.prefer(held.columns) }
+    }
+
     /// Whether both kernels are legal for `shape` on `cpu` and the shares are shares; if not, why.
     pub(crate) fn check(&self, shape: &SparseShape, cpu: &Cpu) -> Result<(), String> {
         for (choice, columns) in [(&self.rows, Columns::ListedRows), (&self.columns, Columns::ListedColumns)] {
-            choice.schedule.check(&shape.spec(columns), cpu).map_err(|error| error.to_string())?;
+            for schedule in [choice.schedule].iter().chain(choice.alternatives.iter().map(|(other, _)| other)) {
+                schedule.check(&shape.spec(columns), cpu).map_err(|error| error.to_string())?;
+            }
             if !(0.0..=1.0).contains(&choice.worth) {
                 return Err(format!("{} is no share", choice.worth));
             }
@@ -146,7 +174,15 @@ impl SparseSearch<'_> {
         let rules = Rules { weights: [1.0, 0.0, 0.0, 0.0, 0.0, 0.0], two_copies: false };
         let mut sample = |at: usize| bench.sample_list(shape, columns, entrants[at].schedule, TYPICAL);
         let verdict = contest(&entrants, rules, self.stopwatch, part(0.75), &mut sample, &mut |_| {})?;
-        let schedule = entrants[verdict.one_copy.set[0]?].schedule;
+        let winner = verdict.one_copy.set[0]?;
+        let schedule = entrants[winner].schedule;
+        let raced = entrants.iter().zip(&verdict.figures).filter(|(_, figures)| figures.samples > 0);
+        let mut alternatives: Vec<(Schedule, f64)> = raced
+            .filter(|(other, _)| other.schedule.layout != schedule.layout)
+            .map(|(other, figures)| (other.schedule, figures.median_us / verdict.figures[winner].median_us))
+            .collect();
+        alternatives.sort_by(|a, b| a.1.total_cmp(&b.1));
+        alternatives.truncate(ALTERNATIVES);
 
         let mut times = [const { Vec::new() }; 1 + SHARES.len()];
         for round in 0..ROUNDS {
@@ -163,7 +199,7 @@ impl SparseSearch<'_> {
             times[times.len() / 2]
         });
         let ratios: Vec<(f64, f64)> = SHARES.into_iter().zip(lists.map(|list| list / dense)).collect();
-        Some(ListChoice { schedule, worth: break_even(&ratios), ratios })
+        Some(ListChoice { schedule, worth: break_even(&ratios), ratios, alternatives })
     }
 }
 
@@ -188,6 +224,26 @@ mod tests {
         assert_eq!(break_even(&[(0.1, 1.3), (0.3, 0.8)]), 0.0);
         assert_eq!(break_even(&[(0.1, 0.3), (0.8, 0.9)]), 1.0);
         assert_eq!(break_even(&[]), 1.0);
+    }
+
+    #[test]
+    fn records_that_are_held_are_read_where_another_layout_is_hardly_faster() {
+        let schedule = |layout: &str| -> Schedule {
+            format!("mad/clif128 layout={layout} multiply=pairs unroll=1 ntile=1").parse().unwrap()
+        };
+        let [best, near, far] = ["rows4x16", "rows8x16", "rows16x16"].map(schedule);
+        let choice = ListChoice {
+            schedule: best,
+            worth: 0.4,
+            ratios: vec![(0.1, 0.3), (0.3, 0.8), (0.5, 1.2)],
+            alternatives: vec![(near, 1.04), (far, 1.5)],
+        };
+        for layout in [None, Some(best.layout), Some(far.layout)] {
+            assert_eq!(choice.clone().prefer(layout), choice);
+        }
+        let found = choice.prefer(Some(near.layout));
+        assert_eq!(found.schedule, near);
+        assert!((0.35..0.4).contains(&found.worth), "slower lists are worth it for fewer records: {}", found.worth);
     }
 
     /// A whole matrix takes 100 µs; of a list every kernel takes 250 µs for all records, and the one that looks 32 places

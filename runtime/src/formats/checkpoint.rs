@@ -313,6 +313,16 @@ impl Checkpoint {
         model.records(layer, projection, layout)
     }
 
+    /// The layouts of [`stored`](Self::stored), and of [`stored_records`](Self::stored_records).
+    pub(crate) fn stored_layouts(&self, layer: usize, projection: Projection) -> (Vec<Layout>, Option<Layout>) {
+        match &self.source {
+            Source::Prepared(model) if self.check_layer(layer).is_ok() => {
+                (model.layouts(layer, projection), model.record_layout(layer, projection))
+            }
+            _ => (Vec::new(), None),
+        }
+    }
+
     /// The head's screen, if the file has it.
     ///
     /// # Errors

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use ternion_compiler::{Columns, Cpu, Family, Kernel, KernelSpec, Layout, Schedule, compile};
-use ternion_tuner::{Choice, Choices, Class, Problem, SparseChoice, SparseShape};
+use ternion_tuner::{Choice, Choices, Class, Held, Problem, SparseChoice, SparseShape};
 
 use super::ModelError;
-use crate::formats::{Activation, ModelConfig, Projection};
+use crate::formats::{Activation, Checkpoint, ModelConfig, Projection};
 
 /// Where the schedules come from. They change how fast a model runs and nothing else.
 #[derive(Clone, Debug)]
@@ -79,6 +79,27 @@ pub fn problems(config: &ModelConfig) -> Vec<Problem> {
         *counts.entry(projection.shape(config)).or_default() += config.layers;
     }
     counts.into_iter().map(|((m, k), count)| Problem { m, k, count }).collect()
+}
+
+/// The layouts that a file holds all matrices of a shape in, and all records: loading need not convert them.
+#[must_use]
+pub fn held(checkpoint: &Checkpoint) -> Held {
+    let config = checkpoint.config();
+    let mut matrices: BTreeMap<(usize, usize), Vec<Layout>> = BTreeMap::new();
+    let mut records = [None; 2];
+    for (layer, projection) in (0..config.layers).flat_map(|layer| Projection::ALL.map(|of| (layer, of))) {
+        let (layouts, of_records) = checkpoint.stored_layouts(layer, projection);
+        let known = matrices.entry(projection.shape(config)).or_insert_with(|| layouts.clone());
+        known.retain(|layout| layouts.contains(layout));
+        let at = match projection {
+            Projection::Up => 0,
+            Projection::Down => 1,
+            _ => continue,
+        };
+        records[at] = if layer == 0 { of_records } else { records[at].filter(|known| Some(*known) == of_records) };
+    }
+    let [rows, columns] = records;
+    Held { matrices: matrices.into_iter().collect(), rows, columns }
 }
 
 /// The kernels of one shape, one per class of numbers of columns.

@@ -43,7 +43,7 @@ fn rms_norm_in_place_body(x: &mut [f32], weight: &[f32], eps: f32) {
 pub(super) fn absolute_max(chunks: impl Iterator<Item = Lanes>, tail: impl Iterator<Item = f32>) -> f32 {
     let larger = |max: f32, x: f32| if x.abs() > max { x.abs() } else { max };
     let max = chunks.fold(Lanes::ZERO, |max, x| max.zip(x, larger));
-    tail.fold(max.0.into_iter().fold(0.0, larger), larger)
+    tail.fold(max.largest(), larger)
 }
 
 /// `x`, rounded half to even and limited to whole numbers from `-levels` to `levels`, in the low bits; 0 for NaN. Clamping

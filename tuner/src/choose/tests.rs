@@ -170,6 +170,32 @@ pub(super) fn unknown() -> MachineProfile {
 }
 
 #[test]
+fn the_best_of_other_layouts_are_remembered_and_taken_only_if_they_are_nearly_as_fast() {
+    let cpu: Cpu = "x86-64 +ssse3 +sse4.1 +avxvnni".parse().unwrap();
+    let guess = Shortlist::new(2560, &cpu, 8, &|_, _| false).guess().unwrap();
+    let time = |_: &Problem, class, schedule: &Schedule| {
+        let us = if class == Class::One { 50 } else { 400 };
+        Duration::from_micros(if schedule.layout == guess.layout() { us } else { us * 3 / 2 })
+    };
+    let result = Run::RACE.with(&MachineProfile::new(key()), &time, &|_| false);
+    let mut found = result.found[0].clone();
+    assert_eq!(found.choice.layout(), guess.layout());
+    let entry = result.news.shape(found.problem.m, found.problem.k).unwrap();
+    assert_eq!(entry.alternatives, found.alternatives);
+    assert!(found.alternatives.iter().all(|other| other.choice.layout() != guess.layout()));
+    assert!(found.alternatives.iter().all(|other| (1.3..1.7).contains(&other.slower)), "{:?}", found.alternatives);
+
+    let held = [found.alternatives[0].choice.layout()];
+    found.prefer(&held);
+    assert_eq!(found.choice.layout(), guess.layout(), "half as slow again");
+    found.alternatives[0].slower = 1.04;
+    found.prefer(&[guess.layout(), held[0]]);
+    assert_eq!(found.choice.layout(), guess.layout(), "it is held itself");
+    found.prefer(&held);
+    assert_eq!(found.choice, found.alternatives[0].choice);
+}
+
+#[test]
 fn a_short_race_finds_the_faster_family_for_every_shape_within_its_budget() {
     let run = Run::RACE.with(&unknown(), &tl1_wins, &|_| false);
     assert_eq!(run.found.len(), 4);
@@ -327,7 +353,8 @@ fn second_copies_go_where_memory_reaches_and_the_asked_workload_says_they_pay() 
     };
     let found = || {
         let results = vec![result(Class::One, 100.0), result(Class::Chunk, 3200.0)];
-        vec![Found { problem, choice: single, source: Source::Raced, results, raced: 2 }]
+        let (source, alternatives) = (Source::Raced, Vec::new());
+        vec![Found { problem, choice: single, source, results, raced: 2, alternatives }]
     };
     let bytes = second_copy(&problem, &double).unwrap();
     // Seconds per token and matrix, by 10 matrices: 4 % of what decoding alone takes.

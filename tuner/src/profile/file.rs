@@ -68,7 +68,8 @@ pub(super) fn fnv(bytes: &[u8]) -> u64 {
 }
 
 pub(super) fn digest(profile: &MachineProfile) -> u64 {
-    let shapes = profile.shapes.iter().map(|entry| (entry.m, entry.k, entry.choice, entry.one_copy));
+    let shapes =
+        profile.shapes.iter().map(|entry| (entry.m, entry.k, entry.choice, entry.one_copy, &entry.alternatives));
     let choices = (shapes.collect::<Vec<_>>(), &profile.sparse);
     fnv(&serde_json::to_vec(&choices).unwrap_or_default())
 }

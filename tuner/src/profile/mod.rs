@@ -13,7 +13,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use ternion_compiler::{CompileError, Cpu, KernelSpec, Schedule};
 
-use crate::request::{Budget, ClassResult, Problem, Request};
+use crate::request::{Alternative, Budget, ClassResult, Problem, Request};
 use crate::{Choice, CpuProfile, SparseChoice, SparseShape, Workload};
 
 pub use cache::CacheDir;
@@ -78,6 +78,9 @@ pub struct ShapeEntry {
     /// If the choice takes a second copy, the one that does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub one_copy: Option<Choice>,
+    /// The best of other layouts, the fastest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alternatives: Vec<Alternative>,
     /// Whether energy was to be saved.
     #[serde(default, skip_serializing_if = "is_default")]
     pub energy: bool,
@@ -221,7 +224,8 @@ impl MachineProfile {
     fn drop_illegal(&mut self, cpu: &Cpu, path: &Path) -> Vec<Warning> {
         let mut warnings = Vec::new();
         self.shapes.retain(|entry| {
-            let result = entry.choice.check(entry.k, cpu);
+            let mut choices = [entry.choice].into_iter().chain(entry.alternatives.iter().map(|other| other.choice));
+            let result = choices.try_for_each(|choice| choice.check(entry.k, cpu));
             if let Err(reason) = &result {
                 let (path, reason) = (path.to_owned(), reason.clone());
                 warnings.push(Warning::Illegal { path, m: entry.m, k: entry.k, reason });

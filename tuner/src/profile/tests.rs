@@ -29,6 +29,7 @@ pub(crate) fn entry(m: usize, k: usize, budget_ms: u64) -> ShapeEntry {
         workload: Workload::default(),
         second_copies: 0,
         one_copy: None,
+        alternatives: Vec::new(),
         energy: false,
         provisional: false,
     }

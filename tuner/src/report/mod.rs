@@ -234,6 +234,7 @@ mod tests {
             source: Source::Raced,
             results: vec![result(Class::One), result(Class::Chunk)],
             raced: 3,
+            alternatives: Vec::new(),
         };
         let trial = |us| Trial { m: 1000, k: 4000, class: Class::One, schedule, us };
         let choices = Choices {

@@ -149,6 +149,25 @@ impl Prepared {
         FloatMatrix { rows, columns, dtype, bytes }
     }
 
+    /// The layouts that the file has a ternary matrix in.
+    pub(in crate::formats) fn layouts(&self, layer: usize, projection: Projection) -> Vec<Layout> {
+        let copy = self.derived_layout(Part::Copy(layer, projection));
+        [self.projection(layer, projection).layout].into_iter().chain(copy).collect()
+    }
+
+    /// The layout of the records that [`records`](Self::records) returns, if the file has any.
+    pub(in crate::formats) fn record_layout(&self, layer: usize, projection: Projection) -> Option<Layout> {
+        self.derived_layout(records_of(layer, projection)?)
+    }
+
+    fn derived_layout(&self, part: Part) -> Option<Layout> {
+        let (section, _) = self.derived.contains(&part).then(|| self.section(part))?;
+        match section.content {
+            Content::Packed { layout, .. } => Some(layout),
+            _ => None,
+        }
+    }
+
     /// A ternary matrix in this layout, if the file has it.
     pub(in crate::formats) fn packed(&self, layer: usize, projection: Projection, layout: Layout) -> Option<Bytes> {
         let first = self.projection(layer, projection);
@@ -161,16 +180,11 @@ impl Prepared {
     /// The records of a layer's up-projection, row by row, or of its down-projection, column by column, if the file has
     /// them in this layout.
     pub(in crate::formats) fn records(&self, layer: usize, projection: Projection, layout: Layout) -> Option<Bytes> {
-        match projection {
-            Projection::Up => self.derived(Part::Rows(layer), layout),
-            Projection::Down => self.derived(Part::Columns(layer), layout),
-            _ => None,
-        }
+        self.derived(records_of(layer, projection)?, layout)
     }
 
     fn derived(&self, part: Part, layout: Layout) -> Option<Bytes> {
-        let (section, bytes) = self.derived.contains(&part).then(|| self.section(part))?;
-        matches!(section.content, Content::Packed { layout: found, .. } if found == layout).then_some(bytes)
+        (self.derived_layout(part) == Some(layout)).then(|| self.section(part).1)
     }
 
     /// The head's screen, if the file has it, after a look at its checksum: a screen with a damaged byte might hide the
@@ -241,6 +255,15 @@ impl Prepared {
             end = start + section.bytes as usize;
         }
         Ok(self.header.sections.len())
+    }
+}
+
+/// The section of a layer's records that belong to a projection.
+const fn records_of(layer: usize, projection: Projection) -> Option<Part> {
+    match projection {
+        Projection::Up => Some(Part::Rows(layer)),
+        Projection::Down => Some(Part::Columns(layer)),
+        _ => None,
     }
 }
 
