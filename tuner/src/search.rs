@@ -98,27 +98,18 @@ impl Search<'_> {
         Shortlist::new(problem.k, self.cpu, self.request.budget.seeds(), &refused)
     }
 
-    /// The shortlist, with what is known or shipped first, and then the guess as it would read the layouts that are held.
+    /// The shortlist, with what is known or shipped first, and then the best guess for each layout that is held.
     fn seeds(&self, found: &Found, known: &MachineProfile) -> Shortlist {
         let Problem { m, k, .. } = found.problem;
         let mut list = self.shortlist(found.problem, known);
-        let guess = list.guess();
         for layout in self.request.held.layouts(m, k) {
-            let of = |class| self.moved(known, class, k, guess?.of(class), *layout);
-            if let Some((one, many)) = of(Class::One).zip(of(Class::Batch)) {
-                list.promote(Choice::pair(one, many));
-            }
+            let other = |spec: &_, schedule: &Schedule| schedule.layout != *layout || known.is_refused(spec, schedule);
+            Shortlist::new(k, self.cpu, 2, &other).guess().into_iter().for_each(|guess| list.promote(guess));
         }
         if found.choice.layouts().len() == 1 {
             list.promote(found.choice);
         }
         list
-    }
-
-    /// A schedule for another layout, if it is legal there.
-    fn moved(&self, known: &MachineProfile, class: Class, k: usize, of: Schedule, layout: Layout) -> Option<Schedule> {
-        let (spec, moved) = (class.spec(k), Schedule { layout, ..of });
-        (moved.check(&spec, self.cpu).is_ok() && !known.is_refused(&spec, &moved)).then_some(moved)
     }
 
     /// Races every shape of `found` that wants it, each with an equal part of the time that compiling seeds leaves.
@@ -301,9 +292,13 @@ impl ShapeSearch<'_, '_> {
         }
         if let Some(guess) = self.guess {
             for class in Class::ALL {
-                let (k, guess) = (self.problem.k, guess.of(class));
-                let moved = layouts.iter().filter_map(|layout| self.search.moved(self.known, class, k, guess, *layout));
-                finalists.extend(moved.chain([guess]).map(|schedule| Entrant { class, schedule }));
+                let (spec, guess) = (class.spec(self.problem.k), guess.of(class));
+                let moved = layouts.iter().map(|layout| Schedule { layout: *layout, ..guess });
+                let legal = |schedule: &Schedule| {
+                    schedule.check(&spec, self.search.cpu).is_ok() && !self.known.is_refused(&spec, schedule)
+                };
+                let all = moved.filter(legal).chain([guess]);
+                finalists.extend(all.map(|schedule| Entrant { class, schedule }));
             }
         }
         finalists.into_iter().collect()

@@ -92,6 +92,7 @@ fn losses(cpu: &Cpu, machine: u64) -> Vec<f64> {
             shapes: &[problem],
             seed,
             restless: true,
+            held: &[],
             compiling: Duration::from_millis(40),
         };
         let run = run.on(cpu, &unknown(), &time, &|_| false);

@@ -1,6 +1,6 @@
 use super::*;
 use crate::request::Trial;
-use crate::request::{Budget, Phase};
+use crate::request::{Budget, Held, Phase};
 use crate::shortlist::Shortlist;
 use crate::sparse::SparseShape;
 use crate::stopwatch::scripted::{Noise, ScriptedStopwatch};
@@ -10,7 +10,7 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::time::Duration;
 use ternion_compiler::check::Mismatch;
-use ternion_compiler::{Columns, CompileError, Family, KernelSpec, Schedule};
+use ternion_compiler::{Columns, CompileError, Family, KernelSpec, Layout, Schedule};
 
 /// Kernels whose times are a function, on a clock that only they move.
 struct ScriptedBench<'a> {
@@ -91,6 +91,8 @@ pub(super) struct Run<'a> {
     pub(super) compiling: Duration,
     pub(super) seed: u64,
     pub(super) restless: bool,
+    /// Layouts that a file holds all shapes in.
+    pub(super) held: &'a [Layout],
 }
 
 pub(super) struct Result {
@@ -114,6 +116,7 @@ impl Run<'_> {
         compiling: Duration::from_millis(4),
         seed: 1,
         restless: false,
+        held: &[],
     };
 
     fn with(
@@ -147,7 +150,9 @@ impl Run<'_> {
             }
             calls.set(calls.get() + 1);
         };
-        let request = Request::new(self.shapes.to_vec(), self.budget);
+        let of_shape = |problem: &Problem| ((problem.m, problem.k), self.held.to_vec());
+        let held = Held { matrices: self.shapes.iter().map(of_shape).collect(), ..Held::default() };
+        let request = Request { held, ..Request::new(self.shapes.to_vec(), self.budget) };
         let search = search(cpu, &request, &clock, &progress);
         let mut found = look_up(&search, &probe(), known).unwrap();
         let mut news = MachineProfile::new(key());
@@ -193,6 +198,29 @@ fn the_best_of_other_layouts_are_remembered_and_taken_only_if_they_are_nearly_as
     assert_eq!(found.choice.layout(), guess.layout(), "it is held itself");
     found.prefer(&held);
     assert_eq!(found.choice, found.alternatives[0].choice);
+}
+
+#[test]
+fn a_short_race_tries_the_layouts_that_a_file_holds() {
+    let cpu: Cpu = "x86-64 +ssse3 +sse4.1 +avxvnni".parse().unwrap();
+    let raced: BTreeSet<Layout> = {
+        let list = Shortlist::new(2560, &cpu, Budget::RACE.seeds(), &|_, _| false);
+        list.entrants.iter().map(|entrant| entrant.schedule.layout).collect()
+    };
+    let [ones, many] = [Class::One, Class::Chunk].map(|class| Schedule::candidates(&class.spec(2560), &cpu));
+    let served = |layout: &Layout| many.iter().any(|schedule| schedule.layout == *layout);
+    let others = ones.iter().map(|schedule| schedule.layout).filter(|layout| !raced.contains(layout));
+    let layout = others.filter(served).next().expect("more layouts than fit into a short race");
+    let time = |_: &Problem, class, schedule: &Schedule| {
+        let us = if class == Class::One { 50 } else { 400 };
+        Duration::from_micros(if schedule.layout == layout { us } else { 2 * us })
+    };
+    let best = |held| {
+        let run = Run { held, shapes: &SHAPES[..1], ..Run::RACE };
+        run.with(&MachineProfile::new(key()), &time, &|_| false).found[0].choice.layout()
+    };
+    assert_ne!(best(&[]), layout);
+    assert_eq!(best(&[layout]), layout);
 }
 
 #[test]
