@@ -78,6 +78,8 @@ pub(crate) struct Verdict {
     pub(crate) two_copies: Option<Standing>,
     /// Figures of all entrants.
     pub(crate) figures: Vec<Figures>,
+    /// How many times longer each took than the winner of its class, in the stages that both ran in; infinite if in none.
+    pub(crate) paces: Vec<f64>,
 }
 
 /// What is to be decided.
@@ -103,8 +105,13 @@ impl Record {
     /// before, so that who gets slower cannot live on a fast start. Rivals have the same rounds in the same stages, so
     /// drift is the same for all.
     fn time(&self, typical: fn(&[f64]) -> f64) -> f64 {
+        self.time_until(self.stages.len(), typical)
+    }
+
+    /// As [`time`](Self::time), of the first few stages.
+    fn time_until(&self, stages: usize, typical: fn(&[f64]) -> f64) -> f64 {
         let (mut sum, mut weights, mut weight) = (0.0, 0.0, 1.0);
-        for samples in self.stages.iter().filter(|samples| !samples.is_empty()) {
+        for samples in self.stages[..stages].iter().filter(|samples| !samples.is_empty()) {
             let weighted = weight * samples.len() as f64;
             (sum, weights, weight) = (sum + weighted * typical(&sorted(samples)), weights + weighted, LATER * weight);
         }
@@ -200,7 +207,8 @@ pub(crate) fn contest(
         let two_copies = contest.best_of_two().filter(|pair| pair.total < one_copy.total);
         if matches!(stage, Round::OutOfTime) || clear || !contest.halve() {
             let figures = contest.records.iter().map(Record::figures).collect();
-            return Some(Verdict { one_copy, two_copies, figures });
+            let paces = (0..entrants.len()).map(|entrant| contest.pace(entrant, &one_copy)).collect();
+            return Some(Verdict { one_copy, two_copies, figures, paces });
         }
     }
 }
@@ -285,6 +293,16 @@ impl Contest<'_> {
             }
         }
         fastest
+    }
+
+    /// How many times longer an entrant took than the winner of its class, in the stages that both ran in: who has retired
+    /// early ran at another time of day.
+    fn pace(&self, entrant: usize, winners: &Standing) -> f64 {
+        let Some(winner) = winners.set[self.entrants[entrant].class.index()] else { return f64::INFINITY };
+        let [ours, theirs] = [entrant, winner].map(|at| &self.records[at]);
+        let stages = ours.stages.len().min(theirs.stages.len());
+        let [ours, theirs] = [ours, theirs].map(|record| record.time_until(stages, self.typical()));
+        if ours.is_finite() && theirs > 0.0 { ours / theirs } else { f64::INFINITY }
     }
 
     /// All sets of `copies` layouts (1 or 2) that serve every class, best first. None before there are enough rounds to

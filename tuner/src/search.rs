@@ -443,12 +443,16 @@ impl ShapeSearch<'_, '_> {
 
     /// The best sets of the layouts that did not win.
     fn alternatives(&self, entrants: &[Entrant], verdict: &Verdict) -> Vec<Alternative> {
-        let weights = self.search.request.workload.weights();
+        let (weights, winners) = (self.search.request.workload.weights(), &verdict.one_copy.set);
+        // The winners' time, and at the others' pace.
         let total = |set: &[Option<usize>; 6]| {
-            let times = set.iter().zip(weights);
-            times.filter_map(|(at, weight)| Some(weight * verdict.figures[(*at)?].median_us)).sum::<f64>()
+            let times = set.iter().zip(winners).zip(weights).filter_map(|((at, winner), weight)| {
+                let (at, winner) = ((*at)?, (*winner)?);
+                let slower = verdict.paces[at] / verdict.paces[winner];
+                Some(weight * slower * verdict.figures[winner].median_us)
+            });
+            times.sum::<f64>()
         };
-        let winners = &verdict.one_copy.set;
         let won = winners.iter().flatten().next().map(|at| entrants[*at].schedule.layout);
         let others: BTreeSet<Layout> = entrants.iter().map(|entrant| entrant.schedule.layout).collect();
         let set = |layout: Layout| {
@@ -456,10 +460,9 @@ impl ShapeSearch<'_, '_> {
             for class in Class::ALL.into_iter().filter(|class| winners[class.index()].is_some()) {
                 let of = (0..entrants.len()).filter(|at| {
                     let Entrant { class: other, schedule } = entrants[*at];
-                    (other, schedule.layout) == (class, layout) && verdict.figures[*at].samples > 0
+                    (other, schedule.layout) == (class, layout) && verdict.paces[*at].is_finite()
                 });
-                let time = |at: &usize| verdict.figures[*at].median_us;
-                set[class.index()] = Some(of.min_by(|a, b| time(a).total_cmp(&time(b)))?);
+                set[class.index()] = Some(of.min_by(|a, b| verdict.paces[*a].total_cmp(&verdict.paces[*b]))?);
             }
             Some(set)
         };

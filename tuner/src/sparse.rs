@@ -174,12 +174,11 @@ impl SparseSearch<'_> {
         let rules = Rules { weights: [1.0, 0.0, 0.0, 0.0, 0.0, 0.0], two_copies: false };
         let mut sample = |at: usize| bench.sample_list(shape, columns, entrants[at].schedule, TYPICAL);
         let verdict = contest(&entrants, rules, self.stopwatch, part(0.75), &mut sample, &mut |_| {})?;
-        let winner = verdict.one_copy.set[0]?;
-        let schedule = entrants[winner].schedule;
-        let raced = entrants.iter().zip(&verdict.figures).filter(|(_, figures)| figures.samples > 0);
+        let schedule = entrants[verdict.one_copy.set[0]?].schedule;
+        let raced = entrants.iter().zip(&verdict.paces).filter(|(_, pace)| pace.is_finite());
         let mut alternatives: Vec<(Schedule, f64)> = raced
             .filter(|(other, _)| other.schedule.layout != schedule.layout)
-            .map(|(other, figures)| (other.schedule, figures.median_us / verdict.figures[winner].median_us))
+            .map(|(other, pace)| (other.schedule, *pace))
             .collect();
         alternatives.sort_by(|a, b| a.1.total_cmp(&b.1));
         alternatives.truncate(ALTERNATIVES);

@@ -81,6 +81,21 @@ fn wins_of(distort: impl Fn(usize, f64, usize, &mut Noise) -> f64) -> usize {
 }
 
 #[test]
+fn the_pace_of_who_has_retired_is_that_of_the_rounds_that_it_ran() {
+    let script = script();
+    // The machine gets slower all the time, to half its speed.
+    let (verdict, _) = run_for(&script, Duration::from_millis(400), &mut |_, gone, _| 1.0 + gone);
+    let verdict = verdict.unwrap();
+    assert_eq!(winners(&verdict), WINNERS);
+    for entrant in 0..8 {
+        let winner = if script.entrants[entrant].class == Class::One { 4 } else { 5 };
+        let pace = script.times[entrant] / script.times[winner];
+        assert!((verdict.paces[entrant] / pace - 1.0).abs() < 0.02, "{entrant}: {} for {pace}", verdict.paces[entrant]);
+    }
+    assert!(verdict.figures.iter().any(|figures| figures.samples < verdict.figures[4].samples), "some have retired");
+}
+
+#[test]
 fn the_best_pair_wins_at_ten_percent_noise() {
     let wins = wins_of(|_, _, _, noise| 1.0 + 0.1 * noise.normal());
     assert!(wins >= ENOUGH, "{wins}");
