@@ -209,8 +209,8 @@ fn a_short_race_tries_the_layouts_that_a_file_holds() {
     };
     let [ones, many] = [Class::One, Class::Chunk].map(|class| Schedule::candidates(&class.spec(2560), &cpu));
     let served = |layout: &Layout| many.iter().any(|schedule| schedule.layout == *layout);
-    let others = ones.iter().map(|schedule| schedule.layout).filter(|layout| !raced.contains(layout));
-    let layout = others.filter(served).next().expect("more layouts than fit into a short race");
+    let mut others = ones.iter().map(|schedule| schedule.layout).filter(|layout| !raced.contains(layout));
+    let layout = others.find(served).expect("more layouts than fit into a short race");
     let time = |_: &Problem, class, schedule: &Schedule| {
         let us = if class == Class::One { 50 } else { 400 };
         Duration::from_micros(if schedule.layout == layout { us } else { 2 * us })
