@@ -145,7 +145,7 @@ fn merge_weights<E, const G: usize>(
         (exponentials.0[g], exponentials.0[G + g]) = (max[g] - larger, block_max - larger);
         max[g] = larger;
     }
-    // All at once: one after the other they take as long as those of all positions.
+    // All at once: one after the other each would take as long as sixteen.
     exponentials = exponentials.map(math::exp);
     let mut factors = [(0.0, 0.0); G];
     for g in 0..G {
