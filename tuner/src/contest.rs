@@ -46,7 +46,7 @@ impl Entrant {
 
 /// What was measured of a schedule: times of one matrix product in microseconds, its part of preparing the activations
 /// included.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
     /// Fastest sample.
     pub minimum_us: f64,

@@ -265,7 +265,9 @@ impl ShapeSearch<'_, '_> {
             &mut |at| bench.sample(problem, entrants[at].class, entrants[at].schedule),
             &mut |left| self.search.report(Phase::Racing { problem: *problem, shape, shapes, left }),
         );
-        let mut verdict = verdict?;
+        // A final that was interrupted before its first rounds were over says nothing; the trials do.
+        let by_trials = || self.tried.verdict(&entrants, &workload.weights()).filter(|_| budget.explores());
+        let mut verdict = verdict.or_else(by_trials)?;
         let mut against_guess = BTreeMap::new();
         if budget.explores() {
             against_guess = self.prefer_guess(&entrants, &mut verdict, bench, deadline);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use ternion_compiler::{Layout, Schedule};
 
 use crate::Class;
-use crate::contest::Entrant;
+use crate::contest::{Entrant, Figures, Standing, Verdict};
 
 /// A schedule of one class, measured.
 #[derive(Clone, Debug)]
@@ -20,6 +20,11 @@ pub(crate) struct Timed {
 }
 
 impl Timed {
+    fn figures(&self) -> Figures {
+        let minimum = self.samples.first().copied().unwrap_or(self.seconds);
+        Figures { minimum_us: minimum * 1e6, median_us: self.seconds * 1e6, samples: self.samples() }
+    }
+
     /// How many samples there are.
     pub(crate) fn samples(&self) -> usize {
         self.samples.len()
@@ -90,6 +95,29 @@ impl Tried {
         let mut layouts: Vec<(f64, Layout)> = layouts.into_iter().filter_map(total).collect();
         layouts.sort_by(|a, b| a.0.total_cmp(&b.0));
         layouts
+    }
+
+    /// Who of `entrants` is fastest in one layout by all that was measured so far. `None` if no layout serves every class.
+    pub(crate) fn verdict(&self, entrants: &[Entrant], weights: &[f64; 6]) -> Option<Verdict> {
+        let timed: Vec<Option<&Timed>> = entrants.iter().map(|entrant| self.get(*entrant)).collect();
+        let seconds = |at: usize| timed[at].map_or(f64::INFINITY, |timed| timed.seconds);
+        let set = |layout: Layout| {
+            let of = |class| (0..entrants.len()).filter(move |at| entrants[*at].class == class);
+            let fastest = |class| {
+                let of_layout = of(class).filter(|at| entrants[*at].schedule.layout == layout && timed[*at].is_some());
+                of_layout.min_by(|a, b| seconds(*a).total_cmp(&seconds(*b)))
+            };
+            let set = Class::ALL.map(fastest);
+            set.iter().all(Option::is_some).then_some(set)
+        };
+        let one_copy = self
+            .layouts(weights, &|_, _| false)
+            .into_iter()
+            .find_map(|(total, layout)| set(layout).map(|set| Standing { total, set }))?;
+        let pace = |at: usize| seconds(at) / one_copy.set[entrants[at].class.index()].map_or(f64::NAN, seconds);
+        let paces = (0..entrants.len()).map(pace).collect();
+        let figures = timed.iter().map(|timed| timed.map_or(Figures::default(), Timed::figures)).collect();
+        Some(Verdict { one_copy, two_copies: None, figures, paces })
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Entrant, &Timed)> {

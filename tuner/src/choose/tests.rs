@@ -280,6 +280,25 @@ fn a_search_is_over_in_time_however_slow_compiling_and_kernels_are() {
 }
 
 #[test]
+fn a_machine_that_leaves_no_time_for_the_final_leaves_what_exploring_found() {
+    // After a few hundred samples every one takes as long as a final.
+    let spent = Cell::new(Duration::ZERO);
+    let time = |p: &Problem, c: Class, s: &Schedule| {
+        let time = tl1_wins(p, c, s);
+        spent.set(spent.get() + time);
+        if spent.get() < Duration::from_millis(20) { time } else { time + Duration::from_secs(3) }
+    };
+    let budget = Budget::search(Duration::from_secs(5));
+    let run = Run { budget, shapes: &SHAPES[..1], ..Run::RACE }.with(&unknown(), &time, &|_| false);
+    let found = &run.found[0];
+    assert_eq!((found.source, run.news.shapes.len()), (Source::Raced, 1));
+    assert!(Class::ALL.iter().all(|class| found.choice.of(*class).family == Family::Tl1), "{:?}", found.choice);
+    // What trials have measured, as little as that is.
+    let samples: Vec<usize> = found.results.iter().map(|result| result.figures.samples).collect();
+    assert!(samples.len() == 6 && samples.iter().all(|samples| (1..20).contains(samples)), "{samples:?}");
+}
+
+#[test]
 fn a_winner_that_does_not_beat_the_guess_in_held_out_rounds_gives_way_to_it() {
     let cpu: Cpu = "x86-64 +ssse3 +sse4.1".parse().unwrap();
     let budget = Budget::search(Duration::from_secs(5));
