@@ -199,8 +199,8 @@ pub(crate) fn model_bytes(config: &ModelConfig) -> u64 {
     layer.saturating_mul(config.layers).saturating_add(rows) as u64
 }
 
-/// Bytes that a running model takes, its key-value cache apart: what is in the file, the head once more in int8 for its
-/// screen, and for a relu² model the up- and down-projections once more as records.
+/// Bytes that a running model takes, its key-value cache apart: what is in the file, the head once more for its
+/// screen, at most a byte an element, and for a relu² model the up- and down-projections once more as records.
 fn resident_bytes(config: &ModelConfig) -> u64 {
     let screen = if config.pooling.is_none() { config.vocabulary.saturating_mul(config.hidden) } else { 0 };
     let record = Layout::Rows { rows: 1, chunk: 64 }.bytes(1, config.hidden).unwrap_or(usize::MAX);

@@ -1,40 +1,87 @@
-//! A head's rows as int8 with a scale each, the *screen*, which [`Head`](crate::model::Head) gets its bounds from.
+//! A head's rows as integers of 6, 7 or 8 bits with a scale each, the *screen*, which [`Head`](crate::model::Head) gets its
+//! bounds from.
 //!
-//! It is a function of the rows alone: every step has one order, so it has the same bytes on every machine, whoever
-//! computes it, and a prepared file may hold it. As bytes it is the tiles, `[⌈rows / 8⌉, ⌈columns / 32⌉, 8, 32]`, zero past
-//! the last row and column, followed by three `f32` for each row: its scale, and the two norms of its bound.
+//! It is a function of the rows and the number of bits: every step has one order, so it has the same bytes on every machine,
+//! whoever computes it, and a prepared file may hold it. As bytes it is the tiles, `[⌈rows / 8⌉, ⌈columns / 32⌉, 8, 32]`
+//! elements in two's complement, least significant bit first, zero past the last row and column, followed by three `f32`
+//! for each row: its scale, and the two norms of its bound.
 
 use std::io;
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
 use ternion_kernels_ref::lanes::LANES;
 use ternion_tuner::Workers;
 
 use crate::formats::FloatMatrix;
 use crate::memory::PageBuffer;
-use crate::ops::{self, SCREEN_ROWS, SCREEN_STEP, ScreenTile};
+use crate::ops::{self, RowBounds, SCREEN_BLOCK, SCREEN_ROWS, SCREEN_STEP, SLACK, screen_step_bytes};
 use crate::team::{SharedSlice, share};
 
-/// More than the rounding of a norm's sum of squares, of its square root and of the products with it.
-pub(crate) const SLACK: f64 = 1.0 + 1e-9;
 /// Bytes of a row's [`Scale`].
 const SCALE: usize = 12;
 
-/// One row's int8 form `s·q`.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Scale {
-    /// `s`
-    pub(crate) scale: f32,
-    /// What `‖x‖` is multiplied with in the bound: `‖e‖ + γₙ·‖w‖`, rounded up.
-    pub(crate) error: f32,
-    /// And `‖d‖`: `s·‖q‖`, rounded up.
-    pub(crate) form: f32,
+/// A matrix's shape, and the bits of an element of its screen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Shape {
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    /// Older files do not say it.
+    #[serde(default = "eight")]
+    pub(crate) bits: usize,
+}
+
+const fn eight() -> usize {
+    8
+}
+
+impl Shape {
+    /// With as many bits as pay for rows of this length. The bound of a row's rounding, in standard deviations of the
+    /// logits, grows with the square root of its length (the book's page on exactness has how many rows it leaves), and what
+    /// it leaves costs more than bits save. Only x86 unpacks fewer than 8 fast.
+    pub(crate) const fn new(rows: usize, columns: usize) -> Self {
+        let bits = match columns {
+            _ if !cfg!(target_arch = "x86_64") => 8,
+            ..=1024 => 6,
+            1025..=3072 => 7,
+            _ => 8,
+        };
+        Self { rows, columns, bits }
+    }
+
+    /// Bytes of a tile.
+    const fn tile_bytes(self) -> usize {
+        self.columns.div_ceil(SCREEN_STEP) * screen_step_bytes(self.bits)
+    }
+
+    /// Where the scales begin in the screen, and where it ends; `None` if that overflows, or nothing has so many bits.
+    pub(crate) fn extent(self) -> Option<(usize, usize)> {
+        let Self { rows, columns, bits } = self;
+        let bits = Some(bits).filter(|bits| (6..=8).contains(bits))?;
+        let tile = columns.div_ceil(SCREEN_STEP).checked_mul(screen_step_bytes(bits))?;
+        let tiles = rows.div_ceil(SCREEN_ROWS).checked_mul(tile)?;
+        Some((tiles, tiles.checked_add(rows.checked_mul(SCALE)?)?))
+    }
+
+    /// Where in the screen the tiles of some rows lie, the first of which begins one.
+    pub(crate) const fn tiles_of(self, rows: &Range<usize>) -> Range<usize> {
+        rows.start / SCREEN_ROWS * self.tile_bytes()..rows.end.div_ceil(SCREEN_ROWS) * self.tile_bytes()
+    }
+}
+
+/// One row's part of [`RowBounds`].
+#[derive(Clone, Copy, Debug)]
+struct Scale {
+    scale: f32,
+    error: f32,
+    form: f32,
 }
 
 impl Scale {
-    /// Brings a row into its int8 form. A row that is not all numbers gets a bound that excludes nothing.
-    fn quantize(row: &[f32], target: &mut [u8]) -> Self {
-        let form = ops::screen_form(row, target);
+    /// Brings a row into its form, a byte an element. A row that is not all numbers gets a bound that excludes nothing.
+    fn quantize(bits: usize, row: &[f32], target: &mut [u8]) -> Self {
+        let form = ops::screen_form(bits, row, target);
         let whole = form.whole.sqrt() * SLACK;
         // A row with an infinity or a NaN anywhere has such a norm.
         if !whole.is_finite() {
@@ -56,6 +103,12 @@ impl Scale {
         let value = |at: usize| f32::from_le_bytes(std::array::from_fn(|i| bytes[4 * at + i]));
         Self { scale: value(0), error: value(1), form: value(2) }
     }
+
+    /// Puts it where row `at` of some blocks has it.
+    fn put(self, blocks: &mut [RowBounds], at: usize) {
+        let (block, row) = (&mut blocks[at / SCREEN_BLOCK], at % SCREEN_BLOCK);
+        (block.scale[row], block.error[row], block.form[row]) = (self.scale, self.error, self.form);
+    }
 }
 
 /// An `f32` that is not smaller.
@@ -74,23 +127,6 @@ fn gamma(k: usize) -> f64 {
     nu / (1.0 - nu)
 }
 
-/// Bytes of a tile's rows of `columns` elements.
-const fn tile_bytes(columns: usize) -> usize {
-    columns.div_ceil(SCREEN_STEP) * size_of::<ScreenTile>()
-}
-
-/// Where the scales begin in the screen of a `[rows, columns]` matrix, and where it ends; `None` if that overflows.
-pub(crate) fn extent(rows: usize, columns: usize) -> Option<(usize, usize)> {
-    let tile = columns.div_ceil(SCREEN_STEP).checked_mul(size_of::<ScreenTile>())?;
-    let tiles = rows.div_ceil(SCREEN_ROWS).checked_mul(tile)?;
-    Some((tiles, tiles.checked_add(rows.checked_mul(SCALE)?)?))
-}
-
-/// Where in a screen of rows of `columns` elements the tiles of some rows lie, the first of which begins one.
-pub(crate) fn tiles_of(rows: &Range<usize>, columns: usize) -> Range<usize> {
-    rows.start / SCREEN_ROWS * tile_bytes(columns)..rows.end.div_ceil(SCREEN_ROWS) * tile_bytes(columns)
-}
-
 /// Where among the scales those of some rows lie.
 pub(crate) const fn scales_of(rows: &Range<usize>) -> Range<usize> {
     rows.start * SCALE..rows.end * SCALE
@@ -98,34 +134,37 @@ pub(crate) const fn scales_of(rows: &Range<usize>) -> Range<usize> {
 
 /// Computes the forms of some rows, the first of which begins a tile: writes their tiles, which were zero, and gives each
 /// row's place among `rows` and its scale to `scale`.
-fn form(matrix: &FloatMatrix, rows: Range<usize>, tiles: &mut [u8], mut scale: impl FnMut(usize, Scale)) {
+fn form(matrix: &FloatMatrix, shape: Shape, rows: Range<usize>, tiles: &mut [u8], mut scale: impl FnMut(usize, Scale)) {
     let (mut row, mut form) = (vec![0.0; matrix.columns], vec![0; matrix.columns]);
-    let tiles = tiles.chunks_exact_mut(tile_bytes(matrix.columns).max(1));
+    let step_bytes = screen_step_bytes(shape.bits) / SCREEN_ROWS;
+    let tiles = tiles.chunks_exact_mut(shape.tile_bytes().max(1));
     for (first, tile) in rows.clone().step_by(SCREEN_ROWS).zip(tiles) {
         for (r, at) in (first..rows.end.min(first + SCREEN_ROWS)).enumerate() {
             matrix.widen_row(at, &mut row);
-            scale(at - rows.start, Scale::quantize(&row, &mut form));
-            let places = tile.as_chunks_mut::<SCREEN_STEP>().0[r..].iter_mut().step_by(SCREEN_ROWS);
+            scale(at - rows.start, Scale::quantize(shape.bits, &row, &mut form));
+            let places = tile.chunks_exact_mut(step_bytes).skip(r).step_by(SCREEN_ROWS);
             for (place, form) in places.zip(form.chunks(SCREEN_STEP)) {
-                place[..form.len()].copy_from_slice(form);
+                ops::pack_screen(shape.bits, form, place);
             }
         }
     }
 }
 
-/// The tiles and the scales of some rows, the first of which begins a tile, as a screen has them.
-pub(crate) fn form_bytes(matrix: &FloatMatrix, rows: Range<usize>) -> (Vec<u8>, Vec<u8>) {
-    let mut tiles = vec![0; tiles_of(&(0..rows.len()), matrix.columns).end];
+/// The tiles and the scales of some rows, the first of which begins a tile, as a screen of so many bits has them.
+pub(crate) fn form_bytes(matrix: &FloatMatrix, bits: usize, rows: Range<usize>) -> (Vec<u8>, Vec<u8>) {
+    let shape = Shape { rows: rows.len(), columns: matrix.columns, bits };
+    let mut tiles = vec![0; shape.tiles_of(&(0..rows.len())).end];
     let mut scales = vec![0; rows.len() * SCALE];
-    form(matrix, rows, &mut tiles, |at, scale| scales.as_chunks_mut().0[at] = scale.to_bytes());
+    form(matrix, shape, rows, &mut tiles, |at, scale| scales.as_chunks_mut().0[at] = scale.to_bytes());
     (tiles, scales)
 }
 
-/// All rows as int8.
+/// All rows in their forms.
 #[derive(Debug)]
 pub(crate) struct Screen {
+    shape: Shape,
     tiles: PageBuffer,
-    pub(crate) scales: Vec<Scale>,
+    bounds: Vec<RowBounds>,
     /// Whether a file had it.
     stored: bool,
 }
@@ -136,28 +175,28 @@ impl Screen {
     /// # Errors
     /// If memory runs out.
     pub(crate) fn new(rows: &FloatMatrix, workers: &dyn Workers) -> io::Result<Self> {
-        let k = rows.columns;
-        let mut tiles = PageBuffer::zeroed(tiles_of(&(0..rows.rows), k).end)?;
-        let mut scales = vec![Scale::default(); rows.rows];
-        let (bytes, shared) = (SharedSlice::new(&mut tiles), SharedSlice::new(&mut scales));
+        let shape = Shape::new(rows.rows, rows.columns);
+        let mut tiles = PageBuffer::zeroed(shape.tiles_of(&(0..rows.rows)).end)?;
+        let mut bounds = vec![RowBounds::default(); rows.rows.div_ceil(SCREEN_BLOCK)];
+        let (bytes, shared) = (SharedSlice::new(&mut tiles), SharedSlice::new(&mut bounds));
         workers.run(&|thread| {
-            let tiles = share(rows.rows.div_ceil(SCREEN_ROWS), workers.threads(), thread);
-            let within = tiles.start * SCREEN_ROWS..rows.rows.min(tiles.end * SCREEN_ROWS);
-            // SAFETY: every tile is in one thread's share.
-            let (bytes, scales) = unsafe { (bytes.part(tiles_of(&within, k)), shared.part(within.clone())) };
-            form(rows, within, bytes, |at, scale| scales[at] = scale);
+            let blocks = share(rows.rows.div_ceil(SCREEN_BLOCK), workers.threads(), thread);
+            let within = (blocks.start * SCREEN_BLOCK).min(rows.rows)..rows.rows.min(blocks.end * SCREEN_BLOCK);
+            // SAFETY: every block is in one thread's share.
+            let (bytes, bounds) = unsafe { (bytes.part(shape.tiles_of(&within)), shared.part(blocks)) };
+            form(rows, shape, within, bytes, |at, scale| scale.put(bounds, at));
         });
-        Ok(Self { tiles, scales, stored: false })
+        Ok(Self { shape, tiles, bounds, stored: false })
     }
 
-    /// The screen of a `[rows, columns]` matrix that a file holds; `None` if these are not as many bytes.
+    /// The screen of a matrix that a file holds; `None` if these are not as many bytes.
     ///
     /// It is copied to huge pages, with all threads: where it is mapped, its pages are small, and tokens took longer.
     ///
     /// # Errors
     /// If memory runs out.
-    pub(crate) fn stored(bytes: &[u8], rows: usize, columns: usize, workers: &dyn Workers) -> io::Result<Option<Self>> {
-        let Some((end, _)) = extent(rows, columns).filter(|(_, end)| bytes.len() == *end) else { return Ok(None) };
+    pub(crate) fn stored(bytes: &[u8], shape: Shape, workers: &dyn Workers) -> io::Result<Option<Self>> {
+        let Some((end, _)) = shape.extent().filter(|(_, end)| bytes.len() == *end) else { return Ok(None) };
         let (source, scales) = bytes.split_at(end);
         let mut tiles = PageBuffer::zeroed(source.len())?;
         let shared = SharedSlice::new(&mut tiles);
@@ -166,8 +205,11 @@ impl Screen {
             // SAFETY: every byte is in one thread's share.
             unsafe { shared.part(part.clone()) }.copy_from_slice(&source[part]);
         });
-        let scales = scales.as_chunks().0.iter().map(Scale::from_bytes).collect();
-        Ok(Some(Self { tiles, scales, stored: true }))
+        let mut bounds = vec![RowBounds::default(); shape.rows.div_ceil(SCREEN_BLOCK)];
+        for (at, bytes) in scales.as_chunks().0.iter().enumerate() {
+            Scale::from_bytes(bytes).put(&mut bounds, at);
+        }
+        Ok(Some(Self { shape, tiles, bounds, stored: true }))
     }
 
     /// Whether a file had it.
@@ -175,15 +217,24 @@ impl Screen {
         self.stored
     }
 
-    /// Bytes of its tiles and scales.
+    /// Bytes of its tiles and bounds.
     pub(crate) fn len(&self) -> usize {
-        self.tiles.len() + size_of_val(&self.scales[..])
+        self.tiles.len() + size_of_val(&self.bounds[..])
     }
 
-    /// The tiles of some rows, which begin with one, of `steps` steps each.
-    pub(crate) fn tiles(&self, rows: &Range<usize>, steps: usize) -> &[ScreenTile] {
-        let tiles = self.tiles.as_chunks::<SCREEN_STEP>().0.as_chunks::<SCREEN_ROWS>().0;
-        &tiles[rows.start / SCREEN_ROWS * steps..rows.end.div_ceil(SCREEN_ROWS) * steps]
+    /// Bits of an element.
+    pub(crate) const fn bits(&self) -> usize {
+        self.shape.bits
+    }
+
+    /// The tiles of a block's rows, and what bounds need to know of them. The next block's bounds are asked for: they are
+    /// too few to be fetched unasked.
+    pub(crate) fn block(&self, rows: &Range<usize>) -> (&[u8], &RowBounds) {
+        let at = rows.start / SCREEN_BLOCK;
+        if let Some(next) = self.bounds.get(at + 1) {
+            ops::ask_for(next);
+        }
+        (&self.tiles[self.shape.tiles_of(rows)], &self.bounds[at])
     }
 }
 
@@ -201,31 +252,58 @@ mod tests {
 
     #[test]
     fn a_screen_made_in_blocks_is_the_one_that_threads_make() {
-        for (rows, columns) in [(1, 1), (8, 32), (21, 40), (64, 100)] {
+        for (rows, columns, bits) in [(1, 1, 6), (8, 32, 6), (21, 40, 6), (64, 1100, 7), (9, 3100, 8)] {
             let matrix = matrix(rows, columns);
-            let (tiles, end) = extent(rows, columns).unwrap();
+            let shape = Shape { bits, ..Shape::new(rows, columns) };
+            assert!(shape == Shape::new(rows, columns) || !cfg!(target_arch = "x86_64"));
+            let (tiles, end) = shape.extent().unwrap();
             let mut bytes = vec![0; end];
             for start in (0..rows).step_by(16) {
                 let block = start..rows.min(start + 16);
-                let (block_tiles, block_scales) = form_bytes(&matrix, block.clone());
-                bytes[tiles_of(&block, columns)].copy_from_slice(&block_tiles);
+                let (block_tiles, block_scales) = form_bytes(&matrix, bits, block.clone());
+                bytes[shape.tiles_of(&block)].copy_from_slice(&block_tiles);
                 bytes[tiles..][scales_of(&block)].copy_from_slice(&block_scales);
             }
             for threads in [1, 3] {
                 let team = Team::new(threads).unwrap();
-                let stored = Screen::stored(&bytes, rows, columns, &team).unwrap().unwrap();
-                assert!(Screen::stored(&bytes, rows + 8, columns, &team).unwrap().is_none());
-                assert!(stored.is_stored() && stored.len() == end);
+                let stored = Screen::stored(&bytes, shape, &team).unwrap().unwrap();
+                assert!(Screen::stored(&bytes, Shape { rows: rows + 8, ..shape }, &team).unwrap().is_none());
+                assert!(stored.is_stored() && stored.len() >= end && stored.bits() == bits);
                 let made = Screen::new(&matrix, &team).unwrap();
-                assert!(!made.is_stored() && *made.tiles == *stored.tiles);
-                let scales = |screen: &Screen| screen.scales.iter().flat_map(|s| s.to_bytes()).collect::<Vec<u8>>();
-                assert_eq!(scales(&made), scales(&stored));
+                assert!(!made.is_stored());
+                if made.bits() == bits {
+                    assert_eq!(*made.tiles, *stored.tiles);
+                    assert_eq!(made.bounds, stored.bounds);
+                }
             }
         }
     }
 
     #[test]
-    fn a_shape_that_overflows_has_no_screen() {
-        assert!(extent(usize::MAX, 1).is_none() && extent(8, usize::MAX).is_none());
+    fn a_file_that_does_not_say_how_many_bits_has_eight() {
+        let shape: Shape = serde_json::from_str(r#"{"rows":8,"columns":32}"#).unwrap();
+        assert_eq!(shape, Shape { rows: 8, columns: 32, bits: 8 });
+        // Of its bytes every one is an element, as it was then.
+        let (tiles, _) = form_bytes(&matrix(8, 32), 8, 0..8);
+        let mut first = [0; 32];
+        ops::screen_form(
+            8,
+            &(0..32).map(|at| ((at * 7919 % 1009) as f32 - 500.0) / 37.0).collect::<Vec<_>>(),
+            &mut first,
+        );
+        assert_eq!(tiles[..32], first);
+    }
+
+    #[test]
+    fn a_shape_that_overflows_or_has_strange_bits_has_no_screen() {
+        let shape = Shape::new(8, 32);
+        assert!(shape.extent().is_some());
+        let strange = [
+            Shape { rows: usize::MAX, ..shape },
+            Shape { columns: usize::MAX, ..shape },
+            Shape { bits: 5, ..shape },
+            Shape { bits: 9, ..shape },
+        ];
+        assert!(strange.iter().all(|shape| shape.extent().is_none()));
     }
 }

@@ -18,6 +18,7 @@ use super::{
     Activation, Bytes, FloatMatrix, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection, RowType,
     TernaryTensor,
 };
+use crate::screen::Shape;
 use crate::text::{ChatError, ChatTemplate, Tokenizer, TokenizerConfig};
 
 /// An opened model.
@@ -327,7 +328,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// If it does not have its checksum.
-    pub(crate) fn stored_screen(&self) -> Result<Option<Bytes>, FormatError> {
+    pub(crate) fn stored_screen(&self) -> Result<Option<(Shape, Bytes)>, FormatError> {
         match &self.source {
             Source::Prepared(model) => model.screen(),
             Source::HuggingFace(_) | Source::Gguf(_) | Source::Synthetic(_) => Ok(None),

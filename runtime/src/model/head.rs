@@ -1,8 +1,8 @@
 //! The head: from states to logits. All of them, or provably the largest ones at a fraction of the bytes.
 //!
 //! A vocabulary of 128,000 makes the head's rows more than the rest of a small model, and most logits are of no interest:
-//! a sampler wants the largest. So rows also exist as int8 with a scale each (the *screen*), and a state as 12 bits with a
-//! scale. One pass over the screen gives an interval for every logit; the rows whose interval reaches above what is surely exceeded often enough are then
+//! a sampler wants the largest. So rows also exist as integers of a few bits with a scale each (the *screen*), and a state as 14
+//! bits with a scale. One pass over the screen gives an interval for every logit; the rows whose interval reaches above what is surely exceeded often enough are then
 //! computed from the file's own rows, in the one fixed order. What is returned has the bits of the full head. Where a token
 //! is drawn at random it is the largest of other numbers, logits with noise ([`Draw`]), whose intervals are as good.
 //!
@@ -19,16 +19,12 @@ use ternion_tuner::Workers;
 
 use super::Draw;
 use crate::formats::FloatMatrix;
-use crate::ops::{self, SCREEN_ROWS, SCREEN_STEP, ScreenState};
-use crate::screen::{SLACK, Scale, Screen, roundings};
+use crate::ops::{self, SCREEN_BLOCK as BLOCK, SCREEN_ROWS, SCREEN_STEP, SLACK, ScreenState, StateBounds};
+use crate::screen::{Screen, roundings};
 use crate::team::{SharedSlice, Team, share};
 
-/// Rows that are read for all states before the next: they stay in a core's cache. A multiple of [`SCREEN_ROWS`].
-const BLOCK: usize = 32;
 /// States that one pass over a block serves.
 const STATES: usize = 8;
-/// More than the rounding of the estimate's products.
-const ROUNDING: f64 = 1e-15;
 /// Partial sums below this do not overflow, however they are rounded.
 const LARGEST: f64 = 1e38;
 /// A head of at least this many bytes is screened: a smaller one stays in a cache, where bytes cost little.
@@ -67,11 +63,14 @@ pub struct Query<'a> {
 pub struct HeadScratch {
     /// What bounds need to know of the states; `None` for one that is not screened.
     forms: Vec<Option<Form>>,
-    /// The states' integers, `[n, steps]`.
+    /// The states' integers, `[n, steps]`, and the sums of each.
     integers: Vec<ScreenState>,
+    totals: Vec<i32>,
     /// Lower and upper ends of the intervals of logits, or of scores where a token is drawn, `[n, vocabulary]` each.
     lower: Vec<f32>,
     upper: Vec<f32>,
+    /// The largest lower and the largest upper end of each block, `[n, blocks]`: what most questions are answered from.
+    tops: Vec<Tops>,
     /// Lower ends of one state's intervals, to be put in order.
     ends: Vec<f32>,
     /// States that are not screened, `[n, hidden]`, and their logits, `[n, vocabulary]`.
@@ -163,12 +162,15 @@ impl Head {
         let vocabulary = self.rows.rows;
         let screen = self.screen.as_ref();
         scratch.forms.clear();
+        scratch.totals.clear();
         let steps = self.rows.columns.div_ceil(SCREEN_STEP);
-        scratch.integers.resize(queries.len() * steps, [0; SCREEN_STEP]);
+        scratch.integers.resize(queries.len() * steps, ScreenState::ZERO);
         for (query, integers) in queries.clone().zip(scratch.integers.chunks_exact_mut(steps.max(1))) {
             let screened = screen.is_some() && query.wanted != Wanted::All;
             let draw = if let Wanted::Drawn(draw) = query.wanted { Some(draw) } else { None };
-            scratch.forms.push(screened.then(|| Form::new(query.state, draw, integers)).flatten());
+            let form = screened.then(|| Form::new(query.state, draw, integers)).flatten();
+            scratch.totals.push(form.map_or(0, |(_, total)| total));
+            scratch.forms.push(form.map(|(form, _)| form));
         }
         if let Some(screen) = screen.filter(|_| scratch.forms.iter().any(Option::is_some)) {
             self.intervals(team, screen, scratch);
@@ -189,43 +191,54 @@ impl Head {
                 found.extend(logits.next().into_iter().flatten().copied().zip(0..));
                 continue;
             }
-            let range = n * vocabulary..(n + 1) * vocabulary;
+            let (range, blocks) = (n * vocabulary..(n + 1) * vocabulary, vocabulary.div_ceil(BLOCK));
             let (lower, upper) = (&mut scratch.lower[range.clone()], &mut scratch.upper[range]);
+            let tops = &mut scratch.tops[n * blocks..][..blocks];
             // What is computed in any case neither sets the threshold nor has to reach it.
             for token in query.always.iter().map(|token| *token as usize).filter(|token| *token < vocabulary) {
                 (lower[token], upper[token]) = (f32::NEG_INFINITY, f32::INFINITY);
+                let block = token / BLOCK * BLOCK..vocabulary.min((token / BLOCK + 1) * BLOCK);
+                tops[token / BLOCK] = Tops::new(&lower[block.clone()], &upper[block]);
             }
-            let threshold = threshold(query.wanted, lower, &mut scratch.ends);
-            let reaching = upper.iter().zip(0..).filter(|(upper, _)| **upper >= threshold);
-            found.extend(reaching.map(|(_, token)| (0.0, token)));
+            let threshold = threshold(query.wanted, lower, tops, &mut scratch.ends);
+            for (block, _) in tops.iter().enumerate().filter(|(_, tops)| tops.upper >= threshold) {
+                let first = block * BLOCK;
+                let upper = upper[first..].iter().take(BLOCK).zip(first as u32..);
+                found.extend(upper.filter(|(upper, _)| **upper >= threshold).map(|(_, token)| (0.0, token)));
+            }
             self.rescore(team, query.state, found);
         }
     }
 
     /// Intervals of all logits or scores of the states that are screened.
     fn intervals(&self, team: &Team, screen: &Screen, scratch: &mut HeadScratch) {
-        let HeadScratch { forms, integers, lower, upper, .. } = scratch;
+        let HeadScratch { forms, integers, totals, lower, upper, tops, .. } = scratch;
         let (vocabulary, steps) = (self.rows.rows, self.rows.columns.div_ceil(SCREEN_STEP));
         lower.resize(forms.len() * vocabulary, 0.0);
         upper.resize(forms.len() * vocabulary, 0.0);
-        let (lower, upper) = (SharedSlice::new(lower), SharedSlice::new(upper));
+        let blocks = vocabulary.div_ceil(BLOCK);
+        tops.resize(forms.len() * blocks, Tops::default());
+        let (lower, upper, tops) = (SharedSlice::new(lower), SharedSlice::new(upper), SharedSlice::new(tops));
         self.each_block(team, &|rows| {
             let mut sums = [[0; SCREEN_ROWS]; STATES * BLOCK / SCREEN_ROWS];
-            let tiles = screen.tiles(&rows, steps);
-            let groups = forms.chunks(STATES).zip(integers.chunks(STATES * steps));
-            for (group, (forms, integers)) in groups.enumerate() {
-                let sums = &mut sums[..forms.len() * tiles.len() / steps];
-                ops::dot_screen(integers, steps, tiles, sums);
-                for (n, (form, sums)) in forms.iter().zip(sums.chunks(tiles.len() / steps)).enumerate() {
+            let ((tiles, bounds), of_tiles) = (screen.block(&rows), rows.len().div_ceil(SCREEN_ROWS));
+            let groups = forms.chunks(STATES).zip(integers.chunks(STATES * steps).zip(totals.chunks(STATES)));
+            for (group, (forms, (integers, totals))) in groups.enumerate() {
+                let sums = &mut sums[..forms.len() * of_tiles];
+                ops::dot_screen(screen.bits(), integers, totals, tiles, sums);
+                for (n, (form, sums)) in forms.iter().zip(sums.chunks(of_tiles)).enumerate() {
                     let Some(form) = form else { continue };
-                    let at = (group * STATES + n) * vocabulary;
+                    let (at, block) =
+                        ((group * STATES + n) * vocabulary, (group * STATES + n) * blocks + rows.start / BLOCK);
                     let range = at + rows.start..at + rows.end;
                     // SAFETY: every block of rows is in one part of the work.
-                    let (lower, upper) = unsafe { (lower.part(range.clone()), upper.part(range)) };
-                    form.intervals(self.rows.columns, sums.as_flattened(), &screen.scales[rows.clone()], lower, upper);
+                    let (lower, upper, tops) =
+                        unsafe { (lower.part(range.clone()), upper.part(range), tops.part(block..block + 1)) };
+                    ops::intervals(&form.bounds, sums, bounds, lower, upper);
                     if let Some(draw) = form.draw {
                         draw.perturb(rows.start, lower, upper);
                     }
+                    tops[0] = Tops::new(lower, upper);
                 }
             }
         });
@@ -260,62 +273,64 @@ impl Head {
     }
 }
 
+/// The largest ends of a block's intervals.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tops {
+    lower: f32,
+    upper: f32,
+}
+
+impl Tops {
+    fn new(lower: &[f32], upper: &[f32]) -> Self {
+        Self { lower: ops::largest(lower), upper: ops::largest(upper) }
+    }
+}
+
 /// A value that as many lower ends reach as are wanted, so that whatever is wanted reaches it too.
-fn threshold(wanted: Wanted, lower: &[f32], order: &mut Vec<f32>) -> f32 {
-    let largest = || lower.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+fn threshold(wanted: Wanted, lower: &[f32], tops: &[Tops], order: &mut Vec<f32>) -> f32 {
+    let largest = || tops.iter().fold(f32::NEG_INFINITY, |largest, tops| largest.max(tops.lower));
     match wanted {
         Wanted::All => f32::NEG_INFINITY,
         Wanted::Top(1) | Wanted::Drawn(_) => largest(),
         Wanted::Top(k) if k == 0 || k > lower.len() => f32::NEG_INFINITY,
         Wanted::Top(k) => {
             order.clear();
-            order.extend_from_slice(lower);
+            // So many blocks have one each.
+            if k <= tops.len() {
+                order.extend(tops.iter().map(|tops| tops.lower));
+            } else {
+                order.extend_from_slice(lower);
+            }
             *order.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
         }
         Wanted::Within(distance) => (largest() - distance).next_down(),
     }
 }
 
-/// What bounds need to know of a state's integer form.
+/// A state's integer form.
 #[derive(Clone, Copy, Debug)]
 struct Form {
-    /// `t`
-    scale: f64,
-    /// `‖x‖`, or a little more.
-    norm: f64,
-    /// `‖d‖`, or a little more.
-    error: f64,
+    bounds: StateBounds,
     /// How a token is drawn, if one is.
     draw: Option<Draw>,
 }
 
 impl Form {
-    /// Writes a state's integers; `None` if it cannot be screened: bounds need every element to be a number, and squares
+    /// Writes a state's integers, and returns their sum besides; `None` if it cannot be screened: bounds need every element to be a number, and squares
     /// that do not overflow.
-    fn new(state: &[f32], draw: Option<Draw>, integers: &mut [ScreenState]) -> Option<Self> {
+    fn new(state: &[f32], draw: Option<Draw>, integers: &mut [ScreenState]) -> Option<(Self, i32)> {
+        let k = state.len();
         let form = ops::screen_state(state, integers)?;
         let [norm, error] = [form.whole, form.error].map(|squares| squares.sqrt() * SLACK);
-        norm.is_finite().then_some(Self { scale: f64::from(form.scale), norm, error, draw })
-    }
-
-    /// Intervals of the logits of some rows of `k` elements, whose `p·q` are `sums`.
-    fn intervals(&self, k: usize, sums: &[i32], scales: &[Scale], lower: &mut [f32], upper: &mut [f32]) {
-        // The logit's partial sums are at most `‖x‖·√k` times the largest element of a row. Where one might overflow there
-        // is no bound.
-        let largest = LARGEST / (127.0 * self.norm * (k as f64).sqrt());
-        let underflow = roundings(k) * LANES as f64 * f64::from(f32::from_bits(1));
-        let ends = lower.iter_mut().zip(upper);
-        for ((sum, row), (lower, upper)) in sums.iter().zip(scales).zip(ends) {
-            let estimate = self.scale * f64::from(row.scale) * f64::from(*sum);
-            let bound = (self.norm * f64::from(row.error) + self.error * f64::from(row.form)) * SLACK
-                + estimate.abs() * ROUNDING
-                + underflow;
-            if bound.is_finite() && f64::from(row.scale) <= largest {
-                (*lower, *upper) = (((estimate - bound) as f32).next_down(), ((estimate + bound) as f32).next_up());
-            } else {
-                (*lower, *upper) = (f32::NEG_INFINITY, f32::INFINITY);
-            }
-        }
+        let bounds = StateBounds {
+            scale: f64::from(form.scale),
+            norm,
+            error,
+            // The logit's partial sums are at most `‖x‖·√k` times the largest element of a row, which is at most 127 scales.
+            largest: LARGEST / (127.0 * norm * (k as f64).sqrt()),
+            underflow: roundings(k) * LANES as f64 * f64::from(f32::from_bits(1)),
+        };
+        norm.is_finite().then_some((Self { bounds, draw }, form.total))
     }
 }
 

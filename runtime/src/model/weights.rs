@@ -53,7 +53,7 @@ pub struct LoadReport {
     pub record_bytes: usize,
     /// Those of them that are used where the file is mapped.
     pub mapped_record_bytes: usize,
-    /// Bytes of the head's int8 screen.
+    /// Bytes of the head's screen.
     pub screen_bytes: usize,
     /// Those of them that the file had, and that were copied to memory of our own.
     pub stored_screen_bytes: usize,
@@ -192,9 +192,9 @@ impl Model {
         let out_of_memory = |source| ModelError::Memory { bytes: rows, source };
         let head = if config.pooling.is_some() {
             Head::with_screen(head, false, workers).map_err(out_of_memory)?
-        } else if let Some(stored) = checkpoint.stored_screen()? {
+        } else if let Some((shape, stored)) = checkpoint.stored_screen()? {
             let found = stored.len();
-            let screen = Screen::stored(&stored, head.rows, head.columns, workers).map_err(out_of_memory)?;
+            let screen = Screen::stored(&stored, shape, workers).map_err(out_of_memory)?;
             let screen = screen.ok_or(ModelError::Elements { what: "head's screen", found, expected: rows })?;
             Head::with_stored(head, screen)
         } else {

@@ -23,6 +23,7 @@ macro_rules! for_every_level {
 }
 
 mod attention;
+mod bounds;
 mod gumbel;
 mod half;
 mod head;
@@ -36,14 +37,18 @@ pub use attention::{
     CachedBlock, Running, WideQueries, attend_block_f16, attend_block_f32, attend_block_int8, finish_attention,
     merge_attention, widen_query,
 };
+pub use bounds::{RowBounds, SCREEN_BLOCK, StateBounds, intervals, largest};
+pub(crate) use bounds::{SLACK, ask_for};
 pub use gumbel::{gumbel_bounds, perturb};
 pub use half::{f16_to_f32, f32_to_f16, narrow_f16, widen_f16};
 pub use head::dot_rows;
 pub use norm::{quantize, rms_norm, rms_norm_in_place};
 pub use projection::{Sums, add_dequantized, dequantize, gated, gated_floats};
 pub use rope::rotate;
+pub(crate) use screen::pack_screen;
 pub use screen::{
-    SCREEN_ROWS, SCREEN_STEP, ScreenForm, ScreenState, ScreenTile, StateForm, dot_screen, screen_form, screen_state,
+    SCREEN_ROWS, SCREEN_STEP, ScreenForm, ScreenState, StateForm, dot_screen, screen_form, screen_state,
+    screen_step_bytes,
 };
 
 #[cfg(test)]

@@ -30,8 +30,8 @@ pub(in crate::formats) fn encode_row(kind: RowType, row: &[f32], target: &mut Ve
         }
         RowType::Int8 => {
             let start = places(target, 4 + row.len());
-            // The very form that the head's screen has: an int8 head's screen is the head itself.
-            let scale = ops::screen_form(row, &mut target[start + 4..]).scale;
+            // The very form that a head's screen of 8 bits has.
+            let scale = ops::screen_form(8, row, &mut target[start + 4..]).scale;
             target[start..start + 4].copy_from_slice(&scale.to_le_bytes());
         }
         RowType::Q8_0 => row.as_chunks().0.iter().for_each(|block| target.extend(q8_0(block))),

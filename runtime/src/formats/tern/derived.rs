@@ -4,7 +4,7 @@ use super::sections::section_bytes;
 use super::{Content, Part, Section};
 use crate::formats::{Checkpoint, FormatError};
 use crate::ops::SCREEN_ROWS;
-use crate::screen;
+use crate::screen::{self, Shape};
 
 /// Rows whose screen is computed at a time.
 const BLOCK: usize = 128 * SCREEN_ROWS;
@@ -17,7 +17,7 @@ pub(super) fn verify<'a>(
     let mut count = 0;
     for (part, section, found) in derived {
         let follows = match section.content {
-            Content::Screen { rows, columns } => screen_follows(model, &found, rows, columns)?,
+            Content::Screen(shape) => screen_follows(model, &found, shape)?,
             _ => *section_bytes(model, part, section)?.0 == *found,
         };
         if !follows {
@@ -29,13 +29,13 @@ pub(super) fn verify<'a>(
     Ok(count)
 }
 
-fn screen_follows(model: &Checkpoint, found: &[u8], rows: usize, columns: usize) -> Result<bool, FormatError> {
+fn screen_follows(model: &Checkpoint, found: &[u8], shape: Shape) -> Result<bool, FormatError> {
     let matrix = model.head()?.map_or_else(|| model.embedding(), Ok)?;
-    let Some((start, _)) = screen::extent(rows, columns) else { return Ok(false) };
+    let Some((start, _)) = shape.extent() else { return Ok(false) };
     let (tiles, scales) = found.split_at(start);
-    Ok((0..rows).step_by(BLOCK).all(|first| {
-        let block = first..rows.min(first + BLOCK);
-        let (of_tiles, of_scales) = (screen::tiles_of(&block, columns), screen::scales_of(&block));
-        screen::form_bytes(&matrix, block) == (tiles[of_tiles].to_vec(), scales[of_scales].to_vec())
+    Ok((0..shape.rows).step_by(BLOCK).all(|first| {
+        let block = first..shape.rows.min(first + BLOCK);
+        let (of_tiles, of_scales) = (shape.tiles_of(&block), screen::scales_of(&block));
+        screen::form_bytes(&matrix, shape.bits, block) == (tiles[of_tiles].to_vec(), scales[of_scales].to_vec())
     }))
 }

@@ -4,6 +4,7 @@ use ternion_compiler::Layout;
 
 use super::{Content, Part};
 use crate::formats::{ModelConfig, Projection, RowType};
+use crate::screen::Shape;
 
 /// `layout(layer, projection, m, k)` chooses how a ternary matrix is packed.
 pub type ChooseLayout<'a> = dyn Fn(usize, Projection, usize, usize) -> Layout + 'a;
@@ -41,7 +42,7 @@ impl HeadType {
 pub struct Form {
     /// Type of the head's rows.
     pub head: HeadType,
-    /// Whether to store the head's int8 screen.
+    /// Whether to store the head's screen.
     pub screen: bool,
     /// Shapes `[m, k]` whose matrices are stored a second time, and in which layout.
     pub copies: Vec<((usize, usize), Layout)>,
@@ -63,7 +64,7 @@ impl Form {
             Some(Content::Packed { m: config.ffn, k: config.hidden, layout: [rows, columns][at] })
         };
         match part {
-            Part::Screen => self.screen.then_some(Content::Screen { rows: config.vocabulary, columns: config.hidden }),
+            Part::Screen => self.screen.then(|| Content::Screen(Shape::new(config.vocabulary, config.hidden))),
             Part::Copy(_, projection) => {
                 let (m, k) = projection.shape(config);
                 let (_, layout) = self.copies.iter().find(|(shape, _)| *shape == (m, k))?;

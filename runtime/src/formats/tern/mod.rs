@@ -83,11 +83,8 @@ enum Content {
         k: usize,
         layout: Layout,
     },
-    /// The int8 form of a head of this shape, as [`crate::screen`] makes it.
-    Screen {
-        rows: usize,
-        columns: usize,
-    },
+    /// The screen of a head, as [`crate::screen`] makes it.
+    Screen(screen::Shape),
 }
 
 impl Content {
@@ -95,7 +92,7 @@ impl Content {
     fn derived_bytes(&self) -> Option<usize> {
         match self {
             Self::Packed { m, k, layout } => layout.bytes(*m, *k),
-            Self::Screen { rows, columns } => Some(screen::extent(*rows, *columns)?.1),
+            Self::Screen(shape) => Some(shape.extent()?.1),
             Self::Text {} | Self::Floats { .. } | Self::Ternary { .. } => None,
         }
     }
@@ -106,7 +103,7 @@ impl Section {
     fn layout(&self) -> Layout {
         match self.content {
             Content::Ternary { layout, .. } | Content::Packed { layout, .. } => layout,
-            Content::Text {} | Content::Floats { .. } | Content::Screen { .. } => Layout::Canonical,
+            Content::Text {} | Content::Floats { .. } | Content::Screen(_) => Layout::Canonical,
         }
     }
 

@@ -13,6 +13,7 @@ use crate::formats::{
     Bytes, Checkpoint, FloatMatrix, FloatType, FormatError, GenerationDefaults, LayerNorm, ModelConfig, Projection,
     RowType, TernaryTensor,
 };
+use crate::screen::Shape;
 use crate::text::TokenizerConfig;
 
 /// An opened prepared file.
@@ -189,13 +190,14 @@ impl Prepared {
 
     /// The head's screen, if the file has it, after a look at its checksum: a screen with a damaged byte might hide the
     /// token that should come next.
-    pub(in crate::formats) fn screen(&self) -> Result<Option<Bytes>, FormatError> {
+    pub(in crate::formats) fn screen(&self) -> Result<Option<(Shape, Bytes)>, FormatError> {
         if !self.derived.contains(&Part::Screen) {
             return Ok(None);
         }
         let (section, bytes) = self.section(Part::Screen);
+        let Content::Screen(shape) = section.content else { return Ok(None) };
         if xxh3_64(&bytes) == section.xxh3 {
-            return Ok(Some(bytes));
+            return Ok(Some((shape, bytes)));
         }
         let problem = format!("section {} does not have its checksum", section.name);
         Err(FormatError::Corrupted { path: self.path.clone(), problem })
@@ -326,9 +328,7 @@ fn fits(part: Part, content: &Content, bytes: u64, config: &ModelConfig) -> bool
         {
             content.derived_bytes()
         }
-        (Part::Screen, Content::Screen { rows, columns })
-            if (*rows, *columns) == (config.vocabulary, config.hidden) =>
-        {
+        (Part::Screen, Content::Screen(shape)) if (shape.rows, shape.columns) == (config.vocabulary, config.hidden) => {
             content.derived_bytes()
         }
         _ => None,

@@ -61,12 +61,12 @@ pub(super) fn units(parts: &[Part], sections: &[Section], data: u64) -> Vec<Unit
                 let row_bytes = dtype.row_bytes(columns);
                 blocks(rows, row_bytes, &|rows| vec![place(rows.start * row_bytes..rows.end * row_bytes)]);
             }
-            Content::Screen { rows, columns } => {
-                let (scales, _) = screen::extent(rows, columns).expect("sizes were planned");
-                blocks(rows, columns, &|rows| {
+            Content::Screen(shape) => {
+                let (scales, _) = shape.extent().expect("sizes were planned");
+                blocks(shape.rows, shape.columns, &|rows| {
                     let of_scales = screen::scales_of(rows);
                     let of_scales = scales + of_scales.start..scales + of_scales.end;
-                    vec![place(screen::tiles_of(rows, columns)), place(of_scales)]
+                    vec![place(shape.tiles_of(rows)), place(of_scales)]
                 });
             }
             _ => {
@@ -113,8 +113,8 @@ struct Table {
     name: String,
     matrix: FloatMatrix,
     target: RowType,
-    /// Whether it is the screen of such rows that is to be made.
-    screen: bool,
+    /// The bits of such rows' screen, if it is that which is to be made.
+    screen: Option<usize>,
     /// Its blocks.
     units: Range<usize>,
     checksum: Mutex<Checksum>,
@@ -198,7 +198,8 @@ impl Job<'_> {
             let first = self.units.partition_point(|unit| unit.section < section);
             let units = first..self.units.partition_point(|unit| unit.section <= section);
             if let (Some(matrix), Some(target)) = (matrix, self.stored_rows(*part)) {
-                let (name, screen) = (part.to_string(), *part == Part::Screen);
+                let (name, content) = (part.to_string(), &self.sections[section].content);
+                let screen = if let Content::Screen(shape) = content { Some(shape.bits) } else { None };
                 tables.insert(section, Table { name, matrix, target, screen, units, checksum: Mutex::default() });
             }
         }
@@ -307,11 +308,9 @@ impl Table {
             let (bytes, error) = self.round(rows.clone(), model)?;
             (bytes.into(), error)
         };
-        if !self.screen {
-            return Ok((vec![rounded], Done { error, ..Done::default() }));
-        }
+        let Some(bits) = self.screen else { return Ok((vec![rounded], Done { error, ..Done::default() })) };
         let stored = FloatMatrix { rows: rows.len(), columns: matrix.columns, dtype: *target, bytes: rounded };
-        let (tiles, scales) = screen::form_bytes(&stored, 0..rows.len());
+        let (tiles, scales) = screen::form_bytes(&stored, bits, 0..rows.len());
         Ok((vec![tiles.into(), scales.into()], Done::default()))
     }
 

@@ -104,7 +104,7 @@ pub fn write_with(
                 *written = scale;
                 summary.matrices += 1;
             }
-            Content::Packed { .. } | Content::Screen { .. } => summary.derived += section.bytes,
+            Content::Packed { .. } | Content::Screen(_) => summary.derived += section.bytes,
             // The head comes after the embedding, if there is one of its own.
             Content::Floats { dtype, .. } if matches!(part, Part::Embedding | Part::Head) => {
                 let (off, whole) = error;
@@ -157,7 +157,7 @@ fn digest_of_plan(model: &Checkpoint, header: &Header) -> u64 {
 
 /// The oldest version that has all sections of a file.
 fn version(header: &Header) -> u32 {
-    let derived = |section: &Section| matches!(section.content, Content::Packed { .. } | Content::Screen { .. });
+    let derived = |section: &Section| matches!(section.content, Content::Packed { .. } | Content::Screen(_));
     if header.sections.iter().any(derived) { VERSION } else { 1 }
 }
 
