@@ -1,10 +1,10 @@
 //! A head's rows as integers of 6, 7 or 8 bits with a scale each, the *screen*, which [`Head`](crate::model::Head) gets its
 //! bounds from.
 //!
-//! It is a function of the rows and the number of bits: every step has one order, so it has the same bytes on every machine,
-//! whoever computes it, and a prepared file may hold it. As bytes it is the tiles, `[⌈rows / 8⌉, ⌈columns / 32⌉, 8, 32]`
+//! It is a function of the rows: their length tells the number of bits, and every step has one order, so it has the same bytes
+//! on every machine, whoever computes it, and a prepared file may hold it. As bytes it is the tiles, `[⌈rows / 8⌉, ⌈columns / 32⌉, 8, 32]`
 //! elements in two's complement, least significant bit first, zero past the last row and column, followed by three `f32`
-//! for each row: its scale, and the two norms of its bound.
+//! for each row: its scale, and the two norms of its bound. In memory a CPU that unpacks elements slowly has a byte for each.
 
 use std::io;
 use std::ops::Range;
@@ -39,10 +39,9 @@ const fn eight() -> usize {
 impl Shape {
     /// With as many bits as pay for rows of this length. The bound of a row's rounding, in standard deviations of the
     /// logits, grows with the square root of its length (the book's page on exactness has how many rows it leaves), and what
-    /// it leaves costs more than bits save. Only x86 unpacks fewer than 8 fast.
+    /// it leaves costs more than bits save.
     pub(crate) const fn new(rows: usize, columns: usize) -> Self {
         let bits = match columns {
-            _ if !cfg!(target_arch = "x86_64") => 8,
             ..=1024 => 6,
             1025..=3072 => 7,
             _ => 8,
@@ -132,16 +131,23 @@ pub(crate) const fn scales_of(rows: &Range<usize>) -> Range<usize> {
     rows.start * SCALE..rows.end * SCALE
 }
 
-/// Computes the forms of some rows, the first of which begins a tile: writes their tiles, which were zero, and gives each
-/// row's place among `rows` and its scale to `scale`.
-fn form(matrix: &FloatMatrix, shape: Shape, rows: Range<usize>, tiles: &mut [u8], mut scale: impl FnMut(usize, Scale)) {
+/// Computes the forms of some rows, of `bits` bits, the first of which begins a tile: writes their tiles, which were zero and
+/// are as `shape` says, and gives each row's place among `rows` and its scale to `scale`.
+fn form(
+    matrix: &FloatMatrix,
+    bits: usize,
+    shape: Shape,
+    rows: Range<usize>,
+    tiles: &mut [u8],
+    mut scale: impl FnMut(usize, Scale),
+) {
     let (mut row, mut form) = (vec![0.0; matrix.columns], vec![0; matrix.columns]);
     let step_bytes = screen_step_bytes(shape.bits) / SCREEN_ROWS;
     let tiles = tiles.chunks_exact_mut(shape.tile_bytes().max(1));
     for (first, tile) in rows.clone().step_by(SCREEN_ROWS).zip(tiles) {
         for (r, at) in (first..rows.end.min(first + SCREEN_ROWS)).enumerate() {
             matrix.widen_row(at, &mut row);
-            scale(at - rows.start, Scale::quantize(shape.bits, &row, &mut form));
+            scale(at - rows.start, Scale::quantize(bits, &row, &mut form));
             let places = tile.chunks_exact_mut(step_bytes).skip(r).step_by(SCREEN_ROWS);
             for (place, form) in places.zip(form.chunks(SCREEN_STEP)) {
                 ops::pack_screen(shape.bits, form, place);
@@ -155,13 +161,14 @@ pub(crate) fn form_bytes(matrix: &FloatMatrix, bits: usize, rows: Range<usize>) 
     let shape = Shape { rows: rows.len(), columns: matrix.columns, bits };
     let mut tiles = vec![0; shape.tiles_of(&(0..rows.len())).end];
     let mut scales = vec![0; rows.len() * SCALE];
-    form(matrix, shape, rows, &mut tiles, |at, scale| scales.as_chunks_mut().0[at] = scale.to_bytes());
+    form(matrix, bits, shape, rows, &mut tiles, |at, scale| scales.as_chunks_mut().0[at] = scale.to_bytes());
     (tiles, scales)
 }
 
 /// All rows in their forms.
 #[derive(Debug)]
 pub(crate) struct Screen {
+    /// With the bits that an element has in memory.
     shape: Shape,
     tiles: PageBuffer,
     bounds: Vec<RowBounds>,
@@ -175,7 +182,13 @@ impl Screen {
     /// # Errors
     /// If memory runs out.
     pub(crate) fn new(rows: &FloatMatrix, workers: &dyn Workers) -> io::Result<Self> {
-        let shape = Shape::new(rows.rows, rows.columns);
+        Self::new_as(rows, ops::unpacks_fast(), workers)
+    }
+
+    /// As [`new`](Self::new), with elements `packed` in memory or a byte each.
+    fn new_as(rows: &FloatMatrix, packed: bool, workers: &dyn Workers) -> io::Result<Self> {
+        let Shape { bits, .. } = Shape::new(rows.rows, rows.columns);
+        let shape = Shape { bits: if packed { bits } else { 8 }, ..Shape::new(rows.rows, rows.columns) };
         let mut tiles = PageBuffer::zeroed(shape.tiles_of(&(0..rows.rows)).end)?;
         let mut bounds = vec![RowBounds::default(); rows.rows.div_ceil(SCREEN_BLOCK)];
         let (bytes, shared) = (SharedSlice::new(&mut tiles), SharedSlice::new(&mut bounds));
@@ -184,7 +197,7 @@ impl Screen {
             let within = (blocks.start * SCREEN_BLOCK).min(rows.rows)..rows.rows.min(blocks.end * SCREEN_BLOCK);
             // SAFETY: every block is in one thread's share.
             let (bytes, bounds) = unsafe { (bytes.part(shape.tiles_of(&within)), shared.part(blocks)) };
-            form(rows, shape, within, bytes, |at, scale| scale.put(bounds, at));
+            form(rows, bits, shape, within, bytes, |at, scale| scale.put(bounds, at));
         });
         Ok(Self { shape, tiles, bounds, stored: false })
     }
@@ -196,14 +209,24 @@ impl Screen {
     /// # Errors
     /// If memory runs out.
     pub(crate) fn stored(bytes: &[u8], shape: Shape, workers: &dyn Workers) -> io::Result<Option<Self>> {
+        Self::stored_as(bytes, shape, ops::unpacks_fast(), workers)
+    }
+
+    /// As [`stored`](Self::stored), with elements `packed` in memory or a byte each.
+    fn stored_as(bytes: &[u8], shape: Shape, packed: bool, workers: &dyn Workers) -> io::Result<Option<Self>> {
         let Some((end, _)) = shape.extent().filter(|(_, end)| bytes.len() == *end) else { return Ok(None) };
         let (source, scales) = bytes.split_at(end);
-        let mut tiles = PageBuffer::zeroed(source.len())?;
+        let Shape { bits, rows, .. } = shape;
+        let shape = Shape { bits: if packed { bits } else { 8 }, ..shape };
+        let mut tiles = PageBuffer::zeroed(shape.tiles_of(&(0..rows)).end)?;
         let shared = SharedSlice::new(&mut tiles);
         workers.run(&|thread| {
-            let part = share(source.len(), workers.threads(), thread);
+            // Eight elements are as many bytes as one has bits.
+            let part = share(source.len() / bits, workers.threads(), thread);
+            let from = &source[part.start * bits..part.end * bits];
             // SAFETY: every byte is in one thread's share.
-            unsafe { shared.part(part.clone()) }.copy_from_slice(&source[part]);
+            let to = unsafe { shared.part(part.start * shape.bits..part.end * shape.bits) };
+            if bits == shape.bits { to.copy_from_slice(from) } else { ops::unpack_screen(bits, from, to) }
         });
         let mut bounds = vec![RowBounds::default(); shape.rows.div_ceil(SCREEN_BLOCK)];
         for (at, bytes) in scales.as_chunks().0.iter().enumerate() {
@@ -222,7 +245,7 @@ impl Screen {
         self.tiles.len() + size_of_val(&self.bounds[..])
     }
 
-    /// Bits of an element.
+    /// Bits of an element in memory.
     pub(crate) const fn bits(&self) -> usize {
         self.shape.bits
     }
@@ -254,8 +277,8 @@ mod tests {
     fn a_screen_made_in_blocks_is_the_one_that_threads_make() {
         for (rows, columns, bits) in [(1, 1, 6), (8, 32, 6), (21, 40, 6), (64, 1100, 7), (9, 3100, 8)] {
             let matrix = matrix(rows, columns);
-            let shape = Shape { bits, ..Shape::new(rows, columns) };
-            assert!(shape == Shape::new(rows, columns) || !cfg!(target_arch = "x86_64"));
+            let shape = Shape::new(rows, columns);
+            assert_eq!(shape, Shape { rows, columns, bits });
             let (tiles, end) = shape.extent().unwrap();
             let mut bytes = vec![0; end];
             for start in (0..rows).step_by(16) {
@@ -266,14 +289,13 @@ mod tests {
             }
             for threads in [1, 3] {
                 let team = Team::new(threads).unwrap();
-                let stored = Screen::stored(&bytes, shape, &team).unwrap().unwrap();
                 assert!(Screen::stored(&bytes, Shape { rows: rows + 8, ..shape }, &team).unwrap().is_none());
-                assert!(stored.is_stored() && stored.len() >= end && stored.bits() == bits);
-                let made = Screen::new(&matrix, &team).unwrap();
-                assert!(!made.is_stored());
-                if made.bits() == bits {
-                    assert_eq!(*made.tiles, *stored.tiles);
-                    assert_eq!(made.bounds, stored.bounds);
+                for (packed, bits) in [(true, bits), (false, 8)] {
+                    let stored = Screen::stored_as(&bytes, shape, packed, &team).unwrap().unwrap();
+                    assert!(stored.is_stored() && stored.len() >= end && stored.bits() == bits);
+                    let made = Screen::new_as(&matrix, packed, &team).unwrap();
+                    assert!(!made.is_stored() && made.bits() == bits);
+                    assert_eq!((&*made.tiles, &made.bounds), (&*stored.tiles, &stored.bounds));
                 }
             }
         }

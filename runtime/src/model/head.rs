@@ -316,8 +316,8 @@ struct Form {
 }
 
 impl Form {
-    /// Writes a state's integers, and returns their sum besides; `None` if it cannot be screened: bounds need every element to be a number, and squares
-    /// that do not overflow.
+    /// Writes a state's integers, and returns their sum besides; `None` if it cannot be screened: bounds need every element
+    /// to be a number, and squares that do not overflow.
     fn new(state: &[f32], draw: Option<Draw>, integers: &mut [ScreenState]) -> Option<(Self, i32)> {
         let k = state.len();
         let form = ops::screen_state(state, integers)?;

@@ -45,11 +45,11 @@ pub use head::dot_rows;
 pub use norm::{quantize, rms_norm, rms_norm_in_place};
 pub use projection::{Sums, add_dequantized, dequantize, gated, gated_floats};
 pub use rope::rotate;
-pub(crate) use screen::pack_screen;
 pub use screen::{
     SCREEN_ROWS, SCREEN_STEP, ScreenForm, ScreenState, StateForm, dot_screen, screen_form, screen_state,
     screen_step_bytes,
 };
+pub(crate) use screen::{pack_screen, unpack_screen, unpacks_fast};
 
 #[cfg(test)]
 mod tests {

@@ -51,6 +51,28 @@ pub(crate) fn pack_screen(bits: usize, elements: &[u8], row: &mut [u8]) {
     }
 }
 
+/// The elements of whole bytes of a row, one signed byte each.
+pub(crate) fn unpack_screen(bits: usize, row: &[u8], elements: &mut [u8]) {
+    for (eight, bytes) in elements.chunks_exact_mut(8).zip(row.chunks_exact(bits)) {
+        let mut word = [0; 8];
+        word[..bits].copy_from_slice(bytes);
+        let word = u64::from_le_bytes(word);
+        for (at, element) in eight.iter_mut().enumerate() {
+            // Its sign is brought to the top and back.
+            let upper = ((word >> (at * bits) << (8 - bits)) as u8).cast_signed();
+            *element = (upper >> (8 - bits)).cast_unsigned();
+        }
+    }
+}
+
+/// Whether this CPU's level unpacks fewer than 8 bits about as fast as it reads them.
+pub(crate) fn unpacks_fast() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx2");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// One level's way of adding up products of a state and rows of `BITS` bits.
 trait Level<const BITS: usize>: Copy {
     /// A step of two rows, unpacked.
@@ -73,7 +95,8 @@ trait Level<const BITS: usize>: Copy {
 struct Portable;
 
 impl<const BITS: usize> Level<BITS> for Portable {
-    type Rows = [[i8; SCREEN_STEP]; 2];
+    /// Signed bytes.
+    type Rows = [[u8; SCREEN_STEP]; 2];
     type Sums = [i32; 2];
     const STATES: usize = 1;
 
@@ -83,26 +106,22 @@ impl<const BITS: usize> Level<BITS> for Portable {
     }
 
     #[inline(always)]
-    fn unpack(self, rows: &[u8]) -> [[i8; SCREEN_STEP]; 2] {
+    fn unpack(self, rows: &[u8]) -> [[u8; SCREEN_STEP]; 2] {
         let mut unpacked = [[0; SCREEN_STEP]; 2];
-        for (eight, bytes) in unpacked.as_flattened_mut().as_chunks_mut::<8>().0.iter_mut().zip(rows.chunks_exact(BITS))
-        {
-            let mut word = [0; 8];
-            word[..BITS].copy_from_slice(bytes);
-            let word = u64::from_le_bytes(word);
-            for (at, element) in eight.iter_mut().enumerate() {
-                *element = ((word >> (at * BITS)) as u8).cast_signed() << (8 - BITS) >> (8 - BITS);
-            }
+        if BITS == 8 {
+            unpacked.as_flattened_mut().copy_from_slice(rows);
+        } else {
+            unpack_screen(BITS, rows, unpacked.as_flattened_mut());
         }
         unpacked
     }
 
     #[inline(always)]
-    fn add(self, mut sums: [i32; 2], state: &ScreenState, rows: [[i8; SCREEN_STEP]; 2]) -> [i32; 2] {
+    fn add(self, mut sums: [i32; 2], state: &ScreenState, rows: [[u8; SCREEN_STEP]; 2]) -> [i32; 2] {
         for (sum, row) in sums.iter_mut().zip(&rows) {
             for (x, w) in state.whole.iter().zip(row) {
                 // A damaged file may have the lowest number, which bounds do not reckon with.
-                *sum = sum.wrapping_add(i32::from(*x) * i32::from(*w));
+                *sum = sum.wrapping_add(i32::from(*x) * i32::from(w.cast_signed()));
             }
         }
         sums
@@ -205,7 +224,8 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(super) fn begin_vnni<const BITS: usize>(total: i32) -> SumsVnni {
-        let offset = -(total << (BITS - 1));
+        // As all sums it wraps: the result fits.
+        let offset = (total << (BITS - 1)).wrapping_neg();
         let half = _mm256_setr_epi32(offset, 0, 0, 0, 0, 0, 0, 0);
         [_mm512_setzero_si512(), _mm512_broadcast_i64x4(half)]
     }
