@@ -14,7 +14,7 @@ use ternion_kernels_ref::lanes::LANES;
 use ternion_tuner::Workers;
 
 use crate::formats::FloatMatrix;
-use crate::memory::PageBuffer;
+use crate::memory::{PageBuffer, prefetch};
 use crate::ops::{self, RowBounds, SCREEN_BLOCK, SCREEN_ROWS, SCREEN_STEP, SLACK, screen_step_bytes};
 use crate::team::{SharedSlice, share};
 
@@ -47,6 +47,11 @@ impl Shape {
             _ => 8,
         };
         Self { rows, columns, bits }
+    }
+
+    /// As it is in memory, elements `packed` or a byte each.
+    const fn in_memory(self, packed: bool) -> Self {
+        Self { bits: if packed { self.bits } else { 8 }, ..self }
     }
 
     /// Bytes of a tile.
@@ -187,8 +192,8 @@ impl Screen {
 
     /// As [`new`](Self::new), with elements `packed` in memory or a byte each.
     fn new_as(rows: &FloatMatrix, packed: bool, workers: &dyn Workers) -> io::Result<Self> {
-        let Shape { bits, .. } = Shape::new(rows.rows, rows.columns);
-        let shape = Shape { bits: if packed { bits } else { 8 }, ..Shape::new(rows.rows, rows.columns) };
+        let stored = Shape::new(rows.rows, rows.columns);
+        let shape = stored.in_memory(packed);
         let mut tiles = PageBuffer::zeroed(shape.tiles_of(&(0..rows.rows)).end)?;
         let mut bounds = vec![RowBounds::default(); rows.rows.div_ceil(SCREEN_BLOCK)];
         let (bytes, shared) = (SharedSlice::new(&mut tiles), SharedSlice::new(&mut bounds));
@@ -197,7 +202,7 @@ impl Screen {
             let within = (blocks.start * SCREEN_BLOCK).min(rows.rows)..rows.rows.min(blocks.end * SCREEN_BLOCK);
             // SAFETY: every block is in one thread's share.
             let (bytes, bounds) = unsafe { (bytes.part(shape.tiles_of(&within)), shared.part(blocks)) };
-            form(rows, bits, shape, within, bytes, |at, scale| scale.put(bounds, at));
+            form(rows, stored.bits, shape, within, bytes, |at, scale| scale.put(bounds, at));
         });
         Ok(Self { shape, tiles, bounds, stored: false })
     }
@@ -216,9 +221,8 @@ impl Screen {
     fn stored_as(bytes: &[u8], shape: Shape, packed: bool, workers: &dyn Workers) -> io::Result<Option<Self>> {
         let Some((end, _)) = shape.extent().filter(|(_, end)| bytes.len() == *end) else { return Ok(None) };
         let (source, scales) = bytes.split_at(end);
-        let Shape { bits, rows, .. } = shape;
-        let shape = Shape { bits: if packed { bits } else { 8 }, ..shape };
-        let mut tiles = PageBuffer::zeroed(shape.tiles_of(&(0..rows)).end)?;
+        let (bits, shape) = (shape.bits, shape.in_memory(packed));
+        let mut tiles = PageBuffer::zeroed(shape.tiles_of(&(0..shape.rows)).end)?;
         let shared = SharedSlice::new(&mut tiles);
         workers.run(&|thread| {
             // Eight elements are as many bytes as one has bits.
@@ -255,7 +259,7 @@ impl Screen {
     pub(crate) fn block(&self, rows: &Range<usize>) -> (&[u8], &RowBounds) {
         let at = rows.start / SCREEN_BLOCK;
         if let Some(next) = self.bounds.get(at + 1) {
-            ops::ask_for(next);
+            prefetch(std::slice::from_ref(next));
         }
         (&self.tiles[self.shape.tiles_of(rows)], &self.bounds[at])
     }

@@ -99,21 +99,16 @@ impl Tried {
 
     /// Who of `entrants` is fastest in one layout by all that was measured so far. `None` if no layout serves every class.
     pub(crate) fn verdict(&self, entrants: &[Entrant], weights: &[f64; 6]) -> Option<Verdict> {
+        let fastest = |class, layout| {
+            let mut of_layout = self.of(class, layout).iter().map(|timed| Entrant { class, schedule: timed.schedule });
+            of_layout.find_map(|fastest| entrants.iter().position(|entrant| *entrant == fastest))
+        };
+        let one_copy = self.layouts(weights, &|_, _| false).into_iter().find_map(|(total, layout)| {
+            let set = Class::ALL.map(|class| fastest(class, layout));
+            set.iter().all(Option::is_some).then_some(Standing { total, set })
+        })?;
         let timed: Vec<Option<&Timed>> = entrants.iter().map(|entrant| self.get(*entrant)).collect();
         let seconds = |at: usize| timed[at].map_or(f64::INFINITY, |timed| timed.seconds);
-        let set = |layout: Layout| {
-            let of = |class| (0..entrants.len()).filter(move |at| entrants[*at].class == class);
-            let fastest = |class| {
-                let of_layout = of(class).filter(|at| entrants[*at].schedule.layout == layout && timed[*at].is_some());
-                of_layout.min_by(|a, b| seconds(*a).total_cmp(&seconds(*b)))
-            };
-            let set = Class::ALL.map(fastest);
-            set.iter().all(Option::is_some).then_some(set)
-        };
-        let one_copy = self
-            .layouts(weights, &|_, _| false)
-            .into_iter()
-            .find_map(|(total, layout)| set(layout).map(|set| Standing { total, set }))?;
         let pace = |at: usize| seconds(at) / one_copy.set[entrants[at].class.index()].map_or(f64::NAN, seconds);
         let paces = (0..entrants.len()).map(pace).collect();
         let figures = timed.iter().map(|timed| timed.map_or(Figures::default(), Timed::figures)).collect();

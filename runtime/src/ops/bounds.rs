@@ -1,6 +1,7 @@
 //! Intervals of logits, from what a screen says of rows and states.
 
 use super::SCREEN_ROWS;
+use super::lanes::Lanes;
 
 /// Rows whose bounds lie together, and that are read for all states before the next: they stay in a core's cache.
 pub const SCREEN_BLOCK: usize = 4 * SCREEN_ROWS;
@@ -14,6 +15,7 @@ const NARROW: f64 = f32::EPSILON as f64;
 
 /// What bounds need to know of the rows of a block.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C, align(64))]
 pub struct RowBounds {
     /// `s` of each.
     pub scale: [f32; SCREEN_BLOCK],
@@ -66,39 +68,14 @@ fn intervals_body(
 }
 
 #[inline(always)]
-fn larger(a: f32, b: f32) -> f32 {
-    if a > b { a } else { b }
-}
-
-#[inline(always)]
 fn largest_body(values: &[f32]) -> f32 {
-    let (chunks, rest) = values.as_chunks::<16>();
-    let mut largest = [f32::NEG_INFINITY; 16];
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, rest) = values.as_chunks();
+    let mut largest = Lanes::splat(f32::NEG_INFINITY);
     for values in chunks {
-        for (largest, value) in largest.iter_mut().zip(values) {
-            *largest = larger(*largest, *value);
-        }
+        largest = largest.zip(Lanes(*values), larger);
     }
-    for width in [8, 4, 2, 1] {
-        for at in 0..width {
-            largest[at] = larger(largest[at], largest[at + width]);
-        }
-    }
-    rest.iter().fold(largest[0], |a, b| larger(a, *b))
-}
-
-/// Asks memory for the bounds of a block.
-#[inline]
-pub(crate) fn ask_for(rows: &RowBounds) {
-    #[cfg(target_arch = "x86_64")]
-    for line in 0..size_of::<RowBounds>().div_ceil(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let address = std::ptr::from_ref(rows).cast::<i8>().wrapping_add(64 * line);
-        // SAFETY: every x86-64 has it, and it reads nothing that the program could see.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = rows;
+    rest.iter().copied().fold(largest.largest(), larger)
 }
 
 for_every_level! {

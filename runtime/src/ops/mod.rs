@@ -37,8 +37,8 @@ pub use attention::{
     CachedBlock, Running, WideQueries, attend_block_f16, attend_block_f32, attend_block_int8, finish_attention,
     merge_attention, widen_query,
 };
+pub(crate) use bounds::SLACK;
 pub use bounds::{RowBounds, SCREEN_BLOCK, StateBounds, intervals, largest};
-pub(crate) use bounds::{SLACK, ask_for};
 pub use gumbel::{gumbel_bounds, perturb};
 pub use half::{f16_to_f32, f32_to_f16, narrow_f16, widen_f16};
 pub use head::dot_rows;
