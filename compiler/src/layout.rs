@@ -279,9 +279,8 @@ fn pack_dense(dense: Dense, source: PackedMatrix<'_>, rows: Range<usize>, tile_r
                 places.zip(packed.as_chunks::<4>().0).for_each(|(place, bytes)| *place = *bytes);
             }
             Dense::Threes => {
-                for (i, byte) in packed.iter().enumerate() {
-                    target[dense.place(tile_rows, r, i)] = *byte;
-                }
+                let places = target[r..].iter_mut().step_by(tile_rows);
+                places.zip(&packed).for_each(|(place, byte)| *place = *byte);
             }
         }
     }
@@ -289,7 +288,16 @@ fn pack_dense(dense: Dense, source: PackedMatrix<'_>, rows: Range<usize>, tile_r
 
 /// Reads one row of a tile of such rows back into the canonical order.
 fn unpack_dense(dense: Dense, tile: &[u8], r: usize, tile_rows: usize, k: usize, target: &mut [u8]) {
-    let packed: Vec<_> = (0..dense.row_bytes(k)).map(|i| tile[dense.place(tile_rows, r, i)]).collect();
+    let mut packed = vec![0; dense.row_bytes(k)];
+    match dense {
+        Dense::Fives => {
+            let places = tile.as_chunks::<4>().0[r..].iter().step_by(tile_rows);
+            packed.as_chunks_mut::<4>().0.iter_mut().zip(places).for_each(|(bytes, place)| *bytes = *place);
+        }
+        Dense::Threes => {
+            packed.iter_mut().zip(tile[r..].iter().step_by(tile_rows)).for_each(|(byte, place)| *byte = *place);
+        }
+    }
     dense.unpack(&packed, k, target);
 }
 

@@ -25,86 +25,93 @@ pub(super) const BLOCK_BYTES: usize = 1 + 4;
 const ZEROS: u8 = 1 + 3 + 9;
 
 impl Dense {
-    /// Bytes of a row that lie together in a tile.
-    pub(super) const fn group(self) -> usize {
-        match self {
-            Self::Fives => 4,
-            Self::Threes => 1,
-        }
-    }
-
-    /// Bytes that a row of `k` weights takes.
+    /// Bytes that a row of `k` weights takes: whole blocks.
     pub(super) const fn row_bytes(self, k: usize) -> usize {
         match self {
-            Self::Fives => k.div_ceil(5).next_multiple_of(self.group()),
+            Self::Fives => k.div_ceil(5).next_multiple_of(4),
             Self::Threes => k.div_ceil(BLOCK) * BLOCK_BYTES,
         }
     }
 
-    /// Where byte `i` of row `r` is in a tile of `rows` rows.
-    pub(super) const fn place(self, rows: usize, r: usize, i: usize) -> usize {
-        let group = self.group();
-        (i / group * rows + r) * group + i % group
-    }
-
-    /// Packs the first `k` weights of a canonical row; all of `row` is written.
+    /// Packs the first `k` weights of a canonical row, or of an empty one; all of `row` is written.
     pub(super) fn pack(self, canonical: &[u8], k: usize, row: &mut [u8]) {
         match self {
-            Self::Fives => {
-                // Five bytes hold the weights of four.
-                let whole = canonical[..(k / 4).min(canonical.len())].as_chunks::<5>().0;
-                let (row, rest) = row.split_at_mut(4 * whole.len());
-                for (bytes, row) in whole.iter().zip(row.as_chunks_mut::<4>().0) {
-                    let codes = bytes.iter().rev().fold(0, |codes, byte| codes << 8 | u64::from(*byte));
-                    *row = [0, 10, 20, 30].map(|shift| FIVE_TRITS[(codes >> shift) as usize % FIVE_TRITS.len()]);
+            Self::Fives => pack_blocks::<5, 4>(canonical, k, row, |codes| {
+                [0, 10, 20, 30].map(|shift| FIVE_TRITS[(codes >> shift) as usize % FIVE_TRITS.len()])
+            }),
+            Self::Threes => pack_blocks::<6, BLOCK_BYTES>(canonical, k, row, |codes| {
+                let mut block = [0; BLOCK_BYTES];
+                for group in 0..8 {
+                    let three = THREE_TRITS[(codes >> (6 * group)) as usize % THREE_TRITS.len()];
+                    block[0] |= three >> 4 << group;
+                    block[1 + group / 2] |= (three & 15) << (group % 2 * 4);
                 }
-                let mut codes = codes_of(&canonical[whole.as_flattened().len()..], k - 20 * whole.len());
-                let mut next = || codes.next().unwrap_or(1);
-                rest.fill_with(|| five_trits(std::array::from_fn(|_| next())));
-            }
-            Self::Threes => {
-                let mut codes = codes_of(canonical, k);
-                let mut next = || codes.next().unwrap_or(1);
-                for block in row.as_chunks_mut::<BLOCK_BYTES>().0 {
-                    *block = [0; BLOCK_BYTES];
-                    for group in 0..8 {
-                        let (index, positive) = three_trits(std::array::from_fn(|_| next()));
-                        block[0] |= u8::from(positive) << group;
-                        block[1 + group / 2] |= index << (group % 2 * 4);
-                    }
-                }
-            }
+                block
+            }),
         }
     }
 
     /// Reads `k` weights of a packed row back into a canonical one.
     pub(super) fn unpack(self, row: &[u8], k: usize, canonical: &mut [u8]) {
-        canonical.fill(ZERO_BYTE);
-        let mut at = 0;
-        let mut put = |code: u8| {
-            if at < k {
-                let (byte, shift) = (&mut canonical[at / 4], 2 * (at % 4));
-                *byte = *byte & !(3 << shift) | code << shift;
-            }
-            at += 1;
-        };
         match self {
-            Self::Fives => row.iter().for_each(|byte| five_codes(*byte).into_iter().for_each(&mut put)),
-            Self::Threes => {
-                for block in row.as_chunks::<BLOCK_BYTES>().0 {
-                    for group in 0..8 {
-                        let index = block[1 + group / 2] >> (group % 2 * 4) & 15;
-                        three_codes(index, block[0] >> group & 1 != 0).into_iter().for_each(&mut put);
-                    }
-                }
-            }
+            Self::Fives => unpack_blocks::<5, 4>(row, k, canonical, |block| {
+                block.iter().rev().fold(0, |codes, byte| codes << 10 | u64::from(FIVE_CODES[usize::from(*byte)]))
+            }),
+            Self::Threes => unpack_blocks::<6, BLOCK_BYTES>(row, k, canonical, |block| {
+                (0..8).rev().fold(0, |codes, group| {
+                    let index = block[1 + group / 2] >> (group % 2 * 4) & 15;
+                    let three = index | (block[0] >> group & 1) << 4;
+                    codes << 6 | u64::from(THREE_CODES[usize::from(three)])
+                })
+            }),
         }
     }
 }
 
-/// The first `k` codes of a canonical row.
-fn codes_of(canonical: &[u8], k: usize) -> impl Iterator<Item = u8> {
-    canonical.iter().flat_map(|byte| [0, 2, 4, 6].map(|shift| byte >> shift & 3)).take(k)
+/// Packs blocks of `C` canonical bytes into `P` each, of codes as one number, the first lowest.
+fn pack_blocks<const C: usize, const P: usize>(
+    canonical: &[u8],
+    k: usize,
+    row: &mut [u8],
+    pack: impl Fn(u64) -> [u8; P],
+) {
+    let pack = |bytes: &[u8; C]| pack(bytes.iter().rev().fold(0, |codes, byte| codes << 8 | u64::from(*byte)));
+    let whole = canonical[..(k / 4).min(canonical.len())].as_chunks::<C>().0;
+    let (of_whole, rest) = row.as_chunks_mut::<P>().0.split_at_mut(whole.len());
+    of_whole.iter_mut().zip(whole).for_each(|(target, bytes)| *target = pack(bytes));
+    rest.fill(pack(&[ZERO_BYTE; C]));
+    if let Some(first) = rest.first_mut() {
+        let (mut bytes, left) = ([ZERO_BYTE; C], &canonical[whole.as_flattened().len()..]);
+        bytes[..left.len()].copy_from_slice(left);
+        end(&mut bytes, k - 4 * C * whole.len());
+        *first = pack(&bytes);
+    }
+}
+
+/// The way back.
+fn unpack_blocks<const C: usize, const P: usize>(
+    row: &[u8],
+    k: usize,
+    canonical: &mut [u8],
+    unpack: impl Fn(&[u8; P]) -> u64,
+) {
+    let (whole, rest) = canonical.as_chunks_mut::<C>();
+    let mut blocks = row.as_chunks::<P>().0.iter().map(|block| unpack(block).to_le_bytes());
+    for (target, bytes) in whole.iter_mut().zip(blocks.by_ref()) {
+        target.copy_from_slice(&bytes[..C]);
+    }
+    if let Some(bytes) = blocks.next() {
+        rest.copy_from_slice(&bytes[..rest.len()]);
+    }
+    end(canonical, k);
+}
+
+/// Makes what is past the first `k` codes of a byte trit 0.
+fn end(canonical: &mut [u8], k: usize) {
+    if let Some(byte) = canonical.get_mut(k / 4) {
+        let kept = (1 << (2 * (k % 4))) - 1;
+        *byte = *byte & kept | ZERO_BYTE & !kept;
+    }
 }
 
 /// One byte of five codes.
@@ -115,45 +122,87 @@ const fn five_trits([a, b, c, d, e]: [u8; 5]) -> u8 {
     a + 3 * (b + 3 * (c + 3 * (d + 3 * e)))
 }
 
+/// The five codes of a byte, all 3 if it is no byte of five weights.
+const fn five_codes(byte: u8) -> [u8; 5] {
+    if byte > 242 {
+        return [3; 5];
+    }
+    [byte % 3, byte / 3 % 3, byte / 9 % 3, byte / 27 % 3, byte / 81]
+}
+
+/// The index of three codes, which is `|Σ trit(j) · 3ʲ|`, and in bit 4 whether that sum is not negative.
+const fn three_trits([a, b, c]: [u8; 3]) -> u8 {
+    if a == 3 || b == 3 || c == 3 {
+        return 0x1f;
+    }
+    let number = a + 3 * (b + 3 * c);
+    number.abs_diff(ZEROS) | ((number >= ZEROS) as u8) << 4
+}
+
+/// The three codes of such an index, all 3 if it is no index of three weights.
+const fn three_codes(three: u8) -> [u8; 3] {
+    let index = three & 15;
+    if index > ZEROS {
+        return [3; 3];
+    }
+    let number = if three >> 4 == 0 { ZEROS - index } else { ZEROS + index };
+    [number % 3, number / 3 % 3, number / 9]
+}
+
+/// Code `at` of a number of codes.
+const fn code(codes: usize, at: usize) -> u8 {
+    (codes >> (2 * at) & 3) as u8
+}
+
+/// Codes as one number, the first lowest.
+const fn number<const N: usize>(codes: [u8; N]) -> u16 {
+    let (mut number, mut at) = (0, N);
+    while at > 0 {
+        at -= 1;
+        number = number << 2 | codes[at] as u16;
+    }
+    number
+}
+
 /// [`five_trits`] of five codes in ten bits.
 static FIVE_TRITS: [u8; 1 << 10] = {
-    let mut bytes = [0; 1 << 10];
-    let mut bits = 0;
-    while bits < bytes.len() {
-        bytes[bits] = five_trits([
-            (bits & 3) as u8,
-            (bits >> 2 & 3) as u8,
-            (bits >> 4 & 3) as u8,
-            (bits >> 6 & 3) as u8,
-            (bits >> 8 & 3) as u8,
-        ]);
-        bits += 1;
+    let (mut bytes, mut codes) = ([0; 1 << 10], 0);
+    while codes < bytes.len() {
+        bytes[codes] = five_trits([code(codes, 0), code(codes, 1), code(codes, 2), code(codes, 3), code(codes, 4)]);
+        codes += 1;
     }
     bytes
 };
 
-/// The five codes of a byte, all 3 if it is no byte of five weights.
-fn five_codes(byte: u8) -> [u8; 5] {
-    if byte > 242 { [3; 5] } else { [1, 3, 9, 27, 81].map(|power| byte / power % 3) }
-}
-
-/// The index of three codes, which is `|Σ trit(j) · 3ʲ|`, and whether that sum is not negative.
-fn three_trits(codes: [u8; 3]) -> (u8, bool) {
-    if codes.contains(&3) {
-        return (15, true);
+/// [`five_codes`] of a byte in ten bits.
+static FIVE_CODES: [u16; 1 << 8] = {
+    let (mut codes, mut byte) = ([0; 1 << 8], 0);
+    while byte < codes.len() {
+        codes[byte] = number(five_codes(byte as u8));
+        byte += 1;
     }
-    let number = codes[0] + 3 * codes[1] + 9 * codes[2];
-    (number.abs_diff(ZEROS), number >= ZEROS)
-}
+    codes
+};
 
-/// The three codes of an index and a sign, all 3 if it is no index of three weights.
-fn three_codes(index: u8, positive: bool) -> [u8; 3] {
-    if index > ZEROS {
-        return [3; 3];
+/// [`three_trits`] of three codes in six bits.
+static THREE_TRITS: [u8; 1 << 6] = {
+    let (mut threes, mut codes) = ([0; 1 << 6], 0);
+    while codes < threes.len() {
+        threes[codes] = three_trits([code(codes, 0), code(codes, 1), code(codes, 2)]);
+        codes += 1;
     }
-    let number = if positive { ZEROS + index } else { ZEROS - index };
-    [1, 3, 9].map(|power| number / power % 3)
-}
+    threes
+};
+
+/// [`three_codes`] in six bits.
+static THREE_CODES: [u16; 1 << 5] = {
+    let (mut codes, mut three) = ([0; 1 << 5], 0);
+    while three < codes.len() {
+        codes[three] = number(three_codes(three as u8));
+        three += 1;
+    }
+    codes
+};
 
 #[cfg(test)]
 mod tests {
@@ -164,15 +213,15 @@ mod tests {
         let mut seen = std::collections::BTreeSet::new();
         for number in 0..27 {
             let codes = [1, 3, 9].map(|power| number / power % 3);
-            let (index, positive) = three_trits(codes);
-            assert!(index <= 13 && seen.insert((index, positive)));
-            assert_eq!(three_codes(index, positive), codes);
+            let three = three_trits(codes);
+            assert!(three & 15 <= 13 && seen.insert(three));
+            assert_eq!(three_codes(three), codes);
         }
-        assert_eq!(three_trits([1; 3]), (0, true));
-        assert_eq!(three_trits([0, 1, 2]), (8, true));
-        assert_eq!(three_trits([2, 1, 0]), (8, false));
+        assert_eq!(three_trits([1; 3]), 1 << 4);
+        assert_eq!(three_trits([0, 1, 2]), 1 << 4 | 8);
+        assert_eq!(three_trits([2, 1, 0]), 8);
         for index in [14, 15] {
-            assert_eq!(three_codes(index, true), [3; 3]);
+            assert_eq!(three_codes(1 << 4 | index), [3; 3]);
         }
     }
 
@@ -187,10 +236,10 @@ mod tests {
     #[test]
     fn a_code_that_is_no_weight_stays_one_and_takes_its_neighbours_along() {
         let source = [0b00_01_10_01, 0b01_11_10_10];
-        let mut row = [0; 2];
+        let mut row = [0; 4];
         Dense::Fives.pack(&source, 6, &mut row);
-        // Codes 1 2 1 0 2, and 2 with padding.
-        assert_eq!(row, [1 + 2 * 3 + 9 + 2 * 81, 2 + 3 + 9 + 27 + 81]);
+        // Codes 1 2 1 0 2, 2 with padding, and padding.
+        assert_eq!(row, [1 + 2 * 3 + 9 + 2 * 81, 2 + 3 + 9 + 27 + 81, 121, 121]);
         Dense::Fives.pack(&source, 8, &mut row);
         assert_eq!(row[1], 255);
         for (dense, first) in [(Dense::Fives, 5), (Dense::Threes, 6)] {
