@@ -57,7 +57,7 @@ impl DerefMut for PageBuffer {
 /// Bytes of a cache line on every machine that matters; elsewhere a prefetch asks for too much or too little.
 const CACHE_LINE: usize = 64;
 
-/// Asks the second cache for memory that will be read soon. It has no effect but on speed.
+/// Asks the first cache for memory that will be read within less than a microsecond. It has no effect but on speed.
 #[inline(always)]
 pub fn prefetch<T>(values: &[T]) {
     let first = values.as_ptr().cast::<u8>();
@@ -66,12 +66,12 @@ pub fn prefetch<T>(values: &[T]) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a hint reads nothing, whatever the address is; SSE is there on every x86-64.
         unsafe {
-            core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T1 }>(address.cast());
+            core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(address.cast());
         }
         #[cfg(target_arch = "aarch64")]
         // SAFETY: a hint reads nothing, whatever the address is.
         unsafe {
-            core::arch::asm!("prfm pldl2keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
+            core::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
         }
         #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let _ = address;

@@ -1,5 +1,7 @@
 //! Sixteen `f32` lanes: one register of 512 bits, two of 256 or four of 128. LLVM sees loops of fixed length.
 
+use std::hint::black_box;
+
 use ternion_kernels_ref::lanes::LANES;
 
 /// Sixteen values, worked on together.
@@ -47,10 +49,16 @@ impl Lanes {
         result
     }
 
+    /// Itself, as a whole: what is done with single lanes from here on does not tear up what was done with all before.
+    #[inline(always)]
+    fn whole(self) -> Self {
+        black_box(self)
+    }
+
     /// The largest lane, none of which may be NaN.
     #[inline(always)]
     pub(super) fn largest(self) -> f32 {
-        let mut lanes = self.0;
+        let mut lanes = self.whole().0;
         // In pairs rather than one after the other: fewer comparisons wait for each other.
         let mut count = LANES / 2;
         while count > 0 {
@@ -65,7 +73,7 @@ impl Lanes {
     /// Adds the lanes in the pairwise tree of [`ternion_kernels_ref::lanes::tree_sum`].
     #[inline(always)]
     pub(super) fn tree_sum(self) -> f32 {
-        let l = self.0;
+        let l = self.whole().0;
         let quarter = |i: usize| (l[i] + l[i + 1]) + (l[i + 2] + l[i + 3]);
         (quarter(0) + quarter(4)) + (quarter(8) + quarter(12))
     }

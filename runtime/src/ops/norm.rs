@@ -38,12 +38,22 @@ fn rms_norm_in_place_body(x: &mut [f32], weight: &[f32], eps: f32) {
     }
 }
 
-/// The largest `|x|`, 0 if there is none. NaN compares as false and so takes no part.
+/// The larger of `max` and `|x|`, lane by lane. NaN compares as false and so takes no part.
 #[inline(always)]
-pub(super) fn absolute_max(chunks: impl Iterator<Item = Lanes>, tail: impl Iterator<Item = f32>) -> f32 {
-    let larger = |max: f32, x: f32| if x.abs() > max { x.abs() } else { max };
-    let max = chunks.fold(Lanes::ZERO, |max, x| max.zip(x, larger));
-    tail.fold(max.largest(), larger)
+pub(super) fn absolute_larger(max: Lanes, x: Lanes) -> Lanes {
+    max.zip(x, |max, x| if x.abs() > max { x.abs() } else { max })
+}
+
+/// The largest `|x|` of each lane, 0 where there is none.
+#[inline(always)]
+pub(super) fn absolute_max(x: &[f32]) -> Lanes {
+    let (chunks, tail) = x.as_chunks();
+    let (mut max, mut last) = (Lanes::ZERO, Lanes::ZERO);
+    for chunk in chunks {
+        max = absolute_larger(max, Lanes(*chunk));
+    }
+    last.0[..tail.len()].copy_from_slice(tail);
+    absolute_larger(max, last)
 }
 
 /// `x`, rounded half to even and limited to whole numbers from `-levels` to `levels`, in the low bits; 0 for NaN. Clamping
@@ -57,9 +67,7 @@ pub(super) fn to_whole(x: f32, levels: f32) -> u32 {
 #[inline(always)]
 fn quantize_body(x: &[f32], target: &mut [i8]) -> f32 {
     assert_eq!(x.len(), target.len(), "quantize: as many results as elements");
-    let (chunks, tail) = x.as_chunks();
-    let max = absolute_max(chunks.iter().map(|x| Lanes(*x)), tail.iter().copied());
-    let q = 127.0 / max.max(MIN_SCALE);
+    let q = 127.0 / absolute_max(x).largest().max(MIN_SCALE);
     for (target, x) in target.iter_mut().zip(x) {
         *target = to_whole(*x * q, 127.0) as i8;
     }

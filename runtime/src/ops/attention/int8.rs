@@ -6,7 +6,7 @@ use ternion_kernels_ref::lanes::LANES;
 use super::{CachedBlock, Factors, Groups, Running, Scores, VECTORS, fetch, merge_values, merge_weights};
 use crate::memory::prefetch;
 use crate::ops::lanes::Lanes;
-use crate::ops::norm::{absolute_max, to_whole};
+use crate::ops::norm::{absolute_larger, absolute_max, to_whole};
 
 /// Two elements of each of sixteen positions, or of sixteen dimensions.
 type Pairs = [i8; 2 * LANES];
@@ -270,16 +270,8 @@ impl<L: Level> Block<'_, L> {
     fn merge<const G: usize, const V: usize>(&self, queries: [&[[i16; 2]]; G], scales: [f32; G], running: Running<'_>) {
         let Running { max, sum, values } = running;
         let mut scores = self.scores::<G, V>(queries, scales);
-        let mut weights = [[[0; 2]; PAIRS]; G];
         let factors = merge_weights(&mut scores, &self.cached, max, sum);
-        let mut steps = [0.0; G];
-        for g in 0..G {
-            let mut weighed = [[0.0; LANES]; VECTORS];
-            for ((weighed, weight), steps) in weighed.iter_mut().zip(scores[g]).zip(self.value_steps) {
-                *weighed = weight.zip(Lanes(*steps), |weight, step| weight * step).0;
-            }
-            steps[g] = widen_row(weighed.as_flattened(), weights[g].as_flattened_mut(), KEY_BLOCK);
-        }
+        let (weights, steps) = self.widen_weights(scores);
         let weights = std::array::from_fn(|g| &weights[g][..self.cached.positions.div_ceil(2)]);
         let width = values.len() / G / LANES;
         let (targets, _) = values.as_chunks_mut::<LANES>();
@@ -293,6 +285,28 @@ impl<L: Level> Block<'_, L> {
                 group += 1;
             }
         }
+    }
+
+    /// Weights times the steps of values, rounded as [`WideRow::new`] does, and the steps of that. Heads go abreast.
+    #[inline(always)]
+    fn widen_weights<const G: usize>(&self, mut weights: [Scores; G]) -> ([[[i16; 2]; PAIRS]; G], [f32; G]) {
+        let mut q = [0.0; G];
+        for (q, weights) in q.iter_mut().zip(&mut weights) {
+            let mut max = Lanes::ZERO;
+            for (weights, steps) in weights.iter_mut().zip(self.value_steps) {
+                *weights = weights.zip(Lanes(*steps), |weight, step| weight * step);
+                max = absolute_larger(max, *weights);
+            }
+            *q = wide_scale(max, KEY_BLOCK);
+        }
+        let (mut wide, mut steps) = ([[[0; 2]; PAIRS]; G], [0.0; G]);
+        for g in 0..G {
+            for (wide, weights) in wide[g].as_flattened_mut().as_chunks_mut().0.iter_mut().zip(weights[g]) {
+                round(&weights.0, q[g], KEY_BLOCK, wide);
+            }
+            steps[g] = 1.0 / q[g];
+        }
+        (wide, steps)
     }
 
     /// Weighted values in `D` groups of dimensions from `group` on, merged into `targets`, `[G, width]` groups.
@@ -395,22 +409,29 @@ pub fn attend_block_int8(queries: WideQueries<'_>, block: CachedBlock<'_, i8>, s
     }
 }
 
-/// Rounds numbers as [`WideRow::new`] does; returns their step.
+/// What numbers are multiplied with before they are rounded, for the largest of each lane's magnitudes and a row's length.
 #[inline(always)]
-fn widen_row(x: &[f32], target: &mut [i16], len: usize) -> f32 {
+fn wide_scale(max: Lanes, len: usize) -> f32 {
+    WideRow::levels(len) / max.largest().max(WideRow::MIN)
+}
+
+/// Rounds some numbers of a row of length `len`.
+#[inline(always)]
+fn round<const N: usize>(x: &[f32; N], q: f32, len: usize, target: &mut [i16; N]) {
     let levels = WideRow::levels(len);
-    let (chunks, tail) = x.as_chunks();
-    let q = levels / absolute_max(chunks.iter().map(|x| Lanes(*x)), tail.iter().copied()).max(WideRow::MIN);
     for (target, x) in target.iter_mut().zip(x) {
         *target = to_whole(*x * q, levels) as i16;
     }
-    1.0 / q
 }
 
 #[inline(always)]
 fn widen_query_body(query: &[f32], target: &mut [i16]) -> f32 {
     assert_eq!(query.len(), target.len(), "widen_query: as many results as elements");
-    widen_row(query, target, query.len())
+    let (levels, q) = (WideRow::levels(query.len()), wide_scale(absolute_max(query), query.len()));
+    for (target, x) in target.iter_mut().zip(query) {
+        *target = to_whole(*x * q, levels) as i16;
+    }
+    1.0 / q
 }
 
 for_every_level! {

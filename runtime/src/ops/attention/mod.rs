@@ -99,58 +99,57 @@ fn fetch<T>(later: &[T], at: usize, count: usize) {
 /// Scores of one head with the positions of a block, also those past its end.
 type Scores = [Lanes; VECTORS];
 
-/// Turns scores into weights `e^(score − max)`, 0 for what is not among `positions` from `first` on; returns the maximum
-/// and the sum of the weights.
-#[inline(always)]
-fn weigh(scores: &mut Scores, first: usize, positions: usize) -> (f32, f32) {
-    if first > 0 || positions < KEY_BLOCK {
-        // e^−∞ is 0.
-        for (vector, scores) in scores.iter_mut().enumerate() {
-            let seen = |lane: usize| (first..positions).contains(&(vector * LANES + lane));
-            for (lane, score) in scores.0.iter_mut().enumerate() {
-                *score = if seen(lane) { *score } else { f32::NEG_INFINITY };
-            }
-        }
-    }
-    let mut max = scores[0];
-    for scores in &scores[1..] {
-        max = max.zip(*scores, |max, score| if score > max { score } else { max });
-    }
-    let max = max.largest();
-    let mut sum = Lanes::ZERO;
-    for scores in scores {
-        *scores = scores.map(|score| math::exp(score - max));
-        sum = sum.zip(*scores, |sum, weight| sum + weight);
-    }
-    (max, sum.tree_sum())
-}
-
 /// Factors of a head's values: of what came before a block, and of the block's own.
 type Factors = (f32, f32);
 
-/// [`weigh`]s the scores of some heads, and merges their maxima and sums into what came before.
+/// Turns scores of some heads into weights `e^(score − max)`, 0 for what is not among the block's positions, and merges
+/// the maxima of scores and the sums of weights into what came before. Heads go abreast: one after the other, each would wait
+/// for its maximum, its exponentials and its sum.
 #[inline(always)]
 fn merge_weights<E, const G: usize>(
     scores: &mut [Scores; G],
-    block: &CachedBlock<'_, E>,
+    &CachedBlock { first, positions, .. }: &CachedBlock<'_, E>,
     max: &mut [f32],
     sum: &mut [f32],
 ) -> [Factors; G] {
     const { assert!(2 * G <= LANES, "two exponentials a head") };
-    let (mut exponentials, mut sums) = (Lanes::ZERO, [0.0; G]);
+    if first > 0 || positions < KEY_BLOCK {
+        // e^−∞ is 0.
+        for scores in scores.iter_mut() {
+            for (vector, scores) in scores.iter_mut().enumerate() {
+                let seen = |lane: usize| (first..positions).contains(&(vector * LANES + lane));
+                for (lane, score) in scores.0.iter_mut().enumerate() {
+                    *score = if seen(lane) { *score } else { f32::NEG_INFINITY };
+                }
+            }
+        }
+    }
+    let (mut block_max, mut exponents) = ([0.0; G], Lanes::ZERO);
+    for (max, scores) in block_max.iter_mut().zip(&*scores) {
+        let mut lanes = scores[0];
+        for scores in &scores[1..] {
+            lanes = lanes.zip(*scores, |max, score| if score > max { score } else { max });
+        }
+        *max = lanes.largest();
+    }
     for g in 0..G {
-        let block_max;
-        (block_max, sums[g]) = weigh(&mut scores[g], block.first, block.positions);
-        let larger = max[g].max(block_max);
-        (exponentials.0[g], exponentials.0[G + g]) = (max[g] - larger, block_max - larger);
+        let larger = max[g].max(block_max[g]);
+        (exponents.0[g], exponents.0[G + g]) = (max[g] - larger, block_max[g] - larger);
         max[g] = larger;
     }
+    let mut sums = [Lanes::ZERO; G];
+    for ((scores, sum), max) in scores.iter_mut().zip(&mut sums).zip(block_max) {
+        for scores in scores {
+            *scores = scores.map(|score| math::exp(score - max));
+            *sum = sum.zip(*scores, |sum, weight| sum + weight);
+        }
+    }
     // All at once: one after the other each would take as long as sixteen.
-    exponentials = exponentials.map(math::exp);
+    let exponentials = exponents.map(math::exp);
     let mut factors = [(0.0, 0.0); G];
     for g in 0..G {
         let (old, new) = (exponentials.0[g], exponentials.0[G + g]);
-        sum[g] = sum[g].mul_add(old, sums[g] * new);
+        sum[g] = sum[g].mul_add(old, sums[g].tree_sum() * new);
         factors[g] = (old, new);
     }
     factors
