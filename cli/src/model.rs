@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use ternion_compiler::{Cpu, Schedule};
 use ternion_runtime::formats::{Checkpoint, Projection};
 use ternion_runtime::lora::Adapter;
-use ternion_runtime::model::{KernelChoice, LoadReport, Model, held, problems, sparse_shape};
+use ternion_runtime::model::{KernelChoice, LoadReport, Model, held, request};
 use ternion_runtime::team::{Team, available_threads};
 use ternion_tuner::{Budget, CacheDir, Choice, Choices, Request, choose};
 
@@ -84,8 +84,7 @@ pub(crate) fn team(threads: Option<NonZeroUsize>) -> Result<Arc<Team>> {
 
 /// What a start asks of the tuner: what is known, or a short race, and no conversion that is not worth it.
 pub(crate) fn start(checkpoint: &Checkpoint) -> Request {
-    let config = checkpoint.config();
-    Request { sparse: sparse_shape(config), held: held(checkpoint), ..Request::new(problems(config), Budget::RACE) }
+    Request { held: held(checkpoint), ..request(checkpoint.config(), Budget::RACE) }
 }
 
 /// The schedules that `request` asks for: remembered ones, or the winners of a race. Warnings go to the terminal.

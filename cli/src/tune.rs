@@ -11,7 +11,7 @@ use clap::{ArgGroup, Args};
 use ternion_compiler::Cpu;
 use ternion_runtime::formats::ModelConfig;
 use ternion_runtime::formats::synth::Recipe;
-use ternion_runtime::model::{problems, sparse_shape};
+use ternion_runtime::model;
 use ternion_runtime::team::Team;
 use ternion_tuner::{
     Budget, CacheDir, Choices, Class, IsolationError, MachineProfile, Order, Phase, Problem, ProfileKey, Progress,
@@ -101,7 +101,7 @@ pub(crate) fn tune(options: &Tune) -> Result<ExitCode> {
         restrict(&mut request, shape)?;
     }
     let choices = search(&request, &cpu, threads)?;
-    report(options, &config, &choices, threads)?;
+    report(options, &config, &request, &choices, threads)?;
     if let Some(path) = &options.save {
         let profile = profile_of(&choices, &request, key);
         CacheDir::export(&profile, path)?;
@@ -130,7 +130,9 @@ fn restrict(request: &mut Request, (m, k): (usize, usize)) -> Result<()> {
         let shapes: Vec<String> = shapes.into_iter().map(|(m, k)| format!("{m}x{k}")).collect();
         return Err(UsageError(format!("--only {m}x{k}: the model's matrices are {}", shapes.join(", "))).into());
     }
-    request.problems.retain(|problem| (problem.m, problem.k) == (m, k));
+    // A token still reads the others.
+    let others = request.problems.extract_if(.., |problem| (problem.m, problem.k) != (m, k));
+    request.beside += others.map(|Problem { m, k, count }| m * k.div_ceil(4) * count).sum::<usize>();
     request.sparse = None;
     Ok(())
 }
@@ -146,9 +148,8 @@ pub(crate) fn request(config: &ModelConfig, budget: Budget, purpose: &Purpose) -
     Request {
         workload: purpose.workload(),
         second_copies: purpose.room.second_copies(config),
-        sparse: sparse_shape(config),
         energy: purpose.energy,
-        ..Request::new(problems(config), budget)
+        ..model::request(config, budget)
     }
 }
 
@@ -206,10 +207,10 @@ pub(crate) fn work() -> Result<ExitCode> {
 }
 
 /// Prints and writes what was found.
-fn report(options: &Tune, config: &ModelConfig, choices: &Choices, threads: usize) -> Result<()> {
+fn report(options: &Tune, config: &ModelConfig, request: &Request, choices: &Choices, threads: usize) -> Result<()> {
     let machine = probe();
     let bandwidth = machine.memory_bandwidth(&Team::new(threads)?, &SystemStopwatch::start());
-    let report = Report::new(choices, machine, threads, bandwidth);
+    let report = Report::new(request, choices, machine, threads, bandwidth);
     if let Some(path) = &options.html {
         output::write_file(path, report.html().as_bytes())?;
         note(&format!("wrote {}", path.display()));

@@ -3,12 +3,11 @@
 mod support;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use ternion_compiler::{Columns, Cpu, KernelSpec, Schedule};
 use ternion_runtime::formats::Checkpoint;
 use ternion_runtime::formats::tern::{self, HeadType};
-use ternion_runtime::model::{KernelChoice, Model, Session, SessionOptions, held, problems, ready_form, sparse_shape};
+use ternion_runtime::model::{KernelChoice, Model, Session, SessionOptions, held, ready_form, request, sparse_shape};
 use ternion_runtime::team::Team;
 use ternion_tuner::{
     Alternative, Budget, CacheDir, Choice, Choices, Class, ListChoice, Problem, ProfileKey, Request, SparseChoice,
@@ -23,10 +22,7 @@ fn cpu() -> Cpu {
 
 /// The untuned guess for every shape.
 fn guess(checkpoint: &Checkpoint) -> Choices {
-    let request = Request {
-        sparse: sparse_shape(checkpoint.config()),
-        ..Request::new(problems(checkpoint.config()), Budget { time: Duration::ZERO, ..Budget::NONE })
-    };
+    let request = request(checkpoint.config(), Budget::NONE);
     let directory = tempfile::tempdir().unwrap();
     let team = Team::new(THREADS).unwrap();
     choose(&request, &cpu(), &team, &CacheDir::at(directory.path()), &|_| {}).unwrap()
@@ -108,7 +104,7 @@ fn what_a_file_holds_is_used_where_other_kernels_are_hardly_faster() {
     let team = Team::new(THREADS).unwrap();
     // The machine's fastest kernels, by what is remembered, and the file in another layout.
     let embedded = support::embedded();
-    let request = Request::new(problems(embedded.config()), Budget::RACE);
+    let request = request(embedded.config(), Budget::RACE);
     choose(&request, &cpu(), &team, &cache, &|_| {}).unwrap();
     let key = ProfileKey::new(&probe(), &cpu(), THREADS);
     let (mut profile, warnings) = cache.load(&key, &cpu());
@@ -126,7 +122,7 @@ fn what_a_file_holds_is_used_where_other_kernels_are_hardly_faster() {
 
     let checkpoint = Checkpoint::open(&path).unwrap();
     let start = |held| {
-        let request = Request { held, sparse: sparse_shape(checkpoint.config()), ..request.clone() };
+        let request = Request { held, ..request.clone() };
         choose(&request, &cpu(), &team, &cache, &|_| {}).unwrap()
     };
     let load = |choices: Choices| {

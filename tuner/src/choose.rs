@@ -77,7 +77,7 @@ pub(crate) fn choose_observed(
     let mut outcome = Outcome::default();
     let mut sparse = request.sparse.and_then(|shape| Some(known.sparse(&shape)?.choice.clone()));
     if found.iter().any(|found| search.wants_race(found, &known)) || known.wants_sparse(request) {
-        let (bytes, tile) = measuring_bytes(&request.problems, &machine);
+        let (bytes, tile) = measuring_bytes(request, &machine);
         // A smaller buffer is less cold than it might be, but a race needs its time.
         let enough = || stopwatch.elapsed() > request.budget.time / 10;
         match Buffer::of_codes(bytes, tile, workers, enough) {
@@ -236,10 +236,11 @@ fn remember(news: &MachineProfile, cache: &CacheDir, warnings: &mut Vec<Warning>
 /// Bytes to measure over, and how many of them it takes at least. Decoding reads all matrices between two uses of one:
 /// if that is more than the caches hold, four times what they hold is as cold as all of it (twice would do, were it not
 /// for virtual machines that hide a second last-level cache).
-pub(crate) fn measuring_bytes(problems: &[Problem], machine: &CpuProfile) -> (usize, usize) {
+pub(crate) fn measuring_bytes(request: &Request, machine: &CpuProfile) -> (usize, usize) {
+    let Request { problems, beside, .. } = request;
     let matrix = |problem: &Problem| problem.m.saturating_mul(problem.k.div_ceil(4));
     let model = problems.iter().map(|problem| matrix(problem).saturating_mul(problem.count.max(1)));
-    let model = model.fold(0, usize::saturating_add);
+    let model = model.fold(*beside, usize::saturating_add);
     let cold = usize::try_from(machine.last_level_bytes().saturating_mul(4)).unwrap_or(usize::MAX);
     let spare = machine.memory.available.map_or(usize::MAX, |bytes| usize::try_from(bytes / 4).unwrap_or(usize::MAX));
     // A tile of 64 rows, a little padded: it can be larger than its matrix.

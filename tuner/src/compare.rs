@@ -134,7 +134,7 @@ pub struct Gain {
 #[must_use]
 pub fn gains(request: &Request, choices: &Choices, cpu: &Cpu, workers: &dyn Workers) -> Vec<Gain> {
     let stopwatch = SystemStopwatch::start();
-    let (bytes, tile) = measuring_bytes(&request.problems, &probe());
+    let (bytes, tile) = measuring_bytes(request, &probe());
     let Some(buffer) = Buffer::of_codes(bytes, tile, workers, || false) else { return Vec::new() };
     let mut bench = KernelBench::new(*cpu, workers, &stopwatch, buffer);
     let mut gains = Vec::new();
@@ -210,7 +210,7 @@ pub fn compare(
     workers: &dyn Workers,
 ) -> Vec<Comparison> {
     let stopwatch = SystemStopwatch::start();
-    let (bytes, tile) = measuring_bytes(&request.problems, &probe());
+    let (bytes, tile) = measuring_bytes(request, &probe());
     let Some(buffer) = Buffer::of_codes(bytes, tile, workers, || false) else { return Vec::new() };
     let mut bench = KernelBench::new(*cpu, workers, &stopwatch, buffer);
     let mut all = Vec::new();

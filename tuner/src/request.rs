@@ -83,6 +83,10 @@ impl Budget {
 pub struct Request {
     /// The shapes.
     pub problems: Vec<Problem>,
+    /// Bytes that a token reads besides these matrices, of the head for example: a cache that holds the matrices alone is no
+    /// place to measure them.
+    #[serde(default)]
+    pub beside: usize,
     /// How long it may take.
     pub budget: Budget,
     /// What the model is used for.
@@ -139,6 +143,7 @@ impl Request {
     pub fn new(problems: Vec<Problem>, budget: Budget) -> Self {
         Self {
             problems,
+            beside: 0,
             budget,
             workload: Workload::default(),
             second_copies: None,

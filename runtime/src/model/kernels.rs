@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use ternion_compiler::{Columns, Cpu, Family, Kernel, KernelSpec, Layout, Schedule, compile};
-use ternion_tuner::{Choice, Choices, Class, Held, Problem, SparseChoice, SparseShape};
+use ternion_tuner::{Budget, Choice, Choices, Class, Held, Problem, Request, SparseChoice, SparseShape};
 
 use super::ModelError;
 use crate::formats::{Activation, Checkpoint, ModelConfig, Projection};
+use crate::screen;
 
 /// Where the schedules come from. They change how fast a model runs and nothing else.
 #[derive(Clone, Debug)]
@@ -79,6 +80,15 @@ pub fn problems(config: &ModelConfig) -> Vec<Problem> {
         *counts.entry(projection.shape(config)).or_default() += config.layers;
     }
     counts.into_iter().map(|((m, k), count)| Problem { m, k, count }).collect()
+}
+
+/// What to ask the tuner for: kernels for a model's matrices, and for lists of records if there are zeros to skip.
+#[must_use]
+pub fn request(config: &ModelConfig, budget: Budget) -> Request {
+    let head =
+        if config.pooling.is_none() { screen::Shape::new(config.vocabulary, config.hidden).extent() } else { None };
+    let beside = head.map_or(0, |(_, end)| end);
+    Request { beside, sparse: sparse_shape(config), ..Request::new(problems(config), budget) }
 }
 
 /// The layouts that a file holds all matrices of a shape in, and all records: loading need not convert them.

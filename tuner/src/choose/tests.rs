@@ -495,9 +495,12 @@ fn the_buffer_is_as_cold_as_the_model_and_no_larger() {
     machine.caches.retain(|cache| cache.level == 0);
     machine.memory.available = Some(8 << 30);
     let small = Problem { m: 256, k: 256, count: 10 };
-    assert_eq!(measuring_bytes(&[small], &machine), (256 * 64 * 10, 16 * 512));
+    let request = |problems: &[Problem]| Request::new(problems.to_vec(), Budget::RACE);
+    assert_eq!(measuring_bytes(&request(&[small]), &machine), (256 * 64 * 10, 16 * 512));
+    let with_head = Request { beside: 1 << 20, ..request(&[small]) };
+    assert_eq!(measuring_bytes(&with_head, &machine).0, 256 * 64 * 10 + (1 << 20));
     let large = Problem { m: 6912, k: 2560, count: 60 };
-    let bytes = |machine: &CpuProfile| measuring_bytes(&[large, small], machine).0;
+    let bytes = |machine: &CpuProfile| measuring_bytes(&request(&[large, small]), machine).0;
     assert_eq!(bytes(&machine), 128 << 20, "four times the cache that is assumed where none is known");
     machine.memory.available = Some(64 << 20);
     assert_eq!(bytes(&machine), 16 << 20);

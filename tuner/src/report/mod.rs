@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use ternion_compiler::Schedule;
 
-use crate::request::{Choices, ClassResult, Found, Phases, Problem, Source, Trial};
+use crate::request::{Choices, ClassResult, Found, Phases, Problem, Request, Source, Trial};
 use crate::{Class, CpuProfile};
 
 pub use explain::explain;
@@ -71,6 +71,8 @@ pub struct Report {
     pub threads: usize,
     /// Its limits.
     pub roofline: Roofline,
+    /// Bytes that a token reads besides the matrices.
+    pub beside: usize,
     /// One row per shape and class that was measured.
     pub rows: Vec<Row>,
     /// Wall time in seconds.
@@ -84,9 +86,15 @@ pub struct Report {
 }
 
 impl Report {
-    /// The report of `choices` on `machine`, whose memory reads `bandwidth` bytes per second.
+    /// The report of `choices` for `request` on `machine`, whose memory reads `bandwidth` bytes per second.
     #[must_use]
-    pub fn new(choices: &Choices, machine: CpuProfile, threads: usize, bandwidth: Option<f64>) -> Self {
+    pub fn new(
+        request: &Request,
+        choices: &Choices,
+        machine: CpuProfile,
+        threads: usize,
+        bandwidth: Option<f64>,
+    ) -> Self {
         let mut roofline = Roofline { bandwidth, peak: None };
         let mut rows: Vec<Row> =
             choices.found.iter().filter(|found| found.source != Source::Guess).flat_map(rows).collect();
@@ -102,6 +110,7 @@ impl Report {
             machine,
             threads,
             roofline,
+            beside: request.beside,
             rows,
             spent_s: choices.spent.as_secs_f64(),
             phases: choices.phases,
@@ -165,6 +174,7 @@ impl Report {
             .filter(|row| row.class == Class::One)
             .map(|row| bytes(row.problem.m, row.problem.k, &row.schedule) * row.problem.count as f64)
             .sum();
+        let weights = if weights > 0.0 { weights + self.beside as f64 } else { 0.0 };
         let cache = self.machine.last_level_bytes() as f64;
         if weights > 0.0 && weights <= cache {
             let [weights, cache] = [weights, cache].map(|bytes| bytes / 1e6);
@@ -210,10 +220,15 @@ fn rows(found: &Found) -> impl Iterator<Item = Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Choice, Figures, probe};
+    use crate::{Budget, Choice, Figures, probe};
     use std::time::Duration;
 
     fn report() -> Report {
+        report_of(0)
+    }
+
+    /// With so many bytes beside the matrices.
+    fn report_of(beside: usize) -> Report {
         let schedule: Schedule = "mad/clif128 layout=rows4x16 multiply=pairs unroll=1 ntile=1".parse().unwrap();
         let choice = Choice::pair(schedule, schedule);
         let figures = Figures { minimum_us: 90.0, median_us: 100.0, samples: 9 };
@@ -248,7 +263,8 @@ mod tests {
         let mut machine = probe();
         // 32 MiB are assumed.
         machine.caches.clear();
-        Report::new(&choices, machine, 2, Some(20e9))
+        let request = Request { beside, ..Request::new(vec![problem], Budget::RACE) };
+        Report::new(&request, &choices, machine, 2, Some(20e9))
     }
 
     #[test]
@@ -266,6 +282,8 @@ mod tests {
         assert_eq!(table.lines().count(), 5);
         assert!(table.contains("1000x4000: n=33-128 slower than the guess"));
         assert!(table.contains("holds all 2.0 MB of weights"), "{table}");
+        let with_head = report_of(40 << 20).table();
+        assert!(!with_head.contains("of weights"), "{with_head}");
     }
 
     #[test]

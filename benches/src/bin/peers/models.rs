@@ -11,9 +11,9 @@ use ternion_runtime::formats::gguf::{self, TernaryType, TokenRowType};
 use ternion_runtime::formats::synth::Recipe;
 use ternion_runtime::formats::tern::{self, HeadType};
 use ternion_runtime::formats::{Activation, Checkpoint};
-use ternion_runtime::model::{KernelChoice, problems, ready_form, sparse_shape};
+use ternion_runtime::model::{KernelChoice, ready_form, request};
 use ternion_runtime::team::{Team, available_threads};
-use ternion_tuner::{Budget, CacheDir, Request, choose};
+use ternion_tuner::{Budget, CacheDir, choose};
 
 use crate::engines::Weights;
 
@@ -124,9 +124,7 @@ fn run(command: &mut Command) -> Result<()> {
 fn prepare(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
     let cpu = Cpu::host().context("ternion emits code for x86-64 and aarch64 only")?;
     let team = Team::new(available_threads())?;
-    let config = checkpoint.config();
-    let request = Request { sparse: sparse_shape(config), ..Request::new(problems(config), Budget::RACE) };
-    let choices = choose(&request, &cpu, &team, &CacheDir::default(), &|_| {})?;
+    let choices = choose(&request(checkpoint.config(), Budget::RACE), &cpu, &team, &CacheDir::default(), &|_| {})?;
     let layout = |_, _, m, k| choices.get(m, k).map_or(Layout::Canonical, |choice| choice.layout());
     let form = ready_form(checkpoint, &KernelChoice::Tuned(choices.clone()), &cpu, HeadType::Own)?;
     tern::write_with(checkpoint, path, &layout, form, &mut |_, _| ControlFlow::Continue(()))?;
