@@ -389,7 +389,7 @@ fn table(outcome: &Outcome) -> String {
     let number = |value: Option<f64>, digits: usize| value.map_or("".to_owned(), |value| format!("{value:.digits$}"));
     for line in &outcome.kernels {
         text += &format!(
-            "| {} | {} | {} | {}x{} | {} | {} | {} | {} % | {} |\n",
+            "| {} | {} | {} | {}x{} | {} | {} | {} | {} | {} |\n",
             line.threads,
             line.class,
             line.projection,
@@ -398,9 +398,12 @@ fn table(outcome: &Outcome) -> String {
             line.layers,
             number(line.us, 1),
             number(line.ms_per_token, 3),
-            number(line.percent, 1),
+            line.percent.map_or("".to_owned(), |percent| format!("{percent:.1} %")),
             line.schedule
         );
+    }
+    if outcome.kernels.iter().any(|line| line.us.is_none()) {
+        text += "\nWithout µs: not timed itself, for example the file's own layout where it is nearly as fast as the fastest.\n";
     }
     text
 }
