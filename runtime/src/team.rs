@@ -3,9 +3,9 @@
 //! The caller is one of the team. Between two calls the others spin for a short while, since the next call of a forward
 //! pass is microseconds away, and then park. A call allocates nothing and takes no lock that is ever waited for.
 //!
-//! Work comes in as many shares as there are threads. [`Team::divide`] lets a thread that is done take over the share of
-//! one that has not come yet, so that a core which another program holds delays nothing; [`Workers::run`] gives every
-//! thread its own share whatever happens, which is what measuring needs.
+//! Work comes in parts, and every thread has a row of them that it begins with. With [`Team::divide`] a thread that is done
+//! takes over what others have not begun, so that neither a core which another program holds nor one whose memory is slower
+//! delays more than a part; [`Workers::run`] gives every thread its own part whatever happens, which is what measuring needs.
 //!
 //! [`SharedSlice`] lets the threads write to disjoint parts of one slice.
 
@@ -14,7 +14,7 @@ use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
@@ -50,37 +50,72 @@ pub enum TeamError {
     },
 }
 
+/// Parts that [`Team::share_out`] makes per thread at most.
+const PARTS: usize = 16;
+
+/// Bytes of weights that are worth a part for themselves: reading them takes microseconds, claiming them a few dozen
+/// nanoseconds.
+pub const PART_BYTES: usize = 128 << 10;
+
 /// Work of one call.
 #[derive(Clone, Copy)]
 struct Job {
-    /// What is called with the number of every share. Its lifetime is erased; see [`Team::call`].
+    /// What is called with the number of every part. Its lifetime is erased; see [`Team::call`].
     work: *const (dyn Fn(usize) + Sync),
-    /// Whether threads may take over shares of others.
+    parts: usize,
+    /// Whether threads may take over parts of others.
     taking_over: bool,
+}
+
+/// Something that has a cache line for itself.
+#[repr(align(64))]
+struct Line<T>(T);
+
+/// Which parts of a thread's row can still be claimed, as one number: the call that they belong to, and the first and the end
+/// of them within the row, eight bits each.
+struct Row(AtomicU64);
+
+impl Row {
+    /// Parts of a row at most.
+    const MOST: usize = u8::MAX as usize;
+
+    fn fill(&self, epoch: u64, parts: usize) {
+        self.0.store(epoch << 16 | parts as u64, Ordering::SeqCst);
+    }
+
+    /// Claims the next part for a call; `None` if there is none, or this call is over.
+    fn claim(&self, epoch: u64) -> Option<usize> {
+        let next = |row: u64| {
+            let of_call = (row ^ epoch << 16) >> 16 == 0;
+            (of_call && row >> 8 & 0xff < row & 0xff).then_some(row + (1 << 8))
+        };
+        let row = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next).ok()?;
+        Some((row >> 8 & 0xff) as usize)
+    }
 }
 
 struct Shared {
     /// Counts calls; a thread that sees a new number looks for work.
-    epoch: AtomicUsize,
-    /// The work of the current epoch. Written only while no share is left to do.
+    epoch: Line<AtomicU64>,
+    /// The work of the current epoch. Written only while no part is left to do.
     job: UnsafeCell<Option<Job>>,
-    /// The last epoch in which each share has been claimed: one behind the epoch for a share that still can be.
-    claims: Vec<AtomicUsize>,
-    /// Shares of the current epoch that are not finished.
-    remaining: AtomicUsize,
+    /// The parts that each thread begins with.
+    rows: Vec<Line<Row>>,
+    /// Parts of the current epoch that are not finished.
+    remaining: Line<AtomicUsize>,
     stop: AtomicBool,
     /// Whether each worker is parked, or about to be.
     parked: Vec<AtomicBool>,
     /// Whether the caller is parked, or about to be, and who that is.
     caller_parked: AtomicBool,
     caller: Mutex<Option<Thread>>,
-    /// What the first share to panic said.
+    /// What the first part to panic said.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 // SAFETY: `job` is the only part that is not `Sync` by itself. It is written by the one caller (which holds
-// `Team::calling`) before it publishes a new epoch, and read by threads that have claimed a share of that epoch and not
-// yet finished it. A share can be claimed once, and the caller waits until all are finished before it returns.
+// `Team::calling`) before it publishes a new epoch, and read by threads that have claimed a part of that epoch and not
+// yet finished it. A part can be claimed once, and the caller waits until all are finished before it returns.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; the pointer in `job` is to a `Sync` closure.
 unsafe impl Send for Shared {}
@@ -103,10 +138,10 @@ impl Team {
             return Err(TeamError::NoThreads);
         }
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
+            epoch: Line(AtomicU64::new(0)),
             job: UnsafeCell::new(None),
-            claims: (0..threads).map(|_| AtomicUsize::new(0)).collect(),
-            remaining: AtomicUsize::new(0),
+            rows: (0..threads).map(|_| Line(Row(AtomicU64::new(0)))).collect(),
+            remaining: Line(AtomicUsize::new(0)),
             stop: AtomicBool::new(false),
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             caller_parked: AtomicBool::new(false),
@@ -128,7 +163,7 @@ impl Team {
 
     /// Publishes a new epoch and wakes whoever is parked.
     fn announce(&self) {
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        self.shared.epoch.0.fetch_add(1, Ordering::SeqCst);
         for (worker, parked) in self.workers.iter().zip(&self.shared.parked) {
             if parked.load(Ordering::SeqCst) {
                 worker.thread().unpark();
@@ -136,29 +171,57 @@ impl Team {
         }
     }
 
-    /// Calls `work(0)`, `work(1)`, … once each, on as many threads as are there to do it. `work` must not wait for
-    /// another share, nor call the same team again. Calls from several threads take turns.
+    /// Calls `work(0)`, `work(1)`, … `work(parts - 1)` once each, on as many threads as are there to do it; each begins with
+    /// its [`share`] of the parts, in order. `work` must not wait for another part, nor call the same team again. Calls from
+    /// several threads take turns.
     ///
     /// # Panics
-    /// If `work` panics for one of the shares, once all of them are finished.
-    pub fn divide(&self, work: &(dyn Fn(usize) + Sync)) {
-        self.call(work, true);
+    /// If there are more than 255 parts per thread, or if `work` panics for one of them, once all of them are finished.
+    pub fn divide(&self, parts: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.call(parts, work, true);
     }
 
-    fn call(&self, work: &(dyn Fn(usize) + Sync), taking_over: bool) {
+    /// Calls `work` for ranges that together are `0..items`, each of about `least` items or more: as many as take far longer
+    /// than claiming them does. Results must not depend on where the ranges end.
+    ///
+    /// # Panics
+    /// As [`divide`](Self::divide).
+    pub fn share_out(&self, items: usize, least: usize, work: &(dyn Fn(Range<usize>) + Sync)) {
+        let threads = self.threads();
+        if threads == 1 {
+            return work(0..items);
+        }
+        let parts = (items / least.max(1)).clamp(threads, PARTS * threads).next_multiple_of(threads);
+        self.divide(parts, &|part| {
+            let range = share(items, parts, part);
+            if !range.is_empty() {
+                work(range);
+            }
+        });
+    }
+
+    fn call(&self, parts: usize, work: &(dyn Fn(usize) + Sync), taking_over: bool) {
         if self.workers.is_empty() {
-            return work(0);
+            return (0..parts).for_each(work);
+        }
+        assert!(parts <= Row::MOST * self.threads(), "divide: at most {} parts per thread", Row::MOST);
+        if parts == 0 {
+            return;
         }
         let turn = lock(&self.calling);
         // SAFETY: the lifetime is erased so that threads that outlive this call can hold the pointer. They follow it
-        // only for a share that they have claimed, and this function does not return before all are finished.
+        // only for a part that they have claimed, and this function does not return before all are finished.
         let work = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(work) };
-        // SAFETY: `turn` makes this the only caller, and all shares of the last call are finished, so nobody reads it.
-        unsafe { *self.shared.job.get() = Some(Job { work, taking_over }) };
-        self.shared.remaining.store(self.threads(), Ordering::SeqCst);
+        // SAFETY: `turn` makes this the only caller, and all parts of the last call are finished, so nobody reads it.
+        unsafe { *self.shared.job.get() = Some(Job { work, parts, taking_over }) };
+        self.shared.remaining.0.store(parts, Ordering::SeqCst);
+        let epoch = self.shared.epoch.0.load(Ordering::SeqCst) + 1;
+        for (thread, row) in self.shared.rows.iter().enumerate() {
+            row.0.fill(epoch, share(parts, self.threads(), thread).len());
+        }
         self.announce();
-        self.shared.do_shares(self.shared.epoch.load(Ordering::SeqCst), 0);
-        self.shared.wait_for_shares();
+        self.shared.do_parts(epoch, 0);
+        self.shared.wait_for_parts();
         let panic = lock(&self.shared.panic).take();
         drop(turn);
         if let Some(panic) = panic {
@@ -178,7 +241,7 @@ impl Workers for Team {
     /// # Panics
     /// If `work` panics on one of the threads, once all of them have finished.
     fn run(&self, work: &(dyn Fn(usize) + Sync)) {
-        self.call(work, false);
+        self.call(self.threads(), work, false);
     }
 }
 
@@ -208,49 +271,44 @@ impl Shared {
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
-            self.do_shares(seen, thread);
+            self.do_parts(seen, thread);
         }
     }
 
-    /// Does this thread's share of an epoch if nobody else has, and then what else is left if that is allowed.
-    fn do_shares(&self, epoch: usize, thread: usize) {
-        let shares = self.claims.len();
-        for share in (thread..shares).chain(0..thread) {
-            let before = epoch.wrapping_sub(1);
-            let claim = self.claims[share].compare_exchange(before, epoch, Ordering::SeqCst, Ordering::SeqCst);
-            let taking_over = match claim {
-                Ok(_) => self.do_share(share),
-                // Its own share is gone: the others needed no help, and perhaps the whole call is over.
-                Err(_) if share == thread => false,
-                Err(_) => continue,
-            };
+    /// Does the parts of an epoch that this thread begins with and nobody else has begun, and then what others have not, if
+    /// that is allowed.
+    fn do_parts(&self, epoch: u64, thread: usize) {
+        let (threads, mut done) = (self.rows.len(), 0);
+        for owner in (thread..threads).chain(0..thread) {
+            let mut taking_over = true;
+            while let Some(at) = self.rows[owner].0.claim(epoch) {
+                // SAFETY: `job` was written before parts could be claimed, and is not written again before this one is
+                // counted below. It is there, since only stopping publishes an epoch without, and that has no parts.
+                let Some(Job { work, parts, taking_over: may }) = (unsafe { *self.job.get() }) else { return };
+                // SAFETY: the caller keeps the closure alive until this part is counted.
+                let work = unsafe { &*work };
+                let part = share(parts, threads, owner).start + at;
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(part))) {
+                    lock(&self.panic).get_or_insert(panic);
+                }
+                (done, taking_over) = (done + 1, may);
+            }
+            // Who comes late finds its row begun by others, or empty; it may still help.
             if !taking_over {
-                return;
+                break;
             }
         }
-    }
-
-    /// Does a share that this thread has claimed; returns whether it may take over others.
-    fn do_share(&self, share: usize) -> bool {
-        // SAFETY: `job` was written before the epoch was published, and is not written again before this share is
-        // finished below. It is there, since only stopping publishes an epoch without.
-        let Some(Job { work, taking_over }) = (unsafe { *self.job.get() }) else { return false };
-        // SAFETY: the caller keeps the closure alive until this share is finished.
-        let work = unsafe { &*work };
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(share))) {
-            lock(&self.panic).get_or_insert(panic);
-        }
-        if self.remaining.fetch_sub(1, Ordering::SeqCst) == 1
+        if done > 0
+            && self.remaining.0.fetch_sub(done, Ordering::SeqCst) == done
             && self.caller_parked.load(Ordering::SeqCst)
             && let Some(caller) = &*lock(&self.caller)
         {
             caller.unpark();
         }
-        taking_over
     }
 
-    fn wait_for_epoch_after(&self, seen: usize, thread: usize) -> usize {
-        let is_new = || self.epoch.load(Ordering::SeqCst) != seen;
+    fn wait_for_epoch_after(&self, seen: u64, thread: usize) -> u64 {
+        let is_new = || self.epoch.0.load(Ordering::SeqCst) != seen;
         if !waits_briefly(&is_new) {
             // Announcing sets the epoch and then looks at the flag; here it is the other way round. One of the two
             // sees what the other did, so nobody sleeps through an epoch.
@@ -261,11 +319,11 @@ impl Shared {
             }
             parked.store(false, Ordering::SeqCst);
         }
-        self.epoch.load(Ordering::SeqCst)
+        self.epoch.0.load(Ordering::SeqCst)
     }
 
-    fn wait_for_shares(&self) {
-        let done = || self.remaining.load(Ordering::SeqCst) == 0;
+    fn wait_for_parts(&self) {
+        let done = || self.remaining.0.load(Ordering::SeqCst) == 0;
         if waits_briefly(&done) {
             return;
         }
@@ -358,21 +416,58 @@ mod tests {
     }
 
     #[test]
-    fn every_share_is_done_once_whoever_does_it() {
+    fn every_part_is_done_once_whoever_does_it() {
         for threads in [1, 2, 5] {
             let team = Team::new(threads).unwrap();
-            let counts: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
-            for call in 1..=2000 {
-                let work = |share: usize| {
-                    counts[share].fetch_add(1, Ordering::Relaxed);
+            let counts: Vec<AtomicUsize> = (0..3 * threads + 1).map(|_| AtomicUsize::new(0)).collect();
+            let mut expected = vec![0; counts.len()];
+            for call in 1..=3000 {
+                let work = |part: usize| {
+                    counts[part].fetch_add(1, Ordering::Relaxed);
                 };
-                // Both kinds of calls may follow each other.
+                // All kinds of calls may follow each other.
+                let parts = match call % 3 {
+                    0 => threads,
+                    1 => counts.len(),
+                    _ => call % counts.len(),
+                };
                 if call % 3 == 0 {
                     team.run(&work)
                 } else {
-                    team.divide(&work)
+                    team.divide(parts, &work)
                 }
-                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == call));
+                expected[..parts].iter_mut().for_each(|count| *count += 1);
+                assert!(counts.iter().zip(&expected).all(|(count, n)| count.load(Ordering::Relaxed) == *n));
+            }
+        }
+    }
+
+    #[test]
+    fn a_thread_that_is_held_up_keeps_nothing_but_the_part_it_is_at() {
+        let team = Team::new(2).unwrap();
+        let (begun, parts) = (AtomicUsize::new(0), 8);
+        team.divide(parts, &|part| {
+            // The first part waits for all others, whichever thread's they are.
+            begun.fetch_add(1, Ordering::SeqCst);
+            while part == 0 && begun.load(Ordering::SeqCst) < parts {
+                std::thread::yield_now();
+            }
+        });
+        assert_eq!(begun.into_inner(), parts);
+    }
+
+    #[test]
+    fn what_is_shared_out_is_done_once() {
+        for threads in [1, 2, 3] {
+            let team = Team::new(threads).unwrap();
+            for (items, least) in [(0, 1), (1, 1), (7, 2), (100, 1), (1000, 0), (1000, 999), (5, 100)] {
+                let counts: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+                team.share_out(items, least, &|range| {
+                    counts[range].iter().for_each(|count| {
+                        count.fetch_add(1, Ordering::Relaxed);
+                    });
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{items} items");
             }
         }
     }

@@ -191,18 +191,18 @@ impl Forward<'_> {
         if self.n > FEW {
             let items = kv_heads * self.n;
             // SAFETY: every item is in one part of the work.
-            self.team.divide(&|part| unsafe { job.by_tokens(self.n, share(items, threads, part)) });
+            self.team.share_out(items, FEW, &|items| unsafe { job.by_tokens(self.n, items) });
             return;
         }
         let blocks = job.blocks() * kv_heads;
         // SAFETY: every block of every key-value head is in one part of the work.
-        self.team.divide(&|part| unsafe { job.by_blocks(share(blocks, threads, part)) });
+        self.team.divide(threads, &|part| unsafe { job.by_blocks(share(blocks, threads, part)) });
         // SAFETY: the work above is done, and every item is in one part of the work.
         let merge = |part: usize, of: usize| unsafe { job.merge(threads, part, of) };
         match job.splits(threads).map(|split| split.merges * (heads / kv_heads)).sum() {
             0 => {}
             1..=MERGES => merge(0, 1),
-            _ => self.team.divide(&|part| merge(part, threads)),
+            _ => self.team.divide(threads, &|part| merge(part, threads)),
         }
     }
 
@@ -225,9 +225,8 @@ impl Forward<'_> {
                 }
             }
         };
-        let threads = self.team.threads();
         if self.n > FEW {
-            self.team.divide(&|part| round(share(self.n * heads, threads, part)));
+            self.team.share_out(self.n * heads, heads, &round);
         } else {
             round(0..self.n * heads);
         }

@@ -8,7 +8,6 @@
 use std::ops::Range;
 
 use ternion_compiler::{ActivationFormat, Kernel, OutRows, Step};
-use ternion_tuner::Workers;
 
 use super::activations::ActivationBuffer;
 use super::attention::AttentionScratch;
@@ -19,7 +18,7 @@ use super::weights::{Layer, Linear};
 use super::{Model, ModelError, Observer, Part};
 use crate::formats::{LayerNorm, ModelConfig, Projection};
 use crate::ops;
-use crate::team::{SharedSlice, Team, share};
+use crate::team::{PART_BYTES, SharedSlice, Team};
 
 /// Where a token stands.
 #[derive(Clone, Copy, Debug)]
@@ -268,7 +267,7 @@ impl Forward<'_> {
         if self.n == 1 {
             return work(0);
         }
-        self.team.divide(&|part| share(self.n, self.team.threads(), part).for_each(work));
+        self.team.share_out(self.n, 1, &|tokens| tokens.for_each(work));
     }
 
     /// Quantises `rows`, `[n, width]`, after the norm with these weights (if there are any), for `readers`.
@@ -315,14 +314,24 @@ impl Forward<'_> {
         activations: &ActivationBuffer,
     ) {
         let jobs = linears.map(|(linear, sums)| (linear, OutRows::new(sums, linear.padded_rows())));
-        let threads = self.team.threads();
-        self.team.divide(&|part| {
-            for (linear, out) in &jobs {
-                let kernel = linear.kernel(self.n);
-                let tiles = share(kernel.layout().tiles(linear.m), threads, part);
-                let activations = activations.read(self.n, kernel);
-                // SAFETY: every tile is in one part of the work, and nobody reads the sums before all parts are done.
-                unsafe { kernel.run(self.model.weights(linear, kernel.layout()), tiles, &activations, out) }
+        let layout = |linear: &Linear| linear.kernel(self.n).layout();
+        let of_tiles = |(linear, _): &(&Linear, OutRows)| layout(linear).tiles(linear.m);
+        let tile_bytes = jobs.iter().map(|(linear, _)| layout(linear).tile_bytes(linear.k())).max().unwrap_or(1);
+        // One projection's tiles after the other's.
+        self.team.share_out(jobs.iter().map(of_tiles).sum(), PART_BYTES / (tile_bytes * self.n), &|range| {
+            let mut first = 0;
+            for job in &jobs {
+                let (linear, out) = job;
+                let end = first + of_tiles(job);
+                let tiles = range.start.max(first)..range.end.min(end);
+                if !tiles.is_empty() {
+                    let kernel = linear.kernel(self.n);
+                    let (tiles, activations) =
+                        (tiles.start - first..tiles.end - first, activations.read(self.n, kernel));
+                    // SAFETY: every tile is in one part of the work, and nobody reads the sums before all are done.
+                    unsafe { kernel.run(self.model.weights(linear, kernel.layout()), tiles, &activations, out) }
+                }
+                first = end;
             }
         });
     }

@@ -6,8 +6,6 @@
 
 use std::ops::Range;
 
-use ternion_tuner::Workers;
-
 use super::activations::ActivationBuffer;
 use super::forward::{Forward, Scratch};
 use super::low_rank::LowRank;
@@ -16,7 +14,7 @@ use super::weights::{Layer, Linear};
 use super::{Model, Observer, Part};
 use crate::formats::{FloatMatrix, LayerNorm, Projection};
 use crate::ops;
-use crate::team::{SharedSlice, share};
+use crate::team::{PART_BYTES, SharedSlice};
 
 /// Multiply-adds that take longer than waking the other threads.
 const WORTH_SHARING: usize = 1 << 15;
@@ -230,7 +228,7 @@ impl Forward<'_> {
         if self.n * matrix.rows * matrix.columns < WORTH_SHARING {
             return product(0..matrix.rows);
         }
-        self.team.divide(&|part| product(share(matrix.rows, self.team.threads(), part)));
+        self.team.share_out(matrix.rows, PART_BYTES / matrix.row_bytes().max(1), &product);
     }
 
     /// Adds what attention or feed-forward network give to the residual stream, after the norm with these weights, if

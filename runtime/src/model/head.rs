@@ -21,7 +21,7 @@ use super::Draw;
 use crate::formats::FloatMatrix;
 use crate::ops::{self, SCREEN_BLOCK as BLOCK, SCREEN_ROWS, SCREEN_STEP, SLACK, ScreenState, StateBounds};
 use crate::screen::{Screen, roundings};
-use crate::team::{SharedSlice, Team, share};
+use crate::team::{PART_BYTES, SharedSlice, Team};
 
 /// States that one pass over a block serves.
 const STATES: usize = 8;
@@ -248,25 +248,26 @@ impl Head {
     fn rescore(&self, team: &Team, state: &[f32], found: &mut [Candidate]) {
         let (row_bytes, count) = (self.rows.row_bytes(), found.len());
         let shared = SharedSlice::new(found);
-        let rescore = |part: usize, parts: usize| {
+        let rescore = |candidates: std::ops::Range<usize>| {
             // SAFETY: every candidate is in one part of the work.
-            for (logit, token) in unsafe { shared.part(share(count, parts, part)) } {
+            for (logit, token) in unsafe { shared.part(candidates) } {
                 let bytes = &self.rows.bytes[*token as usize * row_bytes..][..row_bytes];
                 ops::dot_rows(state, self.rows.dtype, bytes, std::array::from_mut(logit));
             }
         };
         // Waking the others takes longer than a few rows.
         if count < 4 * BLOCK {
-            return rescore(0, 1);
+            return rescore(0..count);
         }
-        team.divide(&|part| rescore(part, team.threads()));
+        team.share_out(count, BLOCK, &rescore);
     }
 
     /// Calls `work` for every block of rows, sharing them among the team.
     fn each_block(&self, team: &Team, work: &(dyn Fn(std::ops::Range<usize>) + Sync)) {
         let rows = self.rows.rows;
-        team.divide(&|part| {
-            for block in share(rows.div_ceil(BLOCK), team.threads(), part) {
+        let block_bytes = BLOCK * self.rows.columns;
+        team.share_out(rows.div_ceil(BLOCK), PART_BYTES / block_bytes.max(1), &|blocks| {
+            for block in blocks {
                 work(block * BLOCK..rows.min((block + 1) * BLOCK));
             }
         });

@@ -20,7 +20,7 @@ use super::weights::Place;
 use crate::formats::{Activation, Bytes, Checkpoint, ModelConfig, Projection};
 use crate::memory::PageBuffer;
 use crate::ops;
-use crate::team::{SharedSlice, Team, share};
+use crate::team::{PART_BYTES, SharedSlice, Team, share};
 
 /// The up- and down-projections of all layers as records, and the kernels that read them.
 #[derive(Debug)]
@@ -138,8 +138,7 @@ impl SparseFfn {
         list.fill(listed.iter().map(|neuron| (neuron * record, 0)));
         let shared = SharedSlice::new(results);
         let weights = self.weights(layer, 0);
-        team.divide(&|part| {
-            let groups = share(list.groups(), team.threads(), part);
+        team.share_out(list.groups(), PART_BYTES / (GROUP * record as usize), &|groups| {
             // SAFETY: every group is in one part of the work.
             let results = unsafe { shared.part(groups.start * GROUP..groups.end * GROUP) };
             self.rows.run_listed_rows(weights, list, groups, activations, results);
@@ -175,7 +174,7 @@ impl SparseFfn {
         list.fill(listed.map(|(column, value): (u32, _)| (column * record, *value)));
         let (width, shared) = (self.results(), SharedSlice::new(partial));
         let weights = self.weights(layer, 1);
-        team.divide(&|part| {
+        team.divide(team.threads(), &|part| {
             // SAFETY: every part has results of its own.
             let results = unsafe { shared.part(part * width..(part + 1) * width) };
             self.columns.run_listed_columns(weights, list, share(list.groups(), team.threads(), part), results);

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use ternion_runtime::formats::Pooling;
 use ternion_runtime::model::{Batch, Candidate, HeadScratch, ModelError, Part, Sequence};
-use ternion_runtime::team::{Team, Workers, share};
+use ternion_runtime::team::Team;
 
 use super::prefix::{PrefixCache, Step, step};
 use super::queue::FairQueue;
@@ -214,7 +214,7 @@ fn choose<'a: 's, 's>(
     if candidates < MANY {
         (0..texts.len()).for_each(one);
     } else {
-        team.divide(&|part| share(texts.len(), team.threads(), part).for_each(one));
+        team.share_out(texts.len(), 1, &|texts| texts.for_each(one));
     }
 }
 
