@@ -13,6 +13,8 @@ use crate::{Choice, CpuProfile, MachineProfile, Problem};
 const FILES: &[&str] = &[
     include_str!("../profiles/amd-zen4-1-thread.json"),
     include_str!("../profiles/amd-zen4-2-threads.json"),
+    include_str!("../profiles/amd-zen5-1-thread.json"),
+    include_str!("../profiles/amd-zen5-2-threads.json"),
     include_str!("../profiles/intel-sapphire-rapids-1-thread.json"),
     include_str!("../profiles/intel-sapphire-rapids-2-threads.json"),
 ];
