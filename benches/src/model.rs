@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use ternion_compiler::Cpu;
 use ternion_runtime::formats::Checkpoint;
-use ternion_runtime::model::{KernelChoice, Model, Session, Wanted, held, request};
+use ternion_runtime::model::{KernelChoice, Model, Session, Wanted, start_request};
 use ternion_runtime::team::Team;
-use ternion_tuner::{Budget, CacheDir, Request, choose};
+use ternion_tuner::{CacheDir, choose};
 
 /// A model with the kernels that this machine's profile knows or, where it knows none, that win a short race.
 ///
@@ -19,9 +19,7 @@ pub fn load(path: &Path, threads: usize) -> Result<(Arc<Model>, Arc<Team>)> {
     let checkpoint = Checkpoint::open(path)?;
     let cpu = Cpu::host().context("ternion emits code for x86-64 and aarch64 only")?;
     let team = Arc::new(Team::new(threads)?);
-    // As a start asks: no conversion that is not worth it.
-    let request = Request { held: held(&checkpoint), ..request(checkpoint.config(), Budget::RACE) };
-    let choices = choose(&request, &cpu, &*team, &CacheDir::default(), &|_| {})?;
+    let choices = choose(&start_request(&checkpoint), &cpu, &*team, &CacheDir::default(), &|_| {})?;
     choices.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
     let model = Model::load(&checkpoint, &KernelChoice::Tuned(choices), &cpu, &*team, &|_| {})?;
     Ok((Arc::new(model), team))

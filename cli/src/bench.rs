@@ -10,13 +10,13 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 use ternion_runtime::formats::{Checkpoint, ModelConfig, Projection};
-use ternion_runtime::model::{KernelChoice, KvType, Model, Session, SessionOptions, Wanted};
+use ternion_runtime::model::{KernelChoice, KvType, Model, Session, SessionOptions, Wanted, start_request};
 use ternion_runtime::team::{Team, available_threads};
 use ternion_tuner::{Choices, Class, SystemStopwatch, probe};
 
 use crate::UsageError;
 use crate::arguments::{ForcedKernel, ReadOptions, parse_kernel};
-use crate::model::{cpu, forced, load, open, origin, schedules, start};
+use crate::model::{cpu, forced, load, open, origin, schedules};
 use crate::output::{self, print};
 use crate::terminal::{Bar, bytes, note};
 
@@ -210,7 +210,7 @@ fn runners(options: &Bench, checkpoint: &Checkpoint, longest: usize) -> Result<V
         let (kernels, choices) = match options.kernel {
             Some(kernel) => (forced(kernel), None),
             None => {
-                let choices = schedules(&start(checkpoint), &cpu, &team)?;
+                let choices = schedules(&start_request(checkpoint), &cpu, &team)?;
                 (KernelChoice::Tuned(choices.clone()), Some(choices))
             }
         };

@@ -9,9 +9,9 @@ use anyhow::{Context, Result, bail};
 use ternion_compiler::{Cpu, Schedule};
 use ternion_runtime::formats::{Checkpoint, Projection};
 use ternion_runtime::lora::Adapter;
-use ternion_runtime::model::{KernelChoice, LoadReport, Model, held, request};
+use ternion_runtime::model::{KernelChoice, LoadReport, Model, start_request};
 use ternion_runtime::team::{Team, available_threads};
-use ternion_tuner::{Budget, CacheDir, Choice, Choices, Request, choose};
+use ternion_tuner::{CacheDir, Choice, Choices, Request, choose};
 
 use crate::arguments::{ForcedKernel, LoraOption, ModelOptions, ReadOptions};
 use crate::terminal::{Bar, bytes, note};
@@ -82,11 +82,6 @@ pub(crate) fn team(threads: Option<NonZeroUsize>) -> Result<Arc<Team>> {
     Ok(Arc::new(Team::new(threads.map_or_else(available_threads, usize::from))?))
 }
 
-/// What a start asks of the tuner: what is known, or a short race, and no conversion that is not worth it.
-pub(crate) fn start(checkpoint: &Checkpoint) -> Request {
-    Request { held: held(checkpoint), ..request(checkpoint.config(), Budget::RACE) }
-}
-
 /// The schedules that `request` asks for: remembered ones, or the winners of a race. Warnings go to the terminal.
 pub(crate) fn schedules(request: &Request, cpu: &Cpu, team: &Team) -> Result<Choices> {
     // A short race is over before a bar can be read.
@@ -133,7 +128,7 @@ pub(crate) fn ready(options: &ModelOptions) -> Result<Ready> {
         Some(kernel) => forced(kernel),
         None => {
             let second_copies = options.room.second_copies(checkpoint.config());
-            let request = Request { second_copies, ..start(&checkpoint) };
+            let request = Request { second_copies, ..start_request(&checkpoint) };
             let choices = schedules(&request, &cpu, &team)?;
             times.tune = choices.spent;
             times.raced = !choices.all_known();

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use ternion_compiler::Cpu;
 use ternion_runtime::formats::Checkpoint;
-use ternion_runtime::model::{DEFAULT_CHUNK, KernelChoice, KvType};
+use ternion_runtime::model::{DEFAULT_CHUNK, KernelChoice, KvType, start_request};
 use ternion_runtime::team::Team;
 use ternion_server::api::Hosts;
 use ternion_server::engine::EngineOptions;
@@ -29,7 +29,7 @@ use ternion_server::{App, Limits, Offer, Options};
 use ternion_tuner::{CpuProfile, SystemStopwatch, probe};
 
 use crate::arguments::{ForcedKernel, ReadOptions, Threads, parse_kernel, parse_time};
-use crate::model::{cpu, forced, load, open, schedules, start};
+use crate::model::{cpu, forced, load, open, schedules};
 use crate::output::print;
 use crate::purpose::Preset;
 use crate::serve::plan::{Plan, Wishes, plan, preset, threads};
@@ -485,7 +485,7 @@ impl Layout {
 fn offer(name: String, options: &Serve, checkpoint: &Checkpoint, cpu: &Cpu, team: &Arc<Team>) -> Result<Offer> {
     let kernels = match options.layout.kernel {
         Some(kernel) => forced(kernel),
-        None => KernelChoice::Tuned(schedules(&start(checkpoint), cpu, team)?),
+        None => KernelChoice::Tuned(schedules(&start_request(checkpoint), cpu, team)?),
     };
     let model = load(checkpoint, &kernels, cpu, team)?;
     Ok(Offer::new(name, checkpoint, Arc::new(model), Arc::clone(team))?)

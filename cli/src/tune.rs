@@ -132,7 +132,7 @@ fn restrict(request: &mut Request, (m, k): (usize, usize)) -> Result<()> {
     }
     // A token still reads the others.
     let others = request.problems.extract_if(.., |problem| (problem.m, problem.k) != (m, k));
-    request.beside += others.map(|Problem { m, k, count }| m * k.div_ceil(4) * count).sum::<usize>();
+    request.beside = others.map(|problem| problem.bytes()).fold(request.beside, usize::saturating_add);
     request.sparse = None;
     Ok(())
 }

@@ -238,9 +238,7 @@ fn remember(news: &MachineProfile, cache: &CacheDir, warnings: &mut Vec<Warning>
 /// for virtual machines that hide a second last-level cache).
 pub(crate) fn measuring_bytes(request: &Request, machine: &CpuProfile) -> (usize, usize) {
     let Request { problems, beside, .. } = request;
-    let matrix = |problem: &Problem| problem.m.saturating_mul(problem.k.div_ceil(4));
-    let model = problems.iter().map(|problem| matrix(problem).saturating_mul(problem.count.max(1)));
-    let model = model.fold(*beside, usize::saturating_add);
+    let model = problems.iter().map(Problem::bytes).fold(*beside, usize::saturating_add);
     let cold = usize::try_from(machine.last_level_bytes().saturating_mul(4)).unwrap_or(usize::MAX);
     let spare = machine.memory.available.map_or(usize::MAX, |bytes| usize::try_from(bytes / 4).unwrap_or(usize::MAX));
     // A tile of 64 rows, a little padded: it can be larger than its matrix.

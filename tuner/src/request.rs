@@ -20,6 +20,14 @@ pub struct Problem {
     pub count: usize,
 }
 
+impl Problem {
+    /// Bytes of all its matrices at two bits a weight.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.m.saturating_mul(self.k.div_ceil(4)).saturating_mul(self.count.max(1))
+    }
+}
+
 /// How thorough a search is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -91,6 +91,12 @@ pub fn request(config: &ModelConfig, budget: Budget) -> Request {
     Request { beside, sparse: sparse_shape(config), ..Request::new(problems(config), budget) }
 }
 
+/// What a start asks the tuner for: what is known, or a short race, and no conversion that is not worth it.
+#[must_use]
+pub fn start_request(checkpoint: &Checkpoint) -> Request {
+    Request { held: held(checkpoint), ..request(checkpoint.config(), Budget::RACE) }
+}
+
 /// The layouts that a file holds all matrices of a shape in, and all records: loading need not convert them.
 #[must_use]
 pub fn held(checkpoint: &Checkpoint) -> Held {

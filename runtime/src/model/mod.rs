@@ -32,7 +32,7 @@ pub use batch::{Batch, Part};
 pub use draw::Draw;
 pub use error::ModelError;
 pub use head::{Candidate, Head, HeadScratch, Query, Wanted};
-pub use kernels::{KernelChoice, held, problems, request, sparse_shape};
+pub use kernels::{KernelChoice, held, problems, request, sparse_shape, start_request};
 pub use kv_cache::KvType;
 pub use observe::Observer;
 pub use ready::ready_form;

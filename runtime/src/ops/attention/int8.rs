@@ -301,7 +301,7 @@ impl<L: Level> Block<'_, L> {
         }
         let (mut wide, mut steps) = ([[[0; 2]; PAIRS]; G], [0.0; G]);
         for g in 0..G {
-            for (wide, weights) in wide[g].as_flattened_mut().as_chunks_mut().0.iter_mut().zip(weights[g]) {
+            for (wide, weights) in wide[g].as_flattened_mut().as_chunks_mut::<LANES>().0.iter_mut().zip(weights[g]) {
                 round(&weights.0, q[g], KEY_BLOCK, wide);
             }
             steps[g] = 1.0 / q[g];
@@ -417,7 +417,7 @@ fn wide_scale(max: Lanes, len: usize) -> f32 {
 
 /// Rounds some numbers of a row of length `len`.
 #[inline(always)]
-fn round<const N: usize>(x: &[f32; N], q: f32, len: usize, target: &mut [i16; N]) {
+fn round(x: &[f32], q: f32, len: usize, target: &mut [i16]) {
     let levels = WideRow::levels(len);
     for (target, x) in target.iter_mut().zip(x) {
         *target = to_whole(*x * q, levels) as i16;
@@ -427,10 +427,8 @@ fn round<const N: usize>(x: &[f32; N], q: f32, len: usize, target: &mut [i16; N]
 #[inline(always)]
 fn widen_query_body(query: &[f32], target: &mut [i16]) -> f32 {
     assert_eq!(query.len(), target.len(), "widen_query: as many results as elements");
-    let (levels, q) = (WideRow::levels(query.len()), wide_scale(absolute_max(query), query.len()));
-    for (target, x) in target.iter_mut().zip(query) {
-        *target = to_whole(*x * q, levels) as i16;
-    }
+    let q = wide_scale(absolute_max(query), query.len());
+    round(query, q, query.len(), target);
     1.0 / q
 }
 
