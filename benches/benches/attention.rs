@@ -5,16 +5,17 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ternion_kernels_ref::attention::KEY_BLOCK;
+use ternion_kernels_ref::lanes::LANES;
 use ternion_runtime::model::KvType;
 use ternion_runtime::model::kv_cache::{KvCache, Queries};
-use ternion_runtime::ops::{self, Running, WideQueries};
+use ternion_runtime::ops::{self, QuantizedQueries, Running};
 
 const LAYERS: usize = 30;
 const KV_HEADS: usize = 5;
 const HEAD_DIM: usize = 128;
 /// Query heads that share a key-value head.
 const GROUP: usize = 4;
-const BLOCKS: usize = 62;
+const BLOCKS: usize = 31;
 
 fn numbers(count: usize, step: usize) -> Vec<f32> {
     (0..count).map(|i| (i * step % 101) as f32 * 0.02 - 1.0).collect()
@@ -24,12 +25,13 @@ fn benches(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("attention");
     let positions = BLOCKS * KEY_BLOCK;
     let queries = numbers(GROUP * HEAD_DIM, 57);
-    let mut wide = vec![0; queries.len()];
-    let rows = queries.chunks_exact(HEAD_DIM).zip(wide.chunks_exact_mut(HEAD_DIM));
-    let steps: Vec<f32> = rows.map(|(query, wide)| ops::widen_query(query, wide)).collect();
-    let queries = Queries { floats: &queries, wide: WideQueries { values: &wide, steps: &steps } };
+    let mut rounded = vec![0; queries.len()];
+    let rows = queries.chunks_exact(HEAD_DIM).zip(rounded.chunks_exact_mut(HEAD_DIM));
+    let (steps, sums): (Vec<_>, Vec<_>) = rows.map(|(query, rounded)| ops::quantize_query(query, rounded)).unzip();
+    let quantized = QuantizedQueries { values: &rounded, steps: &steps, sums: &sums };
+    let queries = Queries { floats: &queries, quantized };
     let row = numbers(KV_HEADS * HEAD_DIM, 37);
-    let (mut max, mut sum, mut values) = ([0.0; GROUP], [0.0; GROUP], [0.0; GROUP * HEAD_DIM]);
+    let (mut max, mut sum, mut values) = ([0.0; GROUP], [[0.0; LANES]; GROUP], [0.0; GROUP * HEAD_DIM]);
     for kind in KvType::ALL {
         let mut cache = KvCache::new(kind, LAYERS, KV_HEADS, HEAD_DIM);
         cache.reserve(0..positions).expect("memory");

@@ -105,7 +105,7 @@ impl Room {
 
     /// Bytes that are left for second copies of weights, if there is a limit.
     pub(crate) fn second_copies(&self, config: &ModelConfig) -> Option<u64> {
-        let needed = resident_bytes(config).saturating_add(kv_bytes(config, config.context.min(CONTEXT), KvType::F16));
+        let needed = resident_bytes(config).saturating_add(KvType::F16.bytes(config, config.context.min(CONTEXT)));
         self.limit().map(|limit| limit.saturating_sub(needed))
     }
 
@@ -116,8 +116,8 @@ impl Room {
     /// If the model, or the context that was asked for, needs more memory than the limit.
     pub(crate) fn context(&self, config: &ModelConfig, kv: KvType, asked: Option<usize>) -> Result<Option<usize>> {
         let Some(limit) = self.limit() else { return Ok(asked) };
-        let (model, token) = (resident_bytes(config), kv_bytes(config, 1, kv).max(1));
-        let fits = usize::try_from(limit.saturating_sub(model) / token).unwrap_or(usize::MAX);
+        let model = resident_bytes(config);
+        let fits = kv.positions(config, limit.saturating_sub(model));
         let needs = |what: String, bytes: u64| {
             let (bytes, limit) = (bytes.div_ceil(MB), limit / MB);
             UsageError(format!(
@@ -125,10 +125,10 @@ impl Room {
             ))
         };
         if fits == 0 {
-            return Err(needs("the model".to_owned(), model.saturating_add(token)).into());
+            return Err(needs("the model".to_owned(), model.saturating_add(kv.bytes(config, 1))).into());
         }
         if let Some(asked) = asked.filter(|asked| *asked > fits) {
-            let bytes = model.saturating_add(kv_bytes(config, asked, kv));
+            let bytes = model.saturating_add(kv.bytes(config, asked));
             let what = format!("the model with a context of {asked} tokens");
             return Err(UsageError(format!("{}, or -c {fits}", needs(what, bytes))).into());
         }
@@ -150,7 +150,7 @@ impl Purpose {
     pub(crate) fn recommendation(&self, config: &ModelConfig, speeds: &[(Class, f64)]) -> String {
         let limit = self.room.limit();
         let batch = self.workload().batch;
-        let (model, sequence) = (resident_bytes(config), kv_bytes(config, config.context.min(CONTEXT), KvType::F16));
+        let (model, sequence) = (resident_bytes(config), KvType::F16.bytes(config, config.context.min(CONTEXT)));
         let room = limit.map(|limit| limit.saturating_sub(model) / sequence.max(1));
         let fits = room.map_or(usize::MAX, |room| usize::try_from(room).unwrap_or(usize::MAX));
         // More columns pay as long as a token becomes cheaper by a tenth.
@@ -210,18 +210,6 @@ fn resident_bytes(config: &ModelConfig) -> u64 {
         0
     };
     model_bytes(config).saturating_add(screen as u64).saturating_add(records as u64)
-}
-
-/// Bytes of the key-value cache of one sequence of so many tokens.
-fn kv_bytes(config: &ModelConfig, tokens: usize, kv: KvType) -> u64 {
-    let vectors = tokens.saturating_mul(config.layers).saturating_mul(2 * config.kv_heads);
-    // An int8 vector has a step of its own.
-    let vector = match kv {
-        KvType::F32 => 4 * config.head_dim,
-        KvType::F16 => 2 * config.head_dim,
-        KvType::Int8 => config.head_dim + 4,
-    };
-    vectors.saturating_mul(vector) as u64
 }
 
 #[cfg(test)]

@@ -11,16 +11,25 @@
 //!   dimension in order, with fused multiply-adds, and values are accumulated position by position in the same way. Fast
 //!   versions keep keys transposed and do sixteen positions at once without a single horizontal sum.
 //! - [`QuantizedRows`] of int8 with one step per position and head, that of [`QuantizedRow`], `1 / q`. What they are
-//!   multiplied with, queries and the weights of a block, becomes int16 with one step ([`WideRow`]), so that sums are whole
-//!   numbers and exact in any order. A score is `(Σ q[d] · k[d]) · (scale · query step · key step)`; a value's weight is
-//!   `e^(score − max) · value step` before it is rounded.
+//!   multiplied with is rounded too, so that sums are whole numbers and exact in any order: queries to int8 as keys are, the
+//!   weights of a block, which may be large and small, to int16. A score is `(Σ q[d] · k[d]) · (scale · query step · key step)`.
+//!   A value's weight is `round(e^(score − max) · (value step · q))`, half to even, with `q` = [`WEIGHT_LEVELS`] over the
+//!   largest value step of the block: no weight is above its step, and all heads share one `q`.
 //!
 //! [`QuantizedRow`]: crate::QuantizedRow
 
-use crate::{lanes, math};
+use crate::lanes::{self, LANES};
+use crate::{QuantizedRow, math};
 
 /// Positions in one block.
-pub const KEY_BLOCK: usize = 64;
+pub const KEY_BLOCK: usize = 128;
+
+/// The largest weight of an int8 value: all bits of int16, while a block's sums of products fit 32 bits.
+pub const WEIGHT_LEVELS: f32 = i16::MAX as f32;
+const _: () = assert!(i16::MAX as usize * 127 * KEY_BLOCK <= i32::MAX as usize);
+
+/// The smallest step of values that weights are divided by: below it, all of a block count as 0 or nearly so.
+pub const MIN_STEP: f32 = 1e-30;
 
 /// Cached vectors, position by position.
 pub trait Cached: Copy {
@@ -75,54 +84,25 @@ impl Cached for QuantizedRows<'_> {
     }
 
     fn scores(self, query: &[f32], scale: f32) -> Vec<f32> {
-        let query = WideRow::new(query, query.len());
-        let scale = scale * query.step;
-        let dot = |key: &[i8]| query.values.iter().zip(key).map(|(q, k)| i32::from(*q) * i32::from(*k)).sum::<i32>();
-        let keys = self.elements.chunks_exact(query.values.len()).zip(self.steps);
+        let query = QuantizedRow::new(query);
+        let scale = scale * (1.0 / query.q());
+        let dot = |key: &[i8]| query.values().iter().zip(key).map(|(q, k)| i32::from(*q) * i32::from(*k)).sum::<i32>();
+        let keys = self.elements.chunks_exact(query.values().len()).zip(self.steps);
         keys.map(|(key, step)| dot(key) as f32 * (scale * step)).collect()
     }
 
     fn weighted(self, weights: &[f32], head_dim: usize) -> Vec<f32> {
-        let weights: Vec<f32> = weights.iter().zip(self.steps).map(|(weight, step)| weight * step).collect();
-        let weights = WideRow::new(&weights, KEY_BLOCK);
+        let largest = self.steps.iter().fold(0f32, |largest, step| largest.max(*step));
+        let q = WEIGHT_LEVELS / largest.max(MIN_STEP);
         let mut sums = vec![0i32; head_dim];
-        for (weight, value) in weights.values.iter().zip(self.elements.chunks_exact(head_dim)) {
+        for ((weight, step), value) in weights.iter().zip(self.steps).zip(self.elements.chunks_exact(head_dim)) {
+            let weight = (weight * (step * q)).round_ties_even() as i16;
             for (sum, v) in sums.iter_mut().zip(value) {
-                *sum += i32::from(*weight) * i32::from(*v);
+                *sum += i32::from(weight) * i32::from(*v);
             }
         }
-        sums.into_iter().map(|sum| sum as f32 * weights.step).collect()
-    }
-}
-
-/// Numbers as int16 with one step: what int8 is multiplied with.
-#[derive(Clone, Debug, PartialEq)]
-pub struct WideRow {
-    /// `round(x · q)`, half to even, with `q = levels / max|x|`; 0 for NaN.
-    pub values: Vec<i16>,
-    /// `1 / q`
-    pub step: f32,
-}
-
-impl WideRow {
-    /// The smallest absolute maximum: what is below is rounded as if it were there.
-    pub const MIN: f32 = 1e-30;
-
-    /// The largest value, such that a sum of `len` products with int8 fits 32 bits: 32767 up to a length of 516.
-    #[must_use]
-    pub const fn levels(len: usize) -> f32 {
-        let levels = i32::MAX as usize / (127 * if len == 0 { 1 } else { len });
-        if levels < i16::MAX as usize { levels as f32 } else { i16::MAX as f32 }
-    }
-
-    /// Rounds numbers that will be multiplied and added up `len` at a time.
-    #[must_use]
-    pub fn new(x: &[f32], len: usize) -> Self {
-        let levels = Self::levels(len);
-        let largest = x.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-        let q = levels / largest.max(Self::MIN);
-        let values = x.iter().map(|x| (x * q).round_ties_even().clamp(-levels, levels) as i16).collect();
-        Self { values, step: 1.0 / q }
+        let step = 1.0 / q;
+        sums.into_iter().map(|sum| sum as f32 * step).collect()
     }
 }
 
@@ -131,8 +111,8 @@ impl WideRow {
 pub struct Partial {
     /// Largest score.
     pub max: f32,
-    /// `Σ e^(score − max)`.
-    pub sum: f32,
+    /// `Σ e^(score − max)` in lanes: position `i` of a block is in lane `i mod 16`.
+    pub sum: [f32; LANES],
     /// `Σ e^(score − max) · v`, `[head_dim]`.
     pub values: Vec<f32>,
 }
@@ -141,37 +121,39 @@ impl Partial {
     /// Over no positions at all.
     #[must_use]
     pub fn empty(head_dim: usize) -> Self {
-        Self { max: f32::NEG_INFINITY, sum: 0.0, values: vec![0.0; head_dim] }
+        Self { max: f32::NEG_INFINITY, sum: [0.0; LANES], values: vec![0.0; head_dim] }
     }
 
     /// Over one block of at most [`KEY_BLOCK`] positions.
     ///
-    /// Exponentials are summed as [`lanes::sum`] does, by position within the block. Scores of positions before `first`,
-    /// which is one of the block's, count as −∞.
+    /// Scores of positions before `first`, which is one of the block's, count as −∞.
     #[must_use]
     pub fn block<C: Cached>(query: &[f32], keys: C, values: C, first: usize, scale: f32) -> Self {
         let mut scores = keys.scores(query, scale);
         scores[..first].fill(f32::NEG_INFINITY);
         let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weights: Vec<f32> = scores.iter().map(|s| math::exp(s - max)).collect();
-        Self { max, sum: lanes::sum(&weights), values: values.weighted(&weights, query.len()) }
+        Self { max, sum: lanes::lane_sums(&weights), values: values.weighted(&weights, query.len()) }
     }
 
     /// Adds the result of the next positions: both are brought to the larger maximum, `self` first.
     pub fn merge(&mut self, next: &Self) {
         let max = self.max.max(next.max);
         let (old, new) = (math::exp(self.max - max), math::exp(next.max - max));
-        self.sum = self.sum.mul_add(old, next.sum * new);
+        for (sum, next) in self.sum.iter_mut().zip(next.sum) {
+            *sum = sum.mul_add(old, next * new);
+        }
         for (v, next) in self.values.iter_mut().zip(&next.values) {
             *v = v.mul_add(old, next * new);
         }
         self.max = max;
     }
 
-    /// The attention output, `[head_dim]`.
+    /// The attention output, `[head_dim]`: values over the sum of the lanes, added pairwise.
     #[must_use]
     pub fn finish(self) -> Vec<f32> {
-        self.values.into_iter().map(|v| v / self.sum).collect()
+        let sum = lanes::tree_sum(self.sum);
+        self.values.into_iter().map(|v| v / sum).collect()
     }
 }
 
@@ -210,26 +192,28 @@ mod tests {
     proptest! {
         #[test]
         fn blocks_merged_in_order_agree_with_the_textbook_formula(
-            positions in 1usize..200,
-            seed in prop::collection::vec(-2f32..2.0, 4 * 401),
-            steps in prop::collection::vec(0.25f32..2.0, 2 * 200),
+            positions in 1usize..300,
+            seed in prop::collection::vec(-2f32..2.0, 4 * 601),
+            steps in prop::collection::vec(0.25f32..2.0, 2 * 300),
         ) {
             let (query, rest) = seed.split_at(4);
-            let (keys, values) = (&rest[..4 * positions], &rest[800..][..4 * positions]);
+            let (keys, values) = (&rest[..4 * positions], &rest[1200..][..4 * positions]);
             let output = attention(query, Rows(keys), Rows(values), 0.5);
             for (output, exact) in output.iter().zip(exact(query, keys, values, 0.5)) {
                 prop_assert!((f64::from(*output) - exact).abs() < 3e-5);
             }
 
-            // Only queries and weights are rounded, and those to 16 bits.
-            let (key_steps, value_steps) = (&steps[..positions], &steps[200..][..positions]);
+            // Of an int8 cache weights are rounded, to 16 bits, and the query, which the formula gets as it is then.
+            let (key_steps, value_steps) = (&steps[..positions], &steps[300..][..positions]);
             let int8 = |x: &[f32]| -> Vec<i8> { x.iter().map(|x| (x * 63.0) as i8).collect() };
             let (keys, values) = (int8(keys), int8(values));
             let wide = |elements: &[i8], steps: &[f32]| -> Vec<f32> {
                 let rows = elements.chunks_exact(4).zip(steps);
                 rows.flat_map(|(row, step)| row.iter().map(move |x| f32::from(*x) * (step / 63.0))).collect()
             };
-            let exact = exact(query, &wide(&keys, key_steps), &wide(&values, value_steps), 0.5);
+            let rounded = QuantizedRow::new(query);
+            let rounded: Vec<f32> = rounded.values().iter().map(|x| f32::from(*x) / rounded.q()).collect();
+            let exact = exact(&rounded, &wide(&keys, key_steps), &wide(&values, value_steps), 0.5);
             let small = |steps: &[f32]| -> Vec<f32> { steps.iter().map(|step| step / 63.0).collect() };
             let (key_steps, value_steps) = (small(key_steps), small(value_steps));
             let keys = QuantizedRows { elements: &keys, steps: &key_steps };
@@ -241,31 +225,20 @@ mod tests {
     }
 
     #[test]
-    fn wide_rows_use_all_sixteen_bits_while_sums_fit() {
-        let row = WideRow::new(&[1.0, -2.0, 0.0, f32::NAN, 2e-5], 4);
-        assert_eq!((row.values, row.step), (vec![16384, -32767, 0, 0, 0], 1.0 / (32767.0 / 2.0)));
-        assert_eq!(WideRow::new(&[0.0, 1e-40], 2).values, [0, 0]);
-        for len in [1, 516, 517, 4096] {
-            let levels = WideRow::levels(len) as usize;
-            assert!(levels * 127 * len <= i32::MAX as usize && (levels == 32767) == (len <= 516), "{len}: {levels}");
-        }
-    }
-
-    #[test]
     fn a_window_sees_nothing_of_what_lies_before_it() {
-        let keys: Vec<f32> = (0..200).map(|i| (i * 37 % 101) as f32 * 0.02 - 1.0).collect();
-        let values: Vec<f32> = (0..200).map(|i| (i * 53 % 97) as f32 * 0.02 - 1.0).collect();
+        let keys: Vec<f32> = (0..600).map(|i| (i * 37 % 101) as f32 * 0.02 - 1.0).collect();
+        let values: Vec<f32> = (0..600).map(|i| (i * 53 % 97) as f32 * 0.02 - 1.0).collect();
         let query = [0.7, -0.3];
         let rows = |elements: &[f32], first: usize| {
             let (keys, values) = elements.split_at(elements.len() / 2);
             attention_from(&query, Rows(keys), Rows(values), first, 0.5)
         };
         let both = |from: usize| [&keys[from..], &values[from..]].concat();
-        for first in [1, 63, 64, 65, 99] {
+        for first in [1, 127, 128, 129, 299] {
             let seen = rows(&both(0), first);
             let mut others = both(0);
             others[..2 * first].fill(9.0);
-            others[200..][..2 * first].fill(-9.0);
+            others[600..][..2 * first].fill(-9.0);
             assert_eq!(seen, rows(&others, first));
             // The same positions alone, in other blocks.
             let alone = rows(&both(2 * first), 0);

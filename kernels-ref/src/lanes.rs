@@ -21,14 +21,20 @@ pub fn tree_sum(lanes: [f32; LANES]) -> f32 {
     sums[0]
 }
 
-/// `Σ x[i]`.
+/// `Σ x[i]`, not yet added across lanes.
 #[must_use]
-pub fn sum(x: &[f32]) -> f32 {
+pub fn lane_sums(x: &[f32]) -> [f32; LANES] {
     let mut lanes = [0.0; LANES];
     for (i, x) in x.iter().enumerate() {
         lanes[i % LANES] += x;
     }
-    tree_sum(lanes)
+    lanes
+}
+
+/// `Σ x[i]`.
+#[must_use]
+pub fn sum(x: &[f32]) -> f32 {
+    tree_sum(lane_sums(x))
 }
 
 /// `Σ a[i] · b[i]`, every step one fused multiply-add.

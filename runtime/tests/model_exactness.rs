@@ -211,9 +211,11 @@ fn memory_of_the_cache_follows_the_text() {
     let mut session = session(&model, 1, SessionOptions::default());
     assert_eq!(session.kv_bytes(), 0);
     session.step(0).unwrap();
-    // 64 positions in 6 layers of 2 heads of 64: keys and values of two bytes.
-    let block = 64 * 6 * 2 * 64 * 2 * 2;
+    // 128 positions in 6 layers of 2 heads of 64: keys and values of two bytes.
+    let block = 128 * 6 * 2 * 64 * 2 * 2;
     assert_eq!(session.kv_bytes(), block);
-    session.prefill(&[3; 64]).unwrap();
+    session.prefill(&[3; 127]).unwrap();
+    assert_eq!(session.kv_bytes(), block);
+    session.step(3).unwrap();
     assert_eq!(session.kv_bytes(), 2 * block);
 }

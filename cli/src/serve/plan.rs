@@ -9,8 +9,6 @@ use ternion_tuner::CpuProfile;
 
 use crate::purpose::{Preset, model_bytes};
 
-/// Positions that a page of keys and values holds.
-const PAGE: usize = 64;
 /// Part of the free memory that keys and values may take, unless a limit is given: other programs want some too.
 const SHARE: u64 = 2;
 
@@ -83,17 +81,6 @@ pub(crate) fn threads(wishes: &Wishes) -> Chosen {
     })
 }
 
-/// Bytes of the keys and values of `tokens` tokens.
-fn kv_bytes(config: &ModelConfig, kv: KvType, tokens: usize) -> u64 {
-    let element = match kv {
-        KvType::F32 => 4,
-        KvType::F16 => 2,
-        KvType::Int8 => 1,
-    };
-    let position = 2 * config.layers * config.kv_heads * config.head_dim * element;
-    (tokens.next_multiple_of(PAGE) as u64).saturating_mul(position as u64)
-}
-
 /// How a model is served on a machine that also has to hold `models` models.
 pub(crate) fn plan(wishes: &Wishes, config: &ModelConfig, kv: KvType, machine: &CpuProfile, models: usize) -> Plan {
     let (preset, _) = preset(wishes, machine);
@@ -111,7 +98,7 @@ pub(crate) fn plan(wishes: &Wishes, config: &ModelConfig, kv: KvType, machine: &
         Some(limit) => limit.saturating_sub(model_bytes(config)),
         None => free.saturating_sub(model_bytes(config)) / SHARE,
     } / models.max(1) as u64;
-    let each = kv_bytes(config, kv, context.value).max(1);
+    let each = kv.bytes(config, context.value).max(1);
     let megabytes = |bytes: u64| bytes.div_ceil(1_000_000);
     let parallel = or(wishes.parallel, || {
         let fit = usize::try_from(room / each).unwrap_or(usize::MAX).max(1);

@@ -18,13 +18,13 @@ use super::forward::Forward;
 use super::weights::Layer;
 use crate::formats::ModelConfig;
 use crate::model::kv_cache::{KvType, Queries};
-use crate::ops::{self, Running, WideQueries};
+use crate::ops::{self, QuantizedQueries, Running};
 use crate::team::{SharedSlice, Team, share};
 
 /// Passes of up to this many tokens are shared out by blocks.
 const FEW: usize = 8;
 
-/// Heads of a block's result that one thread merges in the time that it takes to wake another.
+/// Results of a head and a block that one thread merges in the time that it takes to wake another.
 const MERGES: usize = 64;
 
 /// The tokens of one part of a pass.
@@ -55,7 +55,7 @@ impl Span {
 #[derive(Debug, Default)]
 struct Results {
     max: Vec<f32>,
-    sum: Vec<f32>,
+    sum: Vec<[f32; LANES]>,
     values: Vec<f32>,
     width: usize,
 }
@@ -71,14 +71,14 @@ impl Results {
     fn grow(&mut self, heads: usize) {
         if heads > self.max.len() {
             self.max.resize(heads, 0.0);
-            self.sum.resize(heads, 0.0);
+            self.sum.resize(heads, [0.0; LANES]);
             self.values.resize(heads * self.width, 0.0);
         }
     }
 
     fn share(&mut self) -> SharedResults<'_> {
         let Self { max, sum, values, width } = self;
-        let [max, sum, values] = [max, sum, values].map(|slice| SharedSlice::new(slice));
+        let (max, sum, values) = (SharedSlice::new(max), SharedSlice::new(sum), SharedSlice::new(values));
         SharedResults { max, sum, values, width: *width }
     }
 }
@@ -86,7 +86,7 @@ impl Results {
 /// [`Results`] that the threads of a team work on, each with heads of its own.
 struct SharedResults<'a> {
     max: SharedSlice<'a, f32>,
-    sum: SharedSlice<'a, f32>,
+    sum: SharedSlice<'a, [f32; LANES]>,
     values: SharedSlice<'a, f32>,
     width: usize,
 }
@@ -109,12 +109,13 @@ impl SharedResults<'_> {
 #[derive(Debug)]
 pub(super) struct AttentionScratch {
     spans: Vec<Span>,
-    /// Queries rounded for an int8 cache, `[tokens, heads, head_dim]`, and their steps.
-    wide: Vec<i16>,
+    /// Queries rounded for an int8 cache, as [`QuantizedQueries`] of `[tokens, heads]`.
+    quantized: Vec<i8>,
     steps: Vec<f32>,
+    sums: Vec<i32>,
     /// Results over all blocks so far, `[tokens, heads]`.
     running: Results,
-    /// Results of single blocks, `[kv_heads, spans: [blocks, tokens], group]`.
+    /// Results of single blocks, `[kv_heads, spans: [tokens, blocks], group]`.
     single: Results,
 }
 
@@ -124,8 +125,9 @@ impl AttentionScratch {
         let width = config.head_dim.next_multiple_of(LANES);
         Self {
             spans: Vec::with_capacity(tokens),
-            wide: vec![0; tokens * config.heads * config.head_dim],
+            quantized: vec![0; tokens * config.heads * quantized_len(config.head_dim)],
             steps: vec![0.0; tokens * config.heads],
+            sums: vec![0; tokens * config.heads],
             running: Results::new(tokens * config.heads, width),
             single: Results::new(0, width),
         }
@@ -163,7 +165,7 @@ struct Job<'a> {
     /// `[tokens, heads, head_dim]`
     queries: &'a [f32],
     /// The same rounded, where the cache is of int8.
-    wide: WideQueries<'a>,
+    quantized: QuantizedQueries<'a>,
     /// `[tokens, heads, head_dim]`
     output: SharedSlice<'a, f32>,
     running: SharedResults<'a>,
@@ -181,12 +183,12 @@ impl Forward<'_> {
         scratch: &mut AttentionScratch,
     ) {
         let ModelConfig { heads, kv_heads, head_dim, .. } = *self.model.config();
-        let AttentionScratch { spans, wide, steps, running, single } = scratch;
-        self.widen(parts, spans, queries, (wide, steps));
-        let wide = WideQueries { values: wide, steps };
+        let AttentionScratch { spans, quantized, steps, sums, running, single } = scratch;
+        self.quantize_queries(parts, spans, queries, (quantized, steps, sums));
+        let quantized = QuantizedQueries { values: quantized, steps, sums };
         let (output, running, single) = (SharedSlice::new(output), running.share(), single.share());
         let job =
-            Job { layer, window, heads, kv_heads, head_dim, parts, spans, queries, wide, output, running, single };
+            Job { layer, window, heads, kv_heads, head_dim, parts, spans, queries, quantized, output, running, single };
         let threads = self.team.threads();
         if self.n > FEW {
             let items = kv_heads * self.n;
@@ -199,29 +201,41 @@ impl Forward<'_> {
         self.team.divide(threads, &|part| unsafe { job.by_blocks(share(blocks, threads, part)) });
         // SAFETY: the work above is done, and every item is in one part of the work.
         let merge = |part: usize, of: usize| unsafe { job.merge(threads, part, of) };
-        match job.splits(threads).map(|split| split.merges * (heads / kv_heads)).sum() {
+        let (groups, merges) = job.splits(threads).fold((0, 0), |(groups, merges), Split { span, merged, .. }| {
+            let tokens = span.tokens.len();
+            (groups + tokens, merges + tokens * (span.blocks - merged) * job.group())
+        });
+        match groups {
             0 => {}
-            1..=MERGES => merge(0, 1),
-            _ => self.team.divide(threads, &|part| merge(part, threads)),
+            2.. if merges > MERGES => self.team.divide(threads, &|part| merge(part, threads)),
+            _ => merge(0, 1),
         }
     }
 
     /// Rounds the queries of tokens whose cache is of int8.
-    fn widen(&self, parts: &[Part<'_>], spans: &[Span], queries: &[f32], target: (&mut [i16], &mut [f32])) {
+    fn quantize_queries(
+        &self,
+        parts: &[Part<'_>],
+        spans: &[Span],
+        queries: &[f32],
+        (values, steps, sums): (&mut [i8], &mut [f32], &mut [i32]),
+    ) {
         let ModelConfig { heads, head_dim, .. } = *self.model.config();
         let tokens = || spans.iter().filter(|s| parts[s.part].sequence.cache.kind() == KvType::Int8);
         if tokens().next().is_none() {
             return;
         }
-        let (wide, steps) = (SharedSlice::new(target.0), SharedSlice::new(target.1));
+        let (values, steps, sums) = (SharedSlice::new(values), SharedSlice::new(steps), SharedSlice::new(sums));
+        let len = quantized_len(head_dim);
         // SAFETY: every head of every token is in one part of the work.
         let round = |all: Range<usize>| unsafe {
             for span in tokens() {
                 let first = (span.tokens.start * heads).max(all.start);
                 for head in first..(span.tokens.end * heads).min(all.end) {
-                    let of_head = head * head_dim..(head + 1) * head_dim;
-                    let step = ops::widen_query(&queries[of_head.clone()], wide.part(of_head));
+                    let query = &queries[head * head_dim..(head + 1) * head_dim];
+                    let (step, sum) = ops::quantize_query(query, values.part(head * len..(head + 1) * len));
                     steps.part(head..head + 1)[0] = step;
+                    sums.part(head..head + 1)[0] = sum;
                 }
             }
         };
@@ -233,14 +247,17 @@ impl Forward<'_> {
     }
 }
 
+/// Elements of a query for an int8 cache.
+const fn quantized_len(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(ops::INT8_KEYS_ALONG)
+}
+
 /// The tokens of a span and a key-value head whose blocks are in more than one part of the work.
 struct Split<'a> {
     span: &'a Span,
     kv_head: usize,
     /// Blocks that the first part has merged already.
     merged: usize,
-    /// Results that are left, in groups of heads.
-    merges: usize,
 }
 
 impl<'a> Job<'a> {
@@ -260,12 +277,11 @@ impl<'a> Job<'a> {
         start..start + self.group()
     }
 
-    /// The same group of heads among the results of single blocks.
-    fn of_block(&self, span: &Span, kv_head: usize, token: usize, block: usize) -> Range<usize> {
+    /// The same group of heads among the results of single blocks, for some of them.
+    fn of_blocks(&self, span: &Span, kv_head: usize, token: usize, blocks: Range<usize>) -> Range<usize> {
         let per_head = self.spans.last().map_or(0, |last| last.results_before + last.blocks * last.tokens.len());
-        let within = span.results_before + block * span.tokens.len() + token - span.tokens.start;
-        let start = (kv_head * per_head + within) * self.group();
-        start..start + self.group()
+        let before = kv_head * per_head + span.results_before + (token - span.tokens.start) * span.blocks;
+        (before + blocks.start) * self.group()..(before + blocks.end) * self.group()
     }
 
     /// Positions that a token sees.
@@ -274,18 +290,25 @@ impl<'a> Job<'a> {
         end.saturating_sub(self.window)..end
     }
 
+    /// Those of some blocks of which a token sees anything.
+    fn seen_of(&self, span: &Span, token: usize, blocks: Range<usize>) -> Range<usize> {
+        let seen = self.seen(span, token);
+        blocks.start.max(seen.start / KEY_BLOCK)..blocks.end.min(seen.end.div_ceil(KEY_BLOCK))
+    }
+
     /// Whether a token sees anything of a block.
     fn sees(&self, span: &Span, token: usize, block: usize) -> bool {
-        let seen = self.seen(span, token);
-        seen.start < (block + 1) * KEY_BLOCK && block * KEY_BLOCK < seen.end
+        !self.seen_of(span, token, block..block + 1).is_empty()
     }
 
     /// Merges a block into what a token's heads have found.
     fn attend(&self, span: &Span, kv_head: usize, token: usize, block: usize, running: Running<'_>) {
         let heads = self.of_token(kv_head, token);
-        let of_heads = heads.start * self.head_dim..heads.end * self.head_dim;
-        let wide = WideQueries { values: &self.wide.values[of_heads.clone()], steps: &self.wide.steps[heads] };
-        let queries = Queries { floats: &self.queries[of_heads], wide };
+        let of_heads = |len: usize| heads.start * len..heads.end * len;
+        let QuantizedQueries { values, steps, sums } = self.quantized;
+        let values = &values[of_heads(quantized_len(self.head_dim))];
+        let quantized = QuantizedQueries { values, steps: &steps[heads.clone()], sums: &sums[heads.clone()] };
+        let queries = Queries { floats: &self.queries[of_heads(self.head_dim)], quantized };
         let cache = &self.parts[span.part].sequence.cache;
         cache.attend(self.layer, kv_head, block, self.seen(span, token), queries, running);
     }
@@ -322,7 +345,7 @@ impl<'a> Job<'a> {
         };
         let heads = output.chunks_exact_mut(self.head_dim).zip(running.values.chunks_exact(width));
         for ((output, values), sum) in heads.zip(running.sum) {
-            ops::finish_attention(*sum, values, output);
+            ops::finish_attention(sum, values, output);
         }
     }
 
@@ -369,8 +392,9 @@ impl<'a> Job<'a> {
             }
             for block in blocks {
                 for token in span.tokens.clone().filter(|token| self.sees(span, *token, block)) {
+                    let result = self.of_blocks(span, kv_head, token, block..block + 1);
                     // SAFETY: a result of a block that the caller alone works on.
-                    let mut result = unsafe { self.single.part(self.of_block(span, kv_head, token, block)) };
+                    let mut result = unsafe { self.single.part(result) };
                     // What is added to −0 stays what it is, also if it is −0.
                     result.clear(-0.0);
                     self.attend(span, kv_head, token, block, result);
@@ -390,8 +414,7 @@ impl<'a> Job<'a> {
                 part += 1;
             }
             let merged = span.blocks.min(share(kv_heads * per_head, threads, part).end - first);
-            let merges = (span.blocks - merged) * span.tokens.len();
-            (merges > 0).then_some(Split { span, kv_head, merged, merges })
+            (merged < span.blocks).then_some(Split { span, kv_head, merged })
         })
     }
 
@@ -400,19 +423,16 @@ impl<'a> Job<'a> {
     /// # Safety
     /// Nobody else may work on this part, or on blocks.
     unsafe fn merge(&self, threads: usize, part: usize, of: usize) {
-        let heads = self.splits(threads).flat_map(|Split { span, kv_head, merged, .. }| {
-            let tokens = span.tokens.clone().map(move |token| (span, kv_head, merged, token));
-            tokens.flat_map(|(span, kv_head, merged, token)| {
-                (0..self.group()).map(move |head| (span, kv_head, merged, token, head))
-            })
+        let groups = self.splits(threads).flat_map(|Split { span, kv_head, merged }| {
+            span.tokens.clone().map(move |token| (span, kv_head, merged, token))
         });
-        for (span, kv_head, merged, token, head) in heads.skip(part).step_by(of) {
-            let one = |group: Range<usize>| group.start + head..group.start + head + 1;
-            let target = one(self.of_token(kv_head, token));
-            for block in (merged..span.blocks).filter(|block| self.sees(span, token, *block)) {
-                let result = one(self.of_block(span, kv_head, token, block));
-                // SAFETY: the caller's contract: heads are in one part each.
-                unsafe { ops::merge_attention(self.running.part(target.clone()), &self.single.part(result)) };
+        for (span, kv_head, merged, token) in groups.skip(part).step_by(of) {
+            let target = self.of_token(kv_head, token);
+            let blocks = self.seen_of(span, token, merged..span.blocks);
+            if !blocks.is_empty() {
+                let results = self.of_blocks(span, kv_head, token, blocks);
+                // SAFETY: the caller's contract: groups of heads are in one part each.
+                unsafe { ops::merge_attention(self.running.part(target.clone()), &self.single.part(results)) };
             }
             // SAFETY: as above.
             unsafe { self.finish(target) };

@@ -1,10 +1,11 @@
 //! Keys and values of the positions so far, laid out for attention.
 //!
-//! A page holds [`KEY_BLOCK`] positions of all layers, so memory follows the length of the text and a page is one block
-//! of attention's fixed order. Long contexts read hundreds of megabytes per token, so pages lie on the system's huge pages
-//! where they are large enough. Within a page, per layer and key-value head, keys lie in groups of sixteen positions and values
-//! in groups of sixteen dimensions, so that attention works on sixteen sums at once ([`CachedBlock`]). Keys and values of
-//! int8 have a step per position and head beside them.
+//! A page holds blocks of [`KEY_BLOCK`] positions of all layers, so memory follows the length of the text: the first holds
+//! one, the next ones as many as all before, up to [`LARGEST`]. Long contexts read hundreds of megabytes per token, so pages lie
+//! on the system's huge pages where they are large enough, and what attention reads one after the other lies so: the blocks of a
+//! layer and key-value head, each with its keys, then its values. Keys lie in groups of sixteen positions and values in groups of
+//! sixteen dimensions, so that attention works on sixteen sums at once ([`CachedBlock`]). Keys and values of int8 have a step
+//! per position and head behind them.
 //!
 //! Texts that begin alike share their pages: a fork takes no time and no memory, and a page that several caches hold is
 //! copied by the first of them that is to write into it.
@@ -21,8 +22,9 @@ use ternion_kernels_ref::attention::KEY_BLOCK;
 use ternion_kernels_ref::lanes::LANES;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::formats::ModelConfig;
 use crate::memory::PageBuffer;
-use crate::ops::{self, CachedBlock, Running, WideQueries};
+use crate::ops::{self, CachedBlock, QuantizedQueries, Running};
 
 /// The precision of cached keys and values. It is an input of a model's results, unlike kernels or threads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -41,6 +43,31 @@ pub enum KvType {
 impl KvType {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::F16, Self::F32, Self::Int8];
+
+    /// Bytes that the cache of a text of so many positions takes.
+    #[must_use]
+    pub fn bytes(self, config: &ModelConfig, positions: usize) -> u64 {
+        let pages = pages_for(positions);
+        (blocks_in(pages) as u64).saturating_mul(self.block_bytes(config))
+    }
+
+    /// The longest text whose cache takes at most so many bytes, in positions.
+    #[must_use]
+    pub fn positions(self, config: &ModelConfig, bytes: u64) -> usize {
+        let blocks = usize::try_from(bytes / self.block_bytes(config)).unwrap_or(usize::MAX);
+        blocks_in(Place::of(blocks).page).saturating_mul(KEY_BLOCK)
+    }
+
+    /// Bytes of one block of all layers.
+    fn block_bytes(self, config: &ModelConfig) -> u64 {
+        let shape = Shape { layers: config.layers, kv_heads: config.kv_heads, head_dim: config.head_dim };
+        let head = match self {
+            Self::F16 => Page::<u16>::block_bytes(shape),
+            Self::F32 => Page::<f32>::block_bytes(shape),
+            Self::Int8 => Page::<i8>::block_bytes(shape),
+        };
+        (head * shape.layers * shape.kv_heads).max(1) as u64
+    }
 }
 
 impl fmt::Display for KvType {
@@ -80,16 +107,6 @@ impl Shape {
     const fn width(self) -> usize {
         self.head_dim.next_multiple_of(LANES)
     }
-
-    /// Elements of one head's keys in a page.
-    const fn keys(self) -> usize {
-        self.head_dim * KEY_BLOCK
-    }
-
-    /// Elements of one head's values in a page.
-    const fn values(self) -> usize {
-        self.width() * KEY_BLOCK
-    }
 }
 
 /// What a cache stores a number as.
@@ -97,8 +114,12 @@ trait Element: FromBytes + IntoBytes + Immutable + Copy + Default + Debug + Send
     const KIND: KvType;
     /// Whether a vector has a step beside its elements.
     const STEPS: bool;
-    /// How many of the elements that are summed over lie side by side.
-    const ALONG: usize;
+    /// How many of the elements of a key that are summed over lie side by side.
+    const KEYS_ALONG: usize;
+    /// As `KEYS_ALONG`, of the values of a dimension.
+    const VALUES_ALONG: usize;
+    /// How many groups of sums lie side by side.
+    const ROW: usize;
 
     /// Rounds one vector; returns the step that its elements are to be multiplied with.
     fn round(vector: &[f32], elements: &mut [Self]) -> f32;
@@ -109,7 +130,9 @@ trait Element: FromBytes + IntoBytes + Immutable + Copy + Default + Debug + Send
 impl Element for u16 {
     const KIND: KvType = KvType::F16;
     const STEPS: bool = false;
-    const ALONG: usize = 1;
+    const KEYS_ALONG: usize = 1;
+    const VALUES_ALONG: usize = 1;
+    const ROW: usize = ops::F16_ROW;
 
     fn round(vector: &[f32], elements: &mut [Self]) -> f32 {
         ops::narrow_f16(vector, elements);
@@ -124,7 +147,9 @@ impl Element for u16 {
 impl Element for f32 {
     const KIND: KvType = KvType::F32;
     const STEPS: bool = false;
-    const ALONG: usize = 1;
+    const KEYS_ALONG: usize = 1;
+    const VALUES_ALONG: usize = 1;
+    const ROW: usize = ops::F32_ROW;
 
     fn round(vector: &[f32], elements: &mut [Self]) -> f32 {
         elements.copy_from_slice(vector);
@@ -139,86 +164,159 @@ impl Element for f32 {
 impl Element for i8 {
     const KIND: KvType = KvType::Int8;
     const STEPS: bool = true;
-    const ALONG: usize = 2;
+    const KEYS_ALONG: usize = ops::INT8_KEYS_ALONG;
+    const VALUES_ALONG: usize = ops::INT8_VALUES_ALONG;
+    const ROW: usize = ops::INT8_ROW;
 
     fn round(vector: &[f32], elements: &mut [Self]) -> f32 {
         1.0 / ops::quantize(vector, elements)
     }
 
     fn attend(queries: Queries<'_>, block: CachedBlock<'_, Self>, scale: f32, running: Running<'_>) {
-        ops::attend_block_int8(queries.wide, block, scale, running);
+        ops::attend_block_int8(queries.quantized, block, scale, running);
     }
 }
 
-/// [`KEY_BLOCK`] positions of all layers.
+/// Blocks of the largest pages, a power of two. Larger ones are read faster, but more of the last is without use.
+const LARGEST: usize = 4;
+
+/// Blocks of the first so many pages.
+const fn blocks_in(pages: usize) -> usize {
+    match pages {
+        0 => 0,
+        _ if pages <= LARGEST.ilog2() as usize => 1 << (pages - 1),
+        _ => LARGEST * (pages - LARGEST.ilog2() as usize),
+    }
+}
+
+/// How many pages so many positions take.
+const fn pages_for(positions: usize) -> usize {
+    match positions {
+        0 => 0,
+        _ => Place::of((positions - 1) / KEY_BLOCK).page + 1,
+    }
+}
+
+/// Where a block lies.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    page: usize,
+    /// Its number in the page.
+    within: usize,
+}
+
+impl Place {
+    const fn of(block: usize) -> Self {
+        let (page, within) = match block {
+            0 => (0, 0),
+            LARGEST.. => (block / LARGEST + LARGEST.ilog2() as usize, block % LARGEST),
+            _ => (block.ilog2() as usize + 1, block - (1 << block.ilog2())),
+        };
+        Self { page, within }
+    }
+}
+
+/// Some blocks of all layers.
 #[derive(Debug)]
 struct Page<E> {
-    /// Per layer and key-value head the keys and the values as in a [`CachedBlock`]. Then, for types that have them, the
-    /// steps of keys and values as `f32`, `[layers, kv_heads, 2, KEY_BLOCK]`.
+    /// `[layers, kv_heads, blocks]`; a block is keys as in a [`CachedBlock`], their steps as `f32` for types that have them,
+    /// values and their steps.
     bytes: PageBuffer,
+    blocks: usize,
     _elements: PhantomData<E>,
 }
 
 impl<E: Element> Page<E> {
-    fn new(shape: Shape) -> io::Result<Self> {
-        let heads = shape.layers * shape.kv_heads;
-        let steps = if E::STEPS { heads * 2 * KEY_BLOCK * size_of::<f32>() } else { 0 };
-        let bytes = PageBuffer::zeroed(heads * Self::head_bytes(shape) + steps)?;
-        Ok(Self { bytes, _elements: PhantomData })
+    /// Bytes of the steps of a block's keys or values.
+    const STEP_BYTES: usize = if E::STEPS { KEY_BLOCK * size_of::<f32>() } else { 0 };
+
+    fn new(shape: Shape, blocks: usize) -> io::Result<Self> {
+        let bytes = PageBuffer::zeroed(shape.layers * shape.kv_heads * blocks * Self::block_bytes(shape))?;
+        Ok(Self { bytes, blocks, _elements: PhantomData })
     }
 
     /// One of the same content.
     fn copy(&self) -> io::Result<Self> {
         let mut bytes = PageBuffer::zeroed(self.bytes.len())?;
         bytes.copy_from_slice(&self.bytes);
-        Ok(Self { bytes, _elements: PhantomData })
+        Ok(Self { bytes, blocks: self.blocks, _elements: PhantomData })
     }
 
-    /// Bytes of one head's keys and values.
-    const fn head_bytes(shape: Shape) -> usize {
-        (shape.keys() + shape.values()) * size_of::<E>()
+    /// Elements of a key, with zeros up to whole groups of those side by side.
+    const fn key_len(shape: Shape) -> usize {
+        shape.head_dim.next_multiple_of(E::KEYS_ALONG)
     }
 
-    /// Where an element lies that is number `along` of `len` in a sum and belongs to sum `across`:
-    /// `[across / 16, len / ALONG, 16, ALONG]`.
-    const fn place(along: usize, len: usize, across: usize) -> usize {
-        let group = across / LANES * (len / E::ALONG) + along / E::ALONG;
-        (group * LANES + across % LANES) * E::ALONG + along % E::ALONG
+    /// Bytes of one block's keys and of its values.
+    const fn part_bytes(shape: Shape) -> [usize; 2] {
+        [Self::key_len(shape) * KEY_BLOCK * size_of::<E>(), shape.width() * KEY_BLOCK * size_of::<E>()]
     }
 
-    /// Stores the key and value of one position of one head of all layers'.
-    fn store(&mut self, shape: Shape, head: usize, position: usize, [key, value]: [&[f32]; 2], rounded: &mut [E]) {
-        let (elements, steps) = self.bytes.split_at_mut(shape.layers * shape.kv_heads * Self::head_bytes(shape));
-        let elements = &mut elements[head * Self::head_bytes(shape)..][..Self::head_bytes(shape)];
-        let (keys, values) = elements_mut::<E>(elements).split_at_mut(shape.keys());
+    /// Bytes of one block of one head.
+    const fn block_bytes(shape: Shape) -> usize {
+        let [keys, values] = Self::part_bytes(shape);
+        keys + values + 2 * Self::STEP_BYTES
+    }
+
+    /// Where a block of one head of all layers' lies: its keys, their steps, its values and their steps.
+    fn parts(&self, shape: Shape, head: usize, block: usize) -> [Range<usize>; 4] {
+        let [keys, values] = Self::part_bytes(shape);
+        let mut end = (head * self.blocks + block) * Self::block_bytes(shape);
+        [keys, Self::STEP_BYTES, values, Self::STEP_BYTES].map(|bytes| {
+            end += bytes;
+            end - bytes..end
+        })
+    }
+
+    /// Where an element lies that is number `i` of `len` in a sum, of which `along` lie side by side, and belongs to sum
+    /// `across` of `of`: `[of / 16 ROW, len / along, ROW, 16, along]`, and groups of sixteen that make no row come one after
+    /// the other.
+    const fn place((i, len, along): (usize, usize, usize), (across, of): (usize, usize)) -> usize {
+        let group = across / LANES;
+        let row = if group < of / LANES / E::ROW * E::ROW { E::ROW } else { 1 };
+        let before = group / row * (len / along) + i / along;
+        ((before * row + group % row) * LANES + across % LANES) * along + i % along
+    }
+
+    /// Stores the key and value of one head of all layers' for a position of a block, with room for a vector.
+    fn store(
+        &mut self,
+        shape: Shape,
+        head: usize,
+        (block, position): (usize, usize),
+        [key, value]: [&[f32]; 2],
+        rounded: &mut [E],
+    ) {
+        let [keys, key_steps, values, value_steps] = self.parts(shape, head, block);
         let key_step = E::round(key, rounded);
+        let keys = elements_mut::<E>(&mut self.bytes[keys]);
         for (d, k) in rounded.iter().enumerate() {
-            keys[Self::place(d, shape.head_dim, position)] = *k;
+            keys[Self::place((d, Self::key_len(shape), E::KEYS_ALONG), (position, KEY_BLOCK))] = *k;
         }
         let value_step = E::round(value, rounded);
+        let values = elements_mut::<E>(&mut self.bytes[values]);
         for (d, v) in rounded.iter().enumerate() {
-            values[Self::place(position, KEY_BLOCK, d)] = *v;
+            values[Self::place((position, KEY_BLOCK, E::VALUES_ALONG), (d, shape.width()))] = *v;
         }
         if E::STEPS {
-            let steps = &mut elements_mut::<f32>(steps)[head * 2 * KEY_BLOCK..][..2 * KEY_BLOCK];
-            (steps[position], steps[KEY_BLOCK + position]) = (key_step, value_step);
+            elements_mut::<f32>(&mut self.bytes[key_steps])[position] = key_step;
+            elements_mut::<f32>(&mut self.bytes[value_steps])[position] = value_step;
         }
     }
 
-    /// Some positions of one head of all layers'.
-    fn block(&self, shape: Shape, head: usize, positions: Range<usize>) -> CachedBlock<'_, E> {
-        let (all, steps) = self.bytes.split_at(shape.layers * shape.kv_heads * Self::head_bytes(shape));
-        let (keys, values) =
-            elements::<E>(&all[head * Self::head_bytes(shape)..][..Self::head_bytes(shape)]).split_at(shape.keys());
-        let steps = if E::STEPS { &elements(steps)[head * 2 * KEY_BLOCK..][..2 * KEY_BLOCK] } else { &[][..] };
-        let (key_steps, value_steps) = steps.split_at(steps.len() / 2);
+    /// Some positions of a block of one head of all layers'.
+    fn block(&self, shape: Shape, head: usize, block: usize, positions: Range<usize>) -> CachedBlock<'_, E> {
+        let parts = self.parts(shape, head, block).map(|part| &self.bytes[part]);
+        let [keys, values] = [parts[0], parts[2]].map(elements);
+        let [key_steps, value_steps] = [parts[1], parts[3]].map(elements);
         let (first, positions, next_keys) = (positions.start, positions.end, &[][..]);
         CachedBlock { keys, values, key_steps, value_steps, next_keys, first, positions }
     }
 
-    /// The keys of one head of all layers'.
-    fn keys(&self, shape: Shape, head: usize) -> &[E] {
-        elements::<E>(&self.bytes[head * Self::head_bytes(shape)..][..shape.keys() * size_of::<E>()])
+    /// The keys of a block of one head of all layers'.
+    fn keys(&self, shape: Shape, head: usize, block: usize) -> &[E] {
+        let [keys, ..] = self.parts(shape, head, block);
+        elements(&self.bytes[keys])
     }
 }
 
@@ -243,11 +341,12 @@ trait Pages: Debug + Send + Sync {
     fn shrink(&mut self, pages: usize);
     fn bytes(&self) -> usize;
     fn store(&mut self, layer: usize, position: usize, key: &[f32], value: &[f32]);
-    /// Merges some positions of a page: `of` is a layer and a head, `seen` the page and which positions.
+    /// Merges some positions of a block: `of` is a layer and a head.
     fn attend(
         &self,
         of: (usize, usize),
-        seen: (usize, Range<usize>),
+        block: usize,
+        positions: Range<usize>,
         queries: Queries<'_>,
         scale: f32,
         running: Running<'_>,
@@ -280,7 +379,8 @@ impl<E: Element> Pages for PagesOf<E> {
             }
         }
         while self.pages.len() < pages.end {
-            self.pages.push(Arc::new(Page::new(self.shape)?));
+            let page = self.pages.len();
+            self.pages.push(Arc::new(Page::new(self.shape, blocks_in(page + 1) - blocks_in(page))?));
         }
         Ok(())
     }
@@ -303,26 +403,27 @@ impl<E: Element> Pages for PagesOf<E> {
         assert!([key, value].iter().all(|row| row.len() == kv_heads * head_dim), "store: a vector of every head");
         let heads = key.chunks_exact(head_dim).zip(value.chunks_exact(head_dim));
         for (head, (key, value)) in heads.enumerate() {
-            let (page, head) = (&mut self.pages[position / KEY_BLOCK], layer * kv_heads + head);
-            let page = Arc::get_mut(page).expect("store: a reserved position");
-            page.store(self.shape, head, position % KEY_BLOCK, [key, value], &mut self.rounded);
+            let (place, head) = (Place::of(position / KEY_BLOCK), layer * kv_heads + head);
+            let page = Arc::get_mut(&mut self.pages[place.page]).expect("store: a reserved position");
+            page.store(self.shape, head, (place.within, position % KEY_BLOCK), [key, value], &mut self.rounded);
         }
     }
 
     fn attend(
         &self,
         (layer, head): (usize, usize),
-        (page, positions): (usize, Range<usize>),
+        block: usize,
+        positions: Range<usize>,
         queries: Queries<'_>,
         scale: f32,
         running: Running<'_>,
     ) {
         let Shape { layers, kv_heads, .. } = self.shape;
         assert!(layer < layers && head < kv_heads, "attend: one of the layers and heads");
-        let head = layer * kv_heads + head;
-        let next_keys = self.pages.get(page + 1).map_or(&[][..], |next| next.keys(self.shape, head));
-        let block = CachedBlock { next_keys, ..self.pages[page].block(self.shape, head, positions) };
-        E::attend(queries, block, scale, running);
+        let (head, place, next) = (layer * kv_heads + head, Place::of(block), Place::of(block + 1));
+        let next_keys = self.pages.get(next.page).map_or(&[][..], |page| page.keys(self.shape, head, next.within));
+        let block = self.pages[place.page].block(self.shape, head, place.within, positions);
+        E::attend(queries, CachedBlock { next_keys, ..block }, scale, running);
     }
 }
 
@@ -332,7 +433,7 @@ pub struct Queries<'a> {
     /// `[heads, head_dim]`
     pub floats: &'a [f32],
     /// The same rounded, which an int8 cache alone needs.
-    pub wide: WideQueries<'a>,
+    pub quantized: QuantizedQueries<'a>,
 }
 
 /// The cache of one sequence.
@@ -366,7 +467,7 @@ impl KvCache {
     /// # Errors
     /// If memory runs out. What there was is still there.
     pub fn reserve(&mut self, positions: Range<usize>) -> io::Result<()> {
-        self.pages.own(positions.start / KEY_BLOCK..positions.end.div_ceil(KEY_BLOCK))
+        self.pages.own(Place::of(positions.start / KEY_BLOCK).page..pages_for(positions.end))
     }
 
     /// A cache that begins with the first `positions` positions of this one and shares their pages.
@@ -375,12 +476,12 @@ impl KvCache {
     /// If fewer have been reserved.
     #[must_use]
     pub fn fork(&self, positions: usize) -> Self {
-        Self { head_dim: self.head_dim, pages: self.pages.fork(positions.div_ceil(KEY_BLOCK)) }
+        Self { head_dim: self.head_dim, pages: self.pages.fork(pages_for(positions)) }
     }
 
     /// Gives back the memory of what lies beyond `positions` positions.
     pub fn release(&mut self, positions: usize) {
-        self.pages.shrink(positions.div_ceil(KEY_BLOCK));
+        self.pages.shrink(pages_for(positions));
     }
 
     /// Bytes that it takes, with those that it shares.
@@ -397,7 +498,7 @@ impl KvCache {
         self.pages.store(layer, position, key, value);
     }
 
-    /// Merges block `block`, that is positions `64 · block` on, into the attention of `running.max.len()` query heads that
+    /// Merges block `block`, that is positions `128 · block` on, into the attention of `running.max.len()` query heads that
     /// share the key-value head `head` and see these `positions`.
     ///
     /// # Panics
@@ -412,8 +513,8 @@ impl KvCache {
         running: Running<'_>,
     ) {
         let start = block * KEY_BLOCK;
-        let positions = positions.start.saturating_sub(start)..KEY_BLOCK.min(positions.end - start);
-        self.pages.attend((layer, head), (block, positions), queries, attention_scale(self.head_dim), running);
+        let positions = positions.start.saturating_sub(start)..KEY_BLOCK.min(positions.end.saturating_sub(start));
+        self.pages.attend((layer, head), block, positions, queries, attention_scale(self.head_dim), running);
     }
 }
 
@@ -426,6 +527,7 @@ pub fn attention_scale(head_dim: usize) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::formats::synth::Recipe;
     use ternion_kernels_ref::attention::{QuantizedRows, Rows, attention_from};
     use ternion_kernels_ref::{QuantizedRow, widen};
 
@@ -472,18 +574,20 @@ mod tests {
 
     fn attend(cache: &KvCache, head: usize, seen: Range<usize>, queries: &[f32]) -> Vec<f32> {
         let heads = queries.len() / HEAD_DIM;
-        let (mut max, mut sum, mut values) = (vec![0.0; heads], vec![0.0; heads], vec![0.0; heads * LANES]);
-        let mut wide = vec![0; queries.len()];
-        let rows = queries.chunks_exact(HEAD_DIM).zip(wide.chunks_exact_mut(HEAD_DIM));
-        let steps: Vec<f32> = rows.map(|(query, wide)| ops::widen_query(query, wide)).collect();
-        let all = Queries { floats: queries, wide: WideQueries { values: &wide, steps: &steps } };
+        let (mut max, mut sum, mut values) = (vec![0.0; heads], vec![[0.0; LANES]; heads], vec![0.0; heads * LANES]);
+        let len = HEAD_DIM.next_multiple_of(ops::INT8_KEYS_ALONG);
+        let mut rounded = vec![0; heads * len];
+        let rows = queries.chunks_exact(HEAD_DIM).zip(rounded.chunks_exact_mut(len));
+        let (steps, sums): (Vec<_>, Vec<_>) = rows.map(|(query, rounded)| ops::quantize_query(query, rounded)).unzip();
+        let quantized = QuantizedQueries { values: &rounded, steps: &steps, sums: &sums };
+        let all = Queries { floats: queries, quantized };
         let mut running = Running { max: &mut max, sum: &mut sum, values: &mut values };
         running.clear(0.0);
         for block in seen.start / KEY_BLOCK..seen.end.div_ceil(KEY_BLOCK) {
             cache.attend(1, head, block, seen.clone(), all, running.again());
         }
         let mut output = vec![0.0; queries.len()];
-        for ((output, values), sum) in output.chunks_exact_mut(HEAD_DIM).zip(values.chunks_exact(LANES)).zip(sum) {
+        for ((output, values), sum) in output.chunks_exact_mut(HEAD_DIM).zip(values.chunks_exact(LANES)).zip(&sum) {
             ops::finish_attention(sum, values, output);
         }
         output
@@ -493,9 +597,9 @@ mod tests {
     fn attention_over_pages_is_the_references_for_every_length_and_type() {
         let queries: Vec<f32> = (0..3 * HEAD_DIM).map(|i| i as f32 * 0.2 - 1.0).collect();
         for kind in KvType::ALL {
-            let cache = filled(kind, 200);
-            let ends = [1, 2, 15, 16, 17, 63, 64, 65, 128, 199, 200];
-            let windows = [3..4, 10..70, 63..64, 64..65, 64..200, 130..199].into_iter();
+            let cache = filled(kind, 1400);
+            let ends = [1, 2, 15, 16, 17, 127, 128, 129, 256, 399, 400, 1400];
+            let windows = [3..4, 10..140, 127..128, 128..129, 128..400, 260..399, 1000..1300].into_iter();
             for seen in ends.into_iter().map(|end| 0..end).chain(windows) {
                 for head in 0..HEADS {
                     let found = attend(&cache, head, seen.clone(), &queries);
@@ -510,21 +614,21 @@ mod tests {
         let queries: Vec<f32> = (0..3 * HEAD_DIM).map(|i| i as f32 * 0.2 - 1.0).collect();
         let other = |position: usize, of| row(position + 1000, of);
         for kind in KvType::ALL {
-            for common in [0, 1, 63, 64, 65, 100] {
-                let mut origin = filled(kind, 130);
+            for common in [0, 1, 127, 128, 129, 300] {
+                let mut origin = filled(kind, 400);
                 let mut fork = origin.fork(common);
-                fork.reserve(common..110).unwrap();
-                origin.reserve(90..130).unwrap();
-                (common..110).for_each(|at| fork.store(1, at, &other(at, 0), &other(at, 1)));
-                (90..130).for_each(|at| origin.store(1, at, &row(at, 0), &row(at, 1)));
+                fork.reserve(common..310).unwrap();
+                origin.reserve(200..400).unwrap();
+                (common..310).for_each(|at| fork.store(1, at, &other(at, 0), &other(at, 1)));
+                (200..400).for_each(|at| origin.store(1, at, &row(at, 0), &row(at, 1)));
                 let mut alone = filled(kind, common);
-                alone.reserve(common..110).unwrap();
-                (common..110).for_each(|at| alone.store(1, at, &other(at, 0), &other(at, 1)));
+                alone.reserve(common..310).unwrap();
+                (common..310).for_each(|at| alone.store(1, at, &other(at, 0), &other(at, 1)));
                 for head in 0..HEADS {
-                    assert_eq!(attend(&fork, head, 0..110, &queries), attend(&alone, head, 0..110, &queries), "{kind}");
+                    assert_eq!(attend(&fork, head, 0..310, &queries), attend(&alone, head, 0..310, &queries), "{kind}");
                     assert_eq!(
-                        attend(&origin, head, 0..130, &queries),
-                        expected(kind, head, 0..130, &queries),
+                        attend(&origin, head, 0..400, &queries),
+                        expected(kind, head, 0..400, &queries),
                         "{kind}"
                     );
                 }
@@ -534,15 +638,51 @@ mod tests {
 
     #[test]
     fn memory_follows_the_positions_in_use() {
-        let mut cache = filled(KvType::F16, 129);
         // Keys take 6 elements a position and values 16, padded; two layers of two heads, two bytes each.
-        let page = 2 * HEADS * KEY_BLOCK * (6 + 16) * 2;
-        assert_eq!(cache.bytes(), 3 * page);
-        cache.release(64);
-        assert_eq!(cache.bytes(), page);
-        assert_eq!(filled(KvType::F32, 1).bytes(), 2 * page);
-        let steps = 2 * HEADS * KEY_BLOCK * 2 * 4;
-        assert_eq!(filled(KvType::Int8, 1).bytes(), page / 2 + steps);
+        let block = 2 * HEADS * KEY_BLOCK * (6 + 16) * 2;
+        let mut cache = filled(KvType::F16, 1025);
+        for (positions, blocks) in
+            [(1025, 12), (1024, 8), (513, 8), (512, 4), (257, 4), (256, 2), (129, 2), (128, 1), (1, 1)]
+        {
+            cache.release(positions);
+            assert_eq!(cache.bytes(), blocks * block, "{positions}");
+        }
+        cache.release(0);
+        assert_eq!(cache.bytes(), 0);
+        assert_eq!(filled(KvType::F32, 1).bytes(), 2 * block);
+        // Keys of int8 take 8 elements, whole quads.
+        let int8 = 2 * HEADS * KEY_BLOCK * (8 + 16 + 2 * 4);
+        assert_eq!(filled(KvType::Int8, 1).bytes(), int8);
+    }
+
+    #[test]
+    fn bytes_are_those_that_a_cache_takes() {
+        let config =
+            ModelConfig { layers: 2, kv_heads: HEADS, head_dim: HEAD_DIM, ..Recipe::preset("125M").unwrap().config };
+        for kind in KvType::ALL {
+            for positions in [0, 1, 128, 129, 300, 513, 2000] {
+                let mut cache = KvCache::new(kind, 2, HEADS, HEAD_DIM);
+                cache.reserve(0..positions).unwrap();
+                let bytes = cache.bytes() as u64;
+                assert_eq!(kind.bytes(&config, positions), bytes, "{kind}, {positions} positions");
+                let fits = kind.positions(&config, bytes);
+                assert!(fits >= positions && kind.bytes(&config, fits) == bytes, "{kind}: {fits}");
+                assert!(kind.bytes(&config, fits + 1) > bytes, "{kind}: {fits}");
+            }
+            assert_eq!(kind.positions(&config, kind.bytes(&config, 1) - 1), 0);
+            assert_eq!(kind.positions(&config, u64::MAX) % KEY_BLOCK, 0);
+        }
+    }
+
+    #[test]
+    fn every_block_has_its_own_place() {
+        let blocks = |page| blocks_in(page + 1) - blocks_in(page);
+        assert_eq!([0, 1, 2, 3, 4].map(blocks), [1, 1, 2, LARGEST, LARGEST]);
+        let mut expected = (0..).flat_map(|page| (0..blocks(page)).map(move |within| (page, within)));
+        for block in 0..40 {
+            let Place { page, within } = Place::of(block);
+            assert_eq!(Some((page, within)), expected.next(), "{block}");
+        }
     }
 
     #[test]

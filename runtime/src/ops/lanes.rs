@@ -51,7 +51,7 @@ impl Lanes {
 
     /// Itself, as a whole: what is done with single lanes from here on does not tear up what was done with all before.
     #[inline(always)]
-    fn whole(self) -> Self {
+    pub(super) fn whole(self) -> Self {
         black_box(self)
     }
 

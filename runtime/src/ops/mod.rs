@@ -34,8 +34,8 @@ mod rope;
 mod screen;
 
 pub use attention::{
-    CachedBlock, Running, WideQueries, attend_block_f16, attend_block_f32, attend_block_int8, finish_attention,
-    merge_attention, widen_query,
+    CachedBlock, F16_ROW, F32_ROW, INT8_KEYS_ALONG, INT8_ROW, INT8_VALUES_ALONG, QuantizedQueries, Running,
+    attend_block_f16, attend_block_f32, attend_block_int8, finish_attention, merge_attention, quantize_query,
 };
 pub(crate) use bounds::SLACK;
 pub use bounds::{RowBounds, SCREEN_BLOCK, StateBounds, intervals, largest};

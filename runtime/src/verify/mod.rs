@@ -3,7 +3,7 @@
 //! A seeded sequence of tokens goes through the scalar reference once, token by token, and then through compiled kernels
 //! in some two dozen [`Way`]s: kernel families, parts of the CPU's features, threads, chunks, other texts in the same
 //! passes, drafts that are taken back, zeros skipped or not. Threads also share out the key-value cache: by heads, and
-//! texts of more than 64 tokens by blocks of positions.
+//! texts of more than 128 tokens by blocks of positions.
 
 mod ways;
 

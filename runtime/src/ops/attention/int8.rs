@@ -1,65 +1,87 @@
-//! Blocks of int8, multiplied with int16 and added up as whole numbers.
+//! Blocks of int8, multiplied with whole numbers and added up as such.
 
-use ternion_kernels_ref::attention::{KEY_BLOCK, WideRow};
+use std::marker::PhantomData;
+
+use ternion_kernels_ref::attention::{KEY_BLOCK, MIN_STEP, WEIGHT_LEVELS};
 use ternion_kernels_ref::lanes::LANES;
 
-use super::{CachedBlock, Factors, Groups, Running, Scores, VECTORS, fetch, merge_values, merge_weights};
+use super::{CachedBlock, Factors, Group, Groups, Running, Scores, VECTORS, fetch, mask, merge_lanes, merge_weights};
 use crate::memory::prefetch;
 use crate::ops::lanes::Lanes;
-use crate::ops::norm::{absolute_larger, absolute_max, to_whole};
+use crate::ops::norm::{absolute_larger, quantize, to_whole};
 
-/// Two elements of each of sixteen positions, or of sixteen dimensions.
-type Pairs = [i8; 2 * LANES];
+/// Groups in a row: what 512 bits work on at a time.
+pub const ROW: usize = 4;
+
+/// Elements of a key that lie side by side.
+pub const KEYS_ALONG: usize = 4;
+
+/// Elements of the values of a dimension that lie side by side.
+pub const VALUES_ALONG: usize = 2;
+
+/// Four elements of the keys of each of sixteen positions.
+type Quads = [i8; KEYS_ALONG * LANES];
+
+/// The values of two positions in each of sixteen dimensions.
+type Pairs = [i8; VALUES_ALONG * LANES];
 
 /// Pairs of positions in a block.
-const PAIRS: usize = KEY_BLOCK / 2;
+const PAIRS: usize = KEY_BLOCK / VALUES_ALONG;
 
-/// Queries as int16 with a step each, as [`WideRow`].
+/// Queries as int8 with a step each, as keys are.
 #[derive(Clone, Copy, Debug)]
-pub struct WideQueries<'a> {
-    /// `[heads, head_dim]`
-    pub values: &'a [i16],
+pub struct QuantizedQueries<'a> {
+    /// `[heads, head_dim]`, each with zeros up to whole quads ([`KEYS_ALONG`]).
+    pub values: &'a [i8],
     /// `[heads]`
     pub steps: &'a [f32],
+    /// Sums of each query's values, `[heads]`.
+    pub sums: &'a [i32],
 }
 
-/// One level's way of adding up products of pairs.
-trait Level: Copy {
-    /// Sixteen pairs of int16.
-    type Wide: Copy;
-    /// Sixteen sums.
+/// One way of multiplying elements of sixteen sums with factors, the same for all, and adding up.
+trait Products: Copy {
+    /// Some elements of each of the sixteen.
+    type Elements;
+    /// As many factors.
+    type Factors;
+    type Loaded: Copy;
     type Sums: Copy;
 
-    fn zero(self) -> Self::Sums;
-    fn widen(self, pairs: &Pairs) -> Self::Wide;
-    /// Adds to each sum its two elements, times the two of `factors`.
-    fn add(self, sums: Self::Sums, factors: [i16; 2], pairs: Self::Wide) -> Self::Sums;
+    /// Sums of nothing, where all factors that will come add up to `factors`.
+    fn start(self, factors: i32) -> Self::Sums;
+    fn load(self, elements: &Self::Elements) -> Self::Loaded;
+    fn add(self, sums: Self::Sums, factors: &Self::Factors, elements: Self::Loaded) -> Self::Sums;
     /// The sums, rounded to `f32`.
     fn floats(self, sums: Self::Sums) -> Lanes;
 }
 
-/// Plain integers.
+/// Products of plain integers: `N` elements, of which `P` belong to one sum.
 #[derive(Clone, Copy)]
-struct Portable;
+struct Portable<F, const P: usize, const N: usize>(PhantomData<F>);
 
-impl Level for Portable {
-    type Wide = Pairs;
+impl<F: Copy + Into<i32>, const P: usize, const N: usize> Products for Portable<F, P, N> {
+    type Elements = [i8; N];
+    type Factors = [F; P];
+    type Loaded = [i8; N];
     type Sums = [i32; LANES];
 
     #[inline(always)]
-    fn zero(self) -> [i32; LANES] {
+    fn start(self, _: i32) -> [i32; LANES] {
         [0; LANES]
     }
 
     #[inline(always)]
-    fn widen(self, pairs: &Pairs) -> Pairs {
-        *pairs
+    fn load(self, elements: &[i8; N]) -> [i8; N] {
+        *elements
     }
 
     #[inline(always)]
-    fn add(self, mut sums: [i32; LANES], factors: [i16; 2], pairs: Pairs) -> [i32; LANES] {
-        for (sum, pair) in sums.iter_mut().zip(pairs.as_chunks::<2>().0) {
-            *sum += i32::from(factors[0]) * i32::from(pair[0]) + i32::from(factors[1]) * i32::from(pair[1]);
+    fn add(self, mut sums: [i32; LANES], factors: &[F; P], elements: [i8; N]) -> [i32; LANES] {
+        for (sum, elements) in sums.iter_mut().zip(elements.as_chunks::<P>().0) {
+            for (factor, element) in factors.iter().zip(elements) {
+                *sum += (*factor).into() * i32::from(*element);
+            }
         }
         sums
     }
@@ -76,16 +98,18 @@ impl Level for Portable {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    //! Levels whose instructions no compiler finds by itself.
+    //! Products by instructions that no compiler finds by itself.
 
     use std::arch::x86_64::{
-        __m256i, __m512i, _mm_loadu_si128, _mm256_add_epi32, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps,
-        _mm256_loadu_si256, _mm256_madd_epi16, _mm256_set1_epi32, _mm256_setzero_si256, _mm256_storeu_ps,
-        _mm512_cvtepi8_epi16, _mm512_cvtepi32_ps, _mm512_dpwssd_epi32, _mm512_set1_epi32, _mm512_setzero_si512,
-        _mm512_storeu_ps,
+        __m256i, __m512i, _mm_loadu_si128, _mm256_abs_epi8, _mm256_add_epi32, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps,
+        _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_set1_epi16, _mm256_set1_epi32,
+        _mm256_setzero_si256, _mm256_sign_epi8, _mm256_storeu_ps, _mm512_cvtepi8_epi16, _mm512_cvtepi32_ps,
+        _mm512_dpbusd_epi32, _mm512_dpwssd_epi32, _mm512_loadu_si512, _mm512_set1_epi8, _mm512_set1_epi32,
+        _mm512_storeu_ps, _mm512_xor_si512,
     };
+    use std::marker::PhantomData;
 
-    use super::{LANES, Lanes, Level, Pairs};
+    use super::{LANES, Lanes, Pairs, Products, Quads};
 
     /// Two int16 as one number, the first in its lower half.
     #[inline(always)]
@@ -95,13 +119,13 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub(super) fn zero_avx2() -> [__m256i; 2] {
+    pub(super) fn start_avx2(_: i32) -> [__m256i; 2] {
         [_mm256_setzero_si256(); 2]
     }
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub(super) fn widen_avx2(pairs: &Pairs) -> [__m256i; 2] {
+    pub(super) fn load_pairs_avx2(pairs: &Pairs) -> [__m256i; 2] {
         // SAFETY: each half is 16 bytes.
         let halves =
             unsafe { [_mm_loadu_si128(pairs.as_ptr().cast()), _mm_loadu_si128(pairs.as_ptr().add(LANES).cast())] };
@@ -110,12 +134,33 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub(super) fn add_avx2(sums: [__m256i; 2], factors: [i16; 2], pairs: [__m256i; 2]) -> [__m256i; 2] {
-        let factors = _mm256_set1_epi32(both(factors));
+    pub(super) fn add_pairs_avx2(sums: [__m256i; 2], factors: &[i16; 2], pairs: [__m256i; 2]) -> [__m256i; 2] {
+        let factors = _mm256_set1_epi32(both(*factors));
         [
             _mm256_add_epi32(sums[0], _mm256_madd_epi16(factors, pairs[0])),
             _mm256_add_epi32(sums[1], _mm256_madd_epi16(factors, pairs[1])),
         ]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(super) fn load_quads_avx2(quads: &Quads) -> [__m256i; 2] {
+        // SAFETY: each half is 32 bytes.
+        unsafe { [_mm256_loadu_si256(quads.as_ptr().cast()), _mm256_loadu_si256(quads.as_ptr().add(2 * LANES).cast())] }
+    }
+
+    /// `k · f` is `|k| · (f with k's sign)`. Neither is −128, so that sums of two products fit 16 bits.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(super) fn add_quads_avx2(sums: [__m256i; 2], factors: &[i8; 4], quads: [__m256i; 2]) -> [__m256i; 2] {
+        let factors = _mm256_set1_epi32(i32::from_le_bytes(factors.map(|factor| factor as u8)));
+        let ones = _mm256_set1_epi16(1);
+        let mut results = sums;
+        for (result, quads) in results.iter_mut().zip(quads) {
+            let twos = _mm256_maddubs_epi16(_mm256_abs_epi8(quads), _mm256_sign_epi8(factors, quads));
+            *result = _mm256_add_epi32(*result, _mm256_madd_epi16(twos, ones));
+        }
+        results
     }
 
     #[inline]
@@ -132,21 +177,42 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub(super) fn zero_avx512() -> __m512i {
-        _mm512_setzero_si512()
+    pub(super) fn start_pairs_vnni(_: i32) -> __m512i {
+        _mm512_set1_epi32(0)
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    pub(super) fn widen_avx512(pairs: &Pairs) -> __m512i {
+    pub(super) fn load_pairs_vnni(pairs: &Pairs) -> __m512i {
         // SAFETY: the pairs are 32 bytes.
         _mm512_cvtepi8_epi16(unsafe { _mm256_loadu_si256(pairs.as_ptr().cast()) })
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512vnni")]
-    pub(super) fn add_vnni(sums: __m512i, factors: [i16; 2], pairs: __m512i) -> __m512i {
-        _mm512_dpwssd_epi32(sums, _mm512_set1_epi32(both(factors)), pairs)
+    pub(super) fn add_pairs_vnni(sums: __m512i, factors: &[i16; 2], pairs: __m512i) -> __m512i {
+        _mm512_dpwssd_epi32(sums, _mm512_set1_epi32(both(*factors)), pairs)
+    }
+
+    /// The instruction takes unsigned elements: 128 is added to each, so 128 times the factors is taken off.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn start_quads_vnni(factors: i32) -> __m512i {
+        _mm512_set1_epi32(-128 * factors)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub(super) fn load_quads_vnni(quads: &Quads) -> __m512i {
+        // SAFETY: the quads are 64 bytes.
+        _mm512_xor_si512(unsafe { _mm512_loadu_si512(quads.as_ptr().cast()) }, _mm512_set1_epi8(-128))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub(super) fn add_quads_vnni(sums: __m512i, factors: &[i8; 4], quads: __m512i) -> __m512i {
+        let factors = i32::from_le_bytes(factors.map(|factor| factor as u8));
+        _mm512_dpbusd_epi32(sums, quads, _mm512_set1_epi32(factors))
     }
 
     #[inline]
@@ -158,40 +224,43 @@ mod x86 {
         floats
     }
 
-    /// A level made of functions that only it may call.
+    /// Products made of functions that only one level may call.
     #[derive(Clone, Copy)]
-    pub(super) struct By<Z, W, A, T> {
-        pub(super) zero: Z,
-        pub(super) widen: W,
+    pub(super) struct By<E, F, Z, W, A, T> {
+        pub(super) start: Z,
+        pub(super) load: W,
         pub(super) add: A,
         pub(super) floats: T,
+        pub(super) of: PhantomData<(E, F)>,
     }
 
-    impl<X, S, Z, W, A, T> Level for By<Z, W, A, T>
+    impl<E: Copy, F: Copy, X, S, Z, W, A, T> Products for By<E, F, Z, W, A, T>
     where
         X: Copy,
         S: Copy,
-        Z: Fn() -> S + Copy,
-        W: Fn(&Pairs) -> X + Copy,
-        A: Fn(S, [i16; 2], X) -> S + Copy,
+        Z: Fn(i32) -> S + Copy,
+        W: Fn(&E) -> X + Copy,
+        A: Fn(S, &F, X) -> S + Copy,
         T: Fn(S) -> Lanes + Copy,
     {
-        type Wide = X;
+        type Elements = E;
+        type Factors = F;
+        type Loaded = X;
         type Sums = S;
 
         #[inline(always)]
-        fn zero(self) -> S {
-            (self.zero)()
+        fn start(self, factors: i32) -> S {
+            (self.start)(factors)
         }
 
         #[inline(always)]
-        fn widen(self, pairs: &Pairs) -> X {
-            (self.widen)(pairs)
+        fn load(self, elements: &E) -> X {
+            (self.load)(elements)
         }
 
         #[inline(always)]
-        fn add(self, sums: S, factors: [i16; 2], pairs: X) -> S {
-            (self.add)(sums, factors, pairs)
+        fn add(self, sums: S, factors: &F, elements: X) -> S {
+            (self.add)(sums, factors, elements)
         }
 
         #[inline(always)]
@@ -201,23 +270,29 @@ mod x86 {
     }
 }
 
-/// Sums over all pairs of `V` groups of lanes, for the factors of `G` heads. `fetch` is called with the number of each pair.
+/// Sums of `V` groups of lanes for the factors of `G` heads, which add up to `sums`. `fetch` is called with the number of
+/// each step.
 #[inline(always)]
-fn dots<L: Level, const G: usize, const V: usize>(
-    level: L,
-    factors: [&[[i16; 2]]; G],
-    groups: [&[Pairs]; V],
+fn dots<P: Products, const G: usize, const V: usize, const C: usize>(
+    products: P,
+    (factors, sums): ([&[P::Factors]; G], [i32; G]),
+    groups: [Group<'_, P::Elements, C>; V],
     fetch: impl Fn(usize),
 ) -> [[Lanes; V]; G] {
-    let pairs = factors[0].len();
-    let (factors, groups) = (factors.map(|factors| &factors[..pairs]), groups.map(|group| &group[..pairs]));
-    let mut sums = [[level.zero(); V]; G];
-    for pair in 0..pairs {
-        fetch(pair);
-        let wide: [L::Wide; V] = std::array::from_fn(|v| level.widen(&groups[v][pair]));
+    let steps = factors[0].len();
+    let factors = factors.map(|factors| &factors[..steps]);
+    let groups = groups.map(|group| Group { rows: &group.rows[..steps], ..group });
+    let mut all = [[products.start(0); V]; G];
+    for (all, sums) in all.iter_mut().zip(sums) {
+        *all = [products.start(sums); V];
+    }
+    let mut sums = all;
+    for step in 0..steps {
+        fetch(step);
+        let elements: [P::Loaded; V] = std::array::from_fn(|v| products.load(groups[v].at(step)));
         for (sums, factors) in sums.iter_mut().zip(factors) {
-            for (sum, wide) in sums.iter_mut().zip(wide) {
-                *sum = level.add(*sum, factors[pair], wide);
+            for (sum, elements) in sums.iter_mut().zip(elements) {
+                *sum = products.add(*sum, &factors[step], elements);
             }
         }
     }
@@ -225,163 +300,241 @@ fn dots<L: Level, const G: usize, const V: usize>(
     let mut floats = [[Lanes::ZERO; V]; G];
     for (floats, sums) in floats.iter_mut().zip(sums) {
         for (floats, sums) in floats.iter_mut().zip(sums) {
-            *floats = level.floats(sums);
+            *floats = products.floats(sums);
         }
     }
     floats
 }
 
+/// The query of one head.
+#[derive(Clone, Copy)]
+struct Query<'a> {
+    quads: &'a [[i8; KEYS_ALONG]],
+    /// The scores' scale times its step.
+    scale: f32,
+    sum: i32,
+}
+
 /// One block of one key-value head.
-struct Block<'a, L> {
+struct Block<'a> {
     cached: CachedBlock<'a, i8>,
-    keys: &'a [Pairs],
+    keys: &'a [Quads],
     values: &'a [Pairs],
     key_steps: &'a [[f32; LANES]],
     value_steps: &'a [[f32; LANES]],
-    next_keys: &'a [Pairs],
-    level: L,
 }
 
-impl<L: Level> Block<'_, L> {
-    /// Scores of `G` queries with all positions of the block, also those past its end, `V` groups of positions at a time.
-    /// `scales` are the scores' scale times the step of each query.
+impl<'a> Block<'a> {
     #[inline(always)]
-    fn scores<const G: usize, const V: usize>(&self, queries: [&[[i16; 2]]; G], scales: [f32; G]) -> [Scores; G] {
-        let pairs = queries[0].len();
+    fn new(cached: CachedBlock<'a, i8>) -> Self {
+        let (keys, values) = (cached.keys.as_chunks().0, cached.values.as_chunks().0);
+        let (key_steps, value_steps) = (cached.key_steps.as_chunks().0, cached.value_steps.as_chunks().0);
+        Self { cached, keys, values, key_steps, value_steps }
+    }
+
+    /// Scores of `G` queries with all positions of the block, also those past its end, `V` groups of positions at a time. On
+    /// the way, `later` is fetched: half as many bytes as a block has of keys.
+    #[inline(always)]
+    fn scores<P, const G: usize, const V: usize>(
+        &self,
+        products: P,
+        queries: [Query<'_>; G],
+        later: &[i8],
+    ) -> [Scores; G]
+    where
+        P: Products<Elements = Quads, Factors = [i8; KEYS_ALONG]>,
+    {
+        let quads = queries[0].quads.len();
+        let factors = (queries.map(|query| query.quads), queries.map(|query| query.sum));
         let mut scores = [[Lanes::ZERO; VECTORS]; G];
-        let rounds = self.keys.chunks_exact(V * pairs).take(self.cached.positions.div_ceil(V * LANES));
-        for (round, keys) in rounds.enumerate() {
-            let keys = std::array::from_fn(|v| &keys[v * pairs..][..pairs]);
-            let fetch = |pair| fetch(self.values, (round * pairs + pair) * V, V);
-            let sums = dots::<L, G, V>(self.level, queries, keys, fetch);
-            for ((scores, sums), scale) in scores.iter_mut().zip(sums).zip(scales) {
+        for round in 0..self.cached.positions.div_ceil(V * LANES) {
+            let keys: [Group<'_, _, ROW>; V] = Group::several(self.keys, quads, round * V);
+            let bytes = V * size_of::<Quads>() / 2;
+            let fetch = |quad| fetch(later, (round * quads + quad) * bytes, bytes);
+            let sums = dots(products, factors, keys, fetch);
+            for ((scores, sums), query) in scores.iter_mut().zip(sums).zip(queries) {
                 let scores = &mut scores.as_chunks_mut::<V>().0[round];
                 let steps = &self.key_steps.as_chunks::<V>().0[round];
                 for ((score, sum), steps) in scores.iter_mut().zip(sums).zip(steps) {
-                    *score = sum.zip(Lanes(*steps), |sum, step| sum * (scale * step));
+                    *score = sum.zip(Lanes(*steps), |sum, step| sum * (query.scale * step));
                 }
             }
         }
         scores
     }
 
-    /// Merges this block into what came before, for `G` heads, `V` vectors at a time.
+    /// Steps of the values, 0 past the block's end.
     #[inline(always)]
-    fn merge<const G: usize, const V: usize>(&self, queries: [&[[i16; 2]]; G], scales: [f32; G], running: Running<'_>) {
-        let Running { max, sum, values } = running;
-        let mut scores = self.scores::<G, V>(queries, scales);
-        let factors = merge_weights(&mut scores, &self.cached, max, sum);
-        let (weights, steps) = self.widen_weights(scores);
-        let weights = std::array::from_fn(|g| &weights[g][..self.cached.positions.div_ceil(2)]);
-        let width = values.len() / G / LANES;
-        let (targets, _) = values.as_chunks_mut::<LANES>();
-        let mut group = 0;
-        while group < width {
-            if group + V <= width {
-                self.weighted::<G, V>(weights, steps, factors, targets, (group, width));
-                group += V;
-            } else {
-                self.weighted::<G, 1>(weights, steps, factors, targets, (group, width));
-                group += 1;
-            }
+    fn known_value_steps(&self) -> [[f32; LANES]; VECTORS] {
+        let mut steps = [[0.0; LANES]; VECTORS];
+        steps.copy_from_slice(self.value_steps);
+        if self.cached.positions < KEY_BLOCK {
+            steps.as_flattened_mut()[self.cached.positions..].fill(0.0);
         }
-    }
-
-    /// Weights times the steps of values, rounded as [`WideRow::new`] does, and the steps of that. Heads go abreast.
-    #[inline(always)]
-    fn widen_weights<const G: usize>(&self, mut weights: [Scores; G]) -> ([[[i16; 2]; PAIRS]; G], [f32; G]) {
-        let mut q = [0.0; G];
-        for (q, weights) in q.iter_mut().zip(&mut weights) {
-            let mut max = Lanes::ZERO;
-            for (weights, steps) in weights.iter_mut().zip(self.value_steps) {
-                *weights = weights.zip(Lanes(*steps), |weight, step| weight * step);
-                max = absolute_larger(max, *weights);
-            }
-            *q = wide_scale(max, KEY_BLOCK);
-        }
-        let (mut wide, mut steps) = ([[[0; 2]; PAIRS]; G], [0.0; G]);
-        for g in 0..G {
-            for (wide, weights) in wide[g].as_flattened_mut().as_chunks_mut::<LANES>().0.iter_mut().zip(weights[g]) {
-                round(&weights.0, q[g], KEY_BLOCK, wide);
-            }
-            steps[g] = 1.0 / q[g];
-        }
-        (wide, steps)
+        steps
     }
 
     /// Weighted values in `D` groups of dimensions from `group` on, merged into `targets`, `[G, width]` groups.
     #[inline(always)]
-    fn weighted<const G: usize, const D: usize>(
+    fn weighted<P, const G: usize, const D: usize, const C: usize>(
         &self,
-        weights: [&[[i16; 2]]; G],
-        steps: [f32; G],
+        products: P,
+        weights: [&[[i16; VALUES_ALONG]]; G],
+        step: f32,
         factors: [Factors; G],
         targets: &mut [[f32; LANES]],
         (group, width): (usize, usize),
-    ) {
-        let values = std::array::from_fn(|d| &self.values[(group + d) * PAIRS..][..PAIRS]);
-        let fetch = |pair| fetch(self.next_keys, group * PAIRS + pair * D, D);
-        let sums = dots::<L, G, D>(self.level, weights, values, fetch);
+    ) where
+        P: Products<Elements = Pairs, Factors = [i16; VALUES_ALONG]>,
+    {
+        let values: [Group<'_, _, C>; D] = Group::several(self.values, PAIRS, group);
+        let (first, bytes) = (group * PAIRS * size_of::<Pairs>(), D * size_of::<Pairs>());
+        let fetch = |pair| fetch(self.cached.next_keys, first + pair * bytes, bytes);
+        let sums = dots(products, (weights, [0; G]), values, fetch);
         for g in 0..G {
             for (d, sum) in sums[g].into_iter().enumerate() {
-                let values = sum.map(|sum| sum * steps[g]);
-                merge_values(&mut targets[g * width + group + d], values, factors[g]);
+                let values = sum.map(|sum| sum * step);
+                merge_lanes(&mut targets[g * width + group + d], values, factors[g]);
             }
+        }
+    }
+}
+
+/// Weights times the steps of values, rounded in levels of 16 bits over the largest step; and the step of what they are then.
+/// No weight is above 1, so none is above the levels. NaN becomes 0.
+#[inline(always)]
+fn round_weights<const G: usize>(
+    weights: &[Scores; G],
+    steps: &[[f32; LANES]; VECTORS],
+) -> ([[[i16; VALUES_ALONG]; PAIRS]; G], f32) {
+    let mut largest = Lanes::ZERO;
+    for steps in steps {
+        largest = absolute_larger(largest, Lanes(*steps));
+    }
+    let q = WEIGHT_LEVELS / largest.largest().max(MIN_STEP);
+    let mut rounded = [[[0; VALUES_ALONG]; PAIRS]; G];
+    for (rounded, weights) in rounded.iter_mut().zip(weights) {
+        let rounded = rounded.as_flattened_mut().as_chunks_mut::<LANES>().0;
+        for ((rounded, weights), steps) in rounded.iter_mut().zip(weights).zip(steps) {
+            let scaled = weights.zip(Lanes(*steps), |weight, step| weight * (step * q)).whole();
+            for (rounded, scaled) in rounded.iter_mut().zip(scaled.0) {
+                *rounded = to_whole(scaled, WEIGHT_LEVELS) as i16;
+            }
+        }
+    }
+    (rounded, 1.0 / q)
+}
+
+/// Merges a block into what came before, for `G` heads, `V` vectors at a time.
+#[inline(always)]
+fn merge<Q, P, const G: usize, const V: usize>(
+    (quads, pairs): (Q, P),
+    block: &Block<'_>,
+    queries: [Query<'_>; G],
+    running: Running<'_>,
+) where
+    Q: Products<Elements = Quads, Factors = [i8; KEYS_ALONG]>,
+    P: Products<Elements = Pairs, Factors = [i16; VALUES_ALONG]>,
+{
+    let Running { max, sum, values } = running;
+    let CachedBlock { first, positions, values: cached, .. } = block.cached;
+    // Half of the values are fetched while keys are scored, which takes less time than reading, and half while scores become
+    // weights.
+    let (early, late) = cached.split_at(cached.len() / 2);
+    let mut scores = block.scores::<Q, G, V>(quads, queries, early);
+    if !block.cached.whole() {
+        mask(&mut scores, first..positions);
+    }
+    let bytes = late.len() / (G * VECTORS);
+    let factors = merge_weights(&mut scores, max, sum, |vector| fetch(late, vector * bytes, bytes));
+    let (weights, step) = round_weights(&scores, &block.known_value_steps());
+    let weights = std::array::from_fn(|g| &weights[g][..positions.div_ceil(VALUES_ALONG)]);
+    let width = values.len() / G / LANES;
+    let (targets, _) = values.as_chunks_mut::<LANES>();
+    let (rows, mut group) = (width / ROW * ROW, 0);
+    while group < width {
+        if group + V <= rows {
+            block.weighted::<P, G, V, ROW>(pairs, weights, step, factors, targets, (group, width));
+            group += V;
+        } else if group < rows {
+            block.weighted::<P, G, 1, ROW>(pairs, weights, step, factors, targets, (group, width));
+            group += 1;
+        } else {
+            block.weighted::<P, G, 1, 1>(pairs, weights, step, factors, targets, (group, width));
+            group += 1;
         }
     }
 }
 
 /// `ONE`, `TWO` and `FOUR` are the vectors worked on at a time for so many heads: as many sums as registers hold.
 #[inline(always)]
-fn attend<L: Level, const ONE: usize, const TWO: usize, const FOUR: usize>(
-    level: L,
-    queries: WideQueries<'_>,
+fn attend<Q, P, const ONE: usize, const TWO: usize, const FOUR: usize>(
+    products: (Q, P),
+    queries: QuantizedQueries<'_>,
     cached: CachedBlock<'_, i8>,
     scale: f32,
     running: Running<'_>,
-) {
+) where
+    Q: Products<Elements = Quads, Factors = [i8; KEYS_ALONG]>,
+    P: Products<Elements = Pairs, Factors = [i16; VALUES_ALONG]>,
+{
     let heads = running.max.len();
-    let head_dim = queries.values.len() / heads.max(1);
-    assert_eq!(head_dim * heads, queries.values.len(), "attend: queries of equal length");
-    assert_eq!(heads, queries.steps.len(), "attend: a step per query");
-    assert!(head_dim.is_multiple_of(2), "attend: heads of whole pairs");
-    cached.check(head_dim, &running, true);
+    let len = queries.values.len() / heads.max(1);
+    assert_eq!(len * heads, queries.values.len(), "attend: queries of equal length");
+    assert_eq!([heads; 2], [queries.steps.len(), queries.sums.len()], "attend: a step and a sum per query");
+    assert!(len.is_multiple_of(KEYS_ALONG), "attend: queries of whole quads");
 
-    // Steps lie apart from what is read in a stream.
+    cached.check(len, &running, true);
+
+    // Steps are not fetched with the block before.
     prefetch(cached.key_steps);
     prefetch(cached.value_steps);
-    let [keys, values, next_keys] =
-        [cached.keys, cached.values, cached.next_keys].map(|elements| elements.as_chunks().0);
-    let [key_steps, value_steps] = [cached.key_steps, cached.value_steps].map(|steps| steps.as_chunks().0);
-    let block = Block { cached, keys, values, key_steps, value_steps, next_keys, level };
-    for (first, running) in Groups::new(running, head_dim.next_multiple_of(LANES)) {
-        let query = |g: usize| queries.values[(first + g) * head_dim..][..head_dim].as_chunks().0;
-        let scale = |g: usize| scale * queries.steps[first + g];
+    let block = Block::new(cached);
+    for (first, running) in Groups::new(running, len.next_multiple_of(LANES)) {
+        let query = |g: usize| Query {
+            quads: queries.values[(first + g) * len..][..len].as_chunks().0,
+            scale: scale * queries.steps[first + g],
+            sum: queries.sums[first + g],
+        };
         match running.max.len() {
-            1 => block.merge::<1, ONE>([query(0)], [scale(0)], running),
-            2 => block.merge::<2, TWO>([0, 1].map(query), [0, 1].map(scale), running),
-            _ => block.merge::<4, FOUR>([0, 1, 2, 3].map(query), [0, 1, 2, 3].map(scale), running),
+            1 => merge::<_, _, _, ONE>(products, &block, [query(0)], running),
+            2 => merge::<_, _, _, TWO>(products, &block, [query(0), query(1)], running),
+            _ => merge::<_, _, _, FOUR>(products, &block, [query(0), query(1), query(2), query(3)], running),
         }
     }
 }
 
 /// By plain integers, which a test can call where others are chosen.
 #[inline(always)]
-pub(super) fn attend_portable(queries: WideQueries<'_>, block: CachedBlock<'_, i8>, scale: f32, running: Running<'_>) {
-    attend::<_, 4, 2, 1>(Portable, queries, block, scale, running);
+pub(super) fn attend_portable(
+    queries: QuantizedQueries<'_>,
+    block: CachedBlock<'_, i8>,
+    scale: f32,
+    running: Running<'_>,
+) {
+    let products = (Portable::<i8, _, _>(PhantomData), Portable::<i16, _, _>(PhantomData));
+    attend::<_, _, 4, 2, 1>(products, queries, block, scale, running);
 }
 
 /// By 256 bits, which a test can call where 512 are chosen.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,bmi2")]
-pub(super) fn attend_avx2(queries: WideQueries<'_>, block: CachedBlock<'_, i8>, scale: f32, running: Running<'_>) {
-    let level = x86::By {
-        zero: || x86::zero_avx2(),
-        widen: |pairs: &Pairs| x86::widen_avx2(pairs),
-        add: |sums, factors, pairs| x86::add_avx2(sums, factors, pairs),
+pub(super) fn attend_avx2(queries: QuantizedQueries<'_>, block: CachedBlock<'_, i8>, scale: f32, running: Running<'_>) {
+    let quads = x86::By {
+        start: |factors| x86::start_avx2(factors),
+        load: |quads: &Quads| x86::load_quads_avx2(quads),
+        add: |sums, factors: &_, quads| x86::add_quads_avx2(sums, factors, quads),
         floats: |sums| x86::floats_avx2(sums),
+        of: PhantomData,
     };
-    attend::<_, 4, 2, 1>(level, queries, block, scale, running);
+    let pairs = x86::By {
+        start: |factors| x86::start_avx2(factors),
+        load: |pairs: &Pairs| x86::load_pairs_avx2(pairs),
+        add: |sums, factors: &_, pairs| x86::add_pairs_avx2(sums, factors, pairs),
+        floats: |sums| x86::floats_avx2(sums),
+        of: PhantomData,
+    };
+    attend::<_, _, 4, 2, 1>((quads, pairs), queries, block, scale, running);
 }
 
 /// As [`attend_block_f16`](super::attend_block_f16), cached as int8 with steps.
@@ -393,49 +546,39 @@ pub(super) fn attend_avx2(queries: WideQueries<'_>, block: CachedBlock<'_, i8>, 
     "x86_64+avx2+fma+bmi2",
     "aarch64+neon",
 ))]
-pub fn attend_block_int8(queries: WideQueries<'_>, block: CachedBlock<'_, i8>, scale: f32, running: Running<'_>) {
+pub fn attend_block_int8(queries: QuantizedQueries<'_>, block: CachedBlock<'_, i8>, scale: f32, running: Running<'_>) {
     multiversion::target::match_target! {
         "x86_64+avx512f+avx512vnni" => {
-            let level = x86::By {
-                zero: || x86::zero_avx512(),
-                widen: |pairs: &Pairs| x86::widen_avx512(pairs),
-                add: |sums, factors, pairs| x86::add_vnni(sums, factors, pairs),
+            let quads = x86::By {
+                start: |factors| x86::start_quads_vnni(factors),
+                load: |quads: &Quads| x86::load_quads_vnni(quads),
+                add: |sums, factors: &_, quads| x86::add_quads_vnni(sums, factors, quads),
                 floats: |sums| x86::floats_avx512(sums),
+                of: PhantomData,
             };
-            attend::<_, 4, 4, 4>(level, queries, block, scale, running);
+            let pairs = x86::By {
+                start: |factors| x86::start_pairs_vnni(factors),
+                load: |pairs: &Pairs| x86::load_pairs_vnni(pairs),
+                add: |sums, factors: &_, pairs| x86::add_pairs_vnni(sums, factors, pairs),
+                floats: |sums| x86::floats_avx512(sums),
+                of: PhantomData,
+            };
+            attend::<_, _, 4, 4, 4>((quads, pairs), queries, block, scale, running);
         }
         "x86_64+avx2" => attend_avx2(queries, block, scale, running),
         _ => attend_portable(queries, block, scale, running),
     }
 }
 
-/// What numbers are multiplied with before they are rounded, for the largest of each lane's magnitudes and a row's length.
-#[inline(always)]
-fn wide_scale(max: Lanes, len: usize) -> f32 {
-    WideRow::levels(len) / max.largest().max(WideRow::MIN)
-}
-
-/// Rounds some numbers of a row of length `len`.
-#[inline(always)]
-fn round(x: &[f32], q: f32, len: usize, target: &mut [i16]) {
-    let levels = WideRow::levels(len);
-    for (target, x) in target.iter_mut().zip(x) {
-        *target = to_whole(*x * q, levels) as i16;
-    }
-}
-
-#[inline(always)]
-fn widen_query_body(query: &[f32], target: &mut [i16]) -> f32 {
-    assert_eq!(query.len(), target.len(), "widen_query: as many results as elements");
-    let q = wide_scale(absolute_max(query), query.len());
-    round(query, q, query.len(), target);
-    1.0 / q
-}
-
-for_every_level! {
-    /// Rounds one head's query to int16 as [`WideRow::new`] does; returns its step.
-    ///
-    /// # Panics
-    /// If the lengths differ.
-    pub fn widen_query(query: &[f32], target: &mut [i16]) -> f32 = widen_query_body;
+/// Rounds one head's query to int8 as keys are, with zeros up to the end of `target`; returns its step and the sum of its
+/// values.
+///
+/// # Panics
+/// If `target` is not as long as the query in whole quads ([`KEYS_ALONG`]).
+pub fn quantize_query(query: &[f32], target: &mut [i8]) -> (f32, i32) {
+    assert_eq!(target.len(), query.len().next_multiple_of(KEYS_ALONG), "quantize_query: whole quads");
+    let (target, rest) = target.split_at_mut(query.len());
+    rest.fill(0);
+    let step = 1.0 / quantize(query, target);
+    (step, target.iter().map(|value| i32::from(*value)).sum())
 }

@@ -1,9 +1,13 @@
 //! Attention of the query heads of one group over one block of cached positions.
 //!
-//! Keys lie `[KEY_BLOCK / 16, head_dim / p, 16, p]` and values `[width / 16, KEY_BLOCK / p, 16, p]`, with `width` the head
-//! dimension padded to whole groups of lanes: what is summed over runs along, so sixteen positions or sixteen dimensions
-//! are sixteen lanes and no sum is horizontal. Floats lie one by one (`p` is 1), int8 in pairs, since CPUs add the products
-//! of two int16 at a time. Blocks are merged into a [`Running`] result in order of position.
+//! Keys lie `[KEY_BLOCK / 16c, head_dim / p, c, 16, p]` and values `[width / 16c, KEY_BLOCK / p, c, 16, p]`, with `width` the
+//! head dimension padded to whole groups of lanes: what is summed over runs along, so sixteen positions or sixteen dimensions
+//! are sixteen lanes and no sum is horizontal. Floats lie one by one (`p` is 1), int8 as CPUs add products: four of int8 of a
+//! key, two of int16 of values. `c` groups lie side by side ([`INT8_ROW`], [`F16_ROW`], [`F32_ROW`]), so that what is worked on
+//! at a time is read in one stream; groups of values that are left come last, one after the other. Blocks are merged into a
+//! [`Running`] result in order of position.
+
+use std::ops::Range;
 
 use ternion_kernels_ref::attention::KEY_BLOCK;
 use ternion_kernels_ref::lanes::LANES;
@@ -17,8 +21,11 @@ mod int8;
 #[cfg(test)]
 mod tests;
 
-pub use floats::{attend_block_f16, attend_block_f32};
-pub use int8::{WideQueries, attend_block_int8, widen_query};
+pub use floats::{F16_ROW, F32_ROW, attend_block_f16, attend_block_f32};
+pub use int8::{
+    KEYS_ALONG as INT8_KEYS_ALONG, QuantizedQueries, ROW as INT8_ROW, VALUES_ALONG as INT8_VALUES_ALONG,
+    attend_block_int8, quantize_query,
+};
 
 /// Groups of lanes in a block.
 const VECTORS: usize = KEY_BLOCK / LANES;
@@ -28,8 +35,8 @@ const VECTORS: usize = KEY_BLOCK / LANES;
 pub struct Running<'a> {
     /// Largest scores, one per head; starts as −∞.
     pub max: &'a mut [f32],
-    /// Sums of exponentials, one per head; starts as 0.
-    pub sum: &'a mut [f32],
+    /// Sums of exponentials in lanes, one per head; starts as 0.
+    pub sum: &'a mut [[f32; LANES]],
     /// Weighted values, `[heads, width]`; starts as 0.
     pub values: &'a mut [f32],
 }
@@ -43,7 +50,7 @@ impl Running<'_> {
     /// Attention over nothing: `zero`, which is 0 of either sign, in sums.
     pub fn clear(&mut self, zero: f32) {
         self.max.fill(f32::NEG_INFINITY);
-        self.sum.fill(zero);
+        self.sum.fill([zero; LANES]);
         self.values.fill(zero);
     }
 }
@@ -51,9 +58,9 @@ impl Running<'_> {
 /// One block of at most [`KEY_BLOCK`] positions of one key-value head, as it is cached.
 #[derive(Clone, Copy, Debug)]
 pub struct CachedBlock<'a, E> {
-    /// `[KEY_BLOCK / 16, head_dim / p, 16, p]`
+    /// `[KEY_BLOCK / 16c, head_dim / p, c, 16, p]`
     pub keys: &'a [E],
-    /// `[width / 16, KEY_BLOCK / p, 16, p]`
+    /// `[width / 16c, KEY_BLOCK / p, c, 16, p]`, then what is left `[.., KEY_BLOCK / p, 16, p]`
     pub values: &'a [E],
     /// What the elements of each position's key are multiplied with, `[KEY_BLOCK]`; empty for types without steps.
     pub key_steps: &'a [f32],
@@ -86,6 +93,12 @@ impl<E> CachedBlock<'_, E> {
         let given = [self.key_steps, self.value_steps];
         assert!(given.iter().all(|s| s.len() == steps), "attend: a step per position, where there are any");
     }
+
+    /// Whether all positions of the block are seen.
+    #[inline(always)]
+    fn whole(&self) -> bool {
+        self.first == 0 && self.positions == KEY_BLOCK
+    }
 }
 
 /// Fetches what is read later while as much is read now: `count` vectors from `at` on, if there are so many.
@@ -96,35 +109,70 @@ fn fetch<T>(later: &[T], at: usize, count: usize) {
     }
 }
 
+/// All elements of one group of lanes, of a block's that lie `[groups / C, len, C]`.
+struct Group<'a, T, const C: usize> {
+    rows: &'a [[T; C]],
+    at: usize,
+}
+
+impl<T, const C: usize> Clone for Group<'_, T, C> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T, const C: usize> Copy for Group<'_, T, C> {}
+
+impl<'a, T, const C: usize> Group<'a, T, C> {
+    /// `V` groups from `first` on.
+    #[inline(always)]
+    fn several<const V: usize>(elements: &'a [T], len: usize, first: usize) -> [Self; V] {
+        let mut groups = [Self { rows: &[], at: 0 }; V];
+        for (group, number) in groups.iter_mut().zip(first..) {
+            *group = Self { rows: elements[number / C * C * len..][..C * len].as_chunks().0, at: number % C };
+        }
+        groups
+    }
+
+    #[inline(always)]
+    fn at(&self, i: usize) -> &'a T {
+        &self.rows[i][self.at]
+    }
+}
+
 /// Scores of one head with the positions of a block, also those past its end.
 type Scores = [Lanes; VECTORS];
 
 /// Factors of a head's values: of what came before a block, and of the block's own.
 type Factors = (f32, f32);
 
-/// Turns scores of some heads into weights `e^(score − max)`, 0 for what is not among the block's positions, and merges
-/// the maxima of scores and the sums of weights into what came before. Heads go abreast: one after the other, each would wait
-/// for its maximum, its exponentials and its sum.
-#[inline(always)]
-fn merge_weights<E, const G: usize>(
-    scores: &mut [Scores; G],
-    &CachedBlock { first, positions, .. }: &CachedBlock<'_, E>,
-    max: &mut [f32],
-    sum: &mut [f32],
-) -> [Factors; G] {
-    const { assert!(2 * G <= LANES, "two exponentials a head") };
-    if first > 0 || positions < KEY_BLOCK {
-        // e^−∞ is 0.
-        for scores in scores.iter_mut() {
-            for (vector, scores) in scores.iter_mut().enumerate() {
-                let seen = |lane: usize| (first..positions).contains(&(vector * LANES + lane));
-                for (lane, score) in scores.0.iter_mut().enumerate() {
-                    *score = if seen(lane) { *score } else { f32::NEG_INFINITY };
-                }
+/// Scores of positions that are not to be seen count as −∞, whose exponential is 0. It is not inlined since what it needs would
+/// be made ready for all blocks, which are seen whole but for one or two.
+#[cold]
+#[inline(never)]
+fn mask<const G: usize>(scores: &mut [Scores; G], seen: Range<usize>) {
+    for scores in scores {
+        for (vector, scores) in scores.iter_mut().enumerate() {
+            for (lane, score) in scores.0.iter_mut().enumerate() {
+                *score = if seen.contains(&(vector * LANES + lane)) { *score } else { f32::NEG_INFINITY };
             }
         }
     }
-    let (mut block_max, mut exponents) = ([0.0; G], Lanes::ZERO);
+}
+
+/// Turns scores of some heads into weights `e^(score − max)` and merges the maxima of scores and the sums of weights into what
+/// came before. Heads go abreast: one after the other, each would wait for its maximum and its exponentials. `fetch` is
+/// called with the number of each vector of scores.
+#[inline(always)]
+fn merge_weights<const G: usize>(
+    scores: &mut [Scores; G],
+    max: &mut [f32],
+    sum: &mut [[f32; LANES]],
+    fetch: impl Fn(usize),
+) -> [Factors; G] {
+    const { assert!(2 * G <= LANES, "two exponentials a head") };
+    let mut block_max = [0.0; G];
     for (max, scores) in block_max.iter_mut().zip(&*scores) {
         let mut lanes = scores[0];
         for scores in &scores[1..] {
@@ -132,14 +180,16 @@ fn merge_weights<E, const G: usize>(
         }
         *max = lanes.largest();
     }
+    let mut exponents = Lanes::ZERO;
     for g in 0..G {
         let larger = max[g].max(block_max[g]);
         (exponents.0[g], exponents.0[G + g]) = (max[g] - larger, block_max[g] - larger);
         max[g] = larger;
     }
     let mut sums = [Lanes::ZERO; G];
-    for ((scores, sum), max) in scores.iter_mut().zip(&mut sums).zip(block_max) {
-        for scores in scores {
+    for (g, (scores, (sum, max))) in scores.iter_mut().zip(sums.iter_mut().zip(block_max)).enumerate() {
+        for (vector, scores) in scores.iter_mut().enumerate() {
+            fetch(g * VECTORS + vector);
             *scores = scores.map(|score| math::exp(score - max));
             *sum = sum.zip(*scores, |sum, weight| sum + weight);
         }
@@ -148,16 +198,15 @@ fn merge_weights<E, const G: usize>(
     let exponentials = exponents.map(math::exp);
     let mut factors = [(0.0, 0.0); G];
     for g in 0..G {
-        let (old, new) = (exponentials.0[g], exponentials.0[G + g]);
-        sum[g] = sum[g].mul_add(old, sums[g].tree_sum() * new);
-        factors[g] = (old, new);
+        factors[g] = (exponentials.0[g], exponentials.0[G + g]);
+        merge_lanes(&mut sum[g], sums[g], factors[g]);
     }
     factors
 }
 
-/// Merges a block's weighted values in one group of lanes into what came before.
+/// Merges a block's sums in one group of lanes into what came before.
 #[inline(always)]
-fn merge_values(target: &mut [f32; LANES], values: Lanes, (old, new): Factors) {
+fn merge_lanes(target: &mut [f32; LANES], values: Lanes, (old, new): Factors) {
     let scaled = values.map(|value| value * new);
     *target = Lanes(*target).mul_add(Lanes::splat(old), scaled).0;
 }
@@ -199,44 +248,66 @@ impl<'a> Iterator for Groups<'a> {
     }
 }
 
-/// Adds the result of the next positions to that of all before, as [`ternion_kernels_ref::attention::Partial::merge`].
+/// Adds the results of the next positions to that of all before, one after the other, each as
+/// [`ternion_kernels_ref::attention::Partial::merge`].
 #[inline(always)]
 fn merge_body(running: Running<'_>, next: &Running<'_>) {
-    let heads = running.max.len();
-    assert_eq!([heads; 3], [running.sum.len(), next.max.len(), next.sum.len()], "merge: equally many heads");
-    assert_eq!(running.values.len(), next.values.len(), "merge: heads of equal width");
-    let width = running.values.len() / heads.max(1);
-    let values = running.values.chunks_exact_mut(width.max(1)).zip(next.values.chunks_exact(width.max(1)));
-    for (g, (values, next_values)) in values.enumerate() {
-        let larger = running.max[g].max(next.max[g]);
-        let (old, new) = (math::exp(running.max[g] - larger), math::exp(next.max[g] - larger));
-        running.sum[g] = running.sum[g].mul_add(old, next.sum[g] * new);
-        for (value, next) in values.iter_mut().zip(next_values) {
-            *value = value.mul_add(old, next * new);
+    let (heads, results) = (running.max.len(), next.max.len());
+    assert!(heads > 0 && results.is_multiple_of(heads), "merge: results of all heads");
+    assert_eq!([heads, results], [running.sum.len(), next.sum.len()], "merge: a sum per head");
+    let width = running.values.len() / heads;
+    assert!(width.is_multiple_of(LANES), "merge: whole groups of lanes");
+    assert_eq!(
+        [width * heads, width * results],
+        [running.values.len(), next.values.len()],
+        "merge: heads of equal width"
+    );
+
+    for result in (0..results).step_by(heads) {
+        // They may come from another core's cache.
+        fetch(next.values, (result + 2 * heads) * width, heads * width);
+        for first in (0..heads).step_by(LANES / 2) {
+            let some = first..heads.min(first + LANES / 2);
+            let mut exponents = Lanes::ZERO;
+            for (exponents, head) in exponents.0.as_chunks_mut::<2>().0.iter_mut().zip(some.clone()) {
+                let (old, new) = (running.max[head], next.max[result + head]);
+                let larger = old.max(new);
+                *exponents = [old - larger, new - larger];
+                running.max[head] = larger;
+            }
+            let exponentials = exponents.map(math::exp);
+            for (&[old, new], head) in exponentials.0.as_chunks::<2>().0.iter().zip(some) {
+                merge_lanes(&mut running.sum[head], Lanes(next.sum[result + head]), (old, new));
+                let values = running.values[head * width..][..width].as_chunks_mut().0;
+                let next = next.values[(result + head) * width..][..width].as_chunks().0;
+                for (values, next) in values.iter_mut().zip(next) {
+                    merge_lanes(values, Lanes(*next), (old, new));
+                }
+            }
         }
-        running.max[g] = larger;
     }
 }
 
 #[inline(always)]
-fn finish_body(sum: f32, values: &[f32], target: &mut [f32]) {
+fn finish_body(sum: &[f32; LANES], values: &[f32], target: &mut [f32]) {
     assert!(values.len() >= target.len(), "finish_attention: a value per result");
+    let sum = Lanes(*sum).tree_sum();
     for (target, value) in target.iter_mut().zip(values) {
         *target = value / sum;
     }
 }
 
 for_every_level! {
-    /// Merges what was found over the next positions, for itself, into what was found over all before. Attention over one
-    /// block after the other is the same as attention over each for itself and merging them in order, bit for bit.
+    /// Merges what was found over the next blocks, over each for itself, into what was found over all before: any number of
+    /// results, `[results, heads]`. Attention over one block after the other is the same as this, bit for bit.
     ///
     /// # Panics
-    /// If the numbers of heads or their widths differ.
+    /// If there are no heads, results of part of them, or the widths differ or are not whole groups of lanes.
     pub fn merge_attention(running: Running<'_>, next: &Running<'_>) = merge_body;
 
-    /// The output of one head: its weighted values over the sum of its exponentials.
+    /// The output of one head: its weighted values over the sum of its exponentials, whose lanes are added pairwise.
     ///
     /// # Panics
     /// If there are fewer values than results.
-    pub fn finish_attention(sum: f32, values: &[f32], target: &mut [f32]) = finish_body;
+    pub fn finish_attention(sum: &[f32; LANES], values: &[f32], target: &mut [f32]) = finish_body;
 }
