@@ -163,10 +163,10 @@ fn look_up_one(
         return Ok(Found { problem, choice, source: Source::Known, results, raced, alternatives });
     }
     let shipped = shipped::choice(machine, search.cpu, search.threads, problem);
-    let guess = || search.shortlist(problem, known).guess().map(|guess| (guess, Source::Guess));
-    let found = shipped.map(|choice| (choice, Source::Shipped)).or_else(guess);
-    let (choice, source) = found.ok_or(NoSchedule { m, k, cpu: *search.cpu })?;
-    Ok(Found { problem, choice, source, results: Vec::new(), raced: 0, alternatives: Vec::new() })
+    let guess = || search.shortlist(problem, known).guess().map(|guess| (guess, Vec::new(), Source::Guess));
+    let found = shipped.map(|(choice, alternatives)| (choice, alternatives, Source::Shipped)).or_else(guess);
+    let (choice, alternatives, source) = found.ok_or(NoSchedule { m, k, cpu: *search.cpu })?;
+    Ok(Found { problem, choice, source, results: Vec::new(), raced: 0, alternatives })
 }
 
 /// Bytes of all matrices of a shape in the second layout of a choice; `None` if it has only one.

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 use ternion_compiler::Cpu;
 
-use crate::{Choice, CpuProfile, MachineProfile, Problem};
+use crate::{Alternative, Choice, CpuProfile, MachineProfile, Problem};
 
 /// The files, as saved: `include_str!("../profiles/NAME.json")`.
 const FILES: &[&str] = &[
@@ -23,19 +23,33 @@ static PROFILES: LazyLock<Vec<MachineProfile>> =
     LazyLock::new(|| FILES.iter().filter_map(|file| serde_json::from_str(file).ok()).collect());
 
 /// The hint for a shape, if this CPU is one of those: from a profile with this many threads, or else with the nearest
-/// number, and from the same shape, or else the nearest one with rows of the same length.
-pub(crate) fn choice(machine: &CpuProfile, cpu: &Cpu, threads: usize, problem: Problem) -> Option<Choice> {
+/// number, and from the same shape, or else the nearest one with rows of the same length. With it, what was nearly as fast there,
+/// for files that hold another layout.
+pub(crate) fn choice(
+    machine: &CpuProfile,
+    cpu: &Cpu,
+    threads: usize,
+    problem: Problem,
+) -> Option<(Choice, Vec<Alternative>)> {
     find(&PROFILES, &machine.signature(), cpu, threads, problem)
 }
 
-fn find(profiles: &[MachineProfile], signature: &str, cpu: &Cpu, threads: usize, problem: Problem) -> Option<Choice> {
+fn find(
+    profiles: &[MachineProfile],
+    signature: &str,
+    cpu: &Cpu,
+    threads: usize,
+    problem: Problem,
+) -> Option<(Choice, Vec<Alternative>)> {
     let mut profiles: Vec<_> = profiles.iter().filter(|profile| profile.key.cpu == signature).collect();
     profiles.sort_by_key(|profile| profile.key.threads.abs_diff(threads));
+    let legal = |choice: &Choice| choice.layouts().len() == 1 && choice.check(problem.k, cpu).is_ok();
     profiles.into_iter().find_map(|profile| {
         let mut shapes: Vec<_> = profile.shapes.iter().filter(|entry| entry.k == problem.k).collect();
         shapes.sort_by_key(|entry| entry.m.abs_diff(problem.m));
-        let legal = |choice: &Choice| choice.layouts().len() == 1 && choice.check(problem.k, cpu).is_ok();
-        shapes.into_iter().map(|entry| entry.choice).find(legal)
+        let entry = shapes.into_iter().find(|entry| legal(&entry.choice))?;
+        let alternatives = entry.alternatives.iter().filter(|other| legal(&other.choice));
+        Some((entry.choice, alternatives.copied().collect()))
     })
 }
 
@@ -61,13 +75,20 @@ mod tests {
         let choice = Shortlist::new(256, &cpu, 8, &|_, _| false).guess().unwrap();
         let key = |threads| ProfileKey { cpu: "A".into(), features: "f".into(), compiler: "c".into(), threads };
         let mut profile = MachineProfile::new(key(2));
-        let entry = ShapeEntry { choice, ..crate::profile::tests::entry(64, 256, 1) };
+        let other = |unroll| {
+            let mut choice = choice;
+            choice.schedules[Class::Few.index()].unroll = unroll;
+            Alternative { choice, slower: 1.02 }
+        };
+        let known = other(choice.schedules[Class::Few.index()].unroll);
+        let alternatives = vec![other(77), known];
+        let entry = ShapeEntry { choice, alternatives, ..crate::profile::tests::entry(64, 256, 1) };
         profile.insert(entry.clone());
         let problem = Problem { m: 128, k: 256, count: 1 };
         let found = |profile: &MachineProfile, cpu: &str, problem| {
             find(std::slice::from_ref(profile), cpu, &"x86-64 +ssse3".parse().unwrap(), 8, problem)
         };
-        assert_eq!(found(&profile, "A", problem), Some(choice));
+        assert_eq!(found(&profile, "A", problem), Some((choice, vec![known])), "77 times unrolled is not legal");
         assert_eq!(found(&profile, "B", problem), None);
         assert_eq!(found(&profile, "A", Problem { k: 512, ..problem }), None);
         let mut illegal = MachineProfile::new(key(2));
