@@ -5,7 +5,7 @@
 //!
 //! - `bytes` are what a token reads: packed projections and the screen of the head;
 //! - `B` is the bandwidth of memory that doctor reports for `c` threads, and `s` the share of it that the lab sees the tuned
-//!   kernel of the shape's gate reach when its weights are cold;
+//!   kernel of the shape's gate reach when its weights are cold, at most 1: what is more came from a cache or in a better moment;
 //! - `R` is what one of the `c` cores gets through when its weights are in its own cache.
 //!
 //! No time of a whole model is put in: all of those are checks.
@@ -88,7 +88,7 @@ fn main() -> Result<()> {
             let shape = measure(name, &team, arguments.n)?;
             let (m, k) = Projection::Gate.shape(&shape.config);
             let schedule = shape.choices.get(m, k).context("no kernel was chosen for the gate")?.of(Class::One);
-            let cold = rate(&mut bench, schedule, Rows { m, k }, Weights::Cold)?;
+            let cold = rate(&mut bench, schedule, Rows { m, k }, Weights::Cold)?.min(memory);
             let hot = rate(&mut bench, schedule, Rows { m: 512, k }, Weights::Hot)?;
             let predicted = shape.bytes / cold.min(hot);
             println!(
