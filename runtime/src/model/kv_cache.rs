@@ -66,7 +66,7 @@ impl KvType {
             Self::F32 => Page::<f32>::block_bytes(shape),
             Self::Int8 => Page::<i8>::block_bytes(shape),
         };
-        (head * shape.layers * shape.kv_heads).max(1) as u64
+        (head as u64).saturating_mul(shape.layers as u64).saturating_mul(shape.kv_heads as u64).max(1)
     }
 }
 
@@ -207,12 +207,12 @@ struct Place {
 
 impl Place {
     const fn of(block: usize) -> Self {
-        let (page, within) = match block {
-            0 => (0, 0),
-            LARGEST.. => (block / LARGEST + LARGEST.ilog2() as usize, block % LARGEST),
-            _ => (block.ilog2() as usize + 1, block - (1 << block.ilog2())),
+        let page = match block {
+            0 => 0,
+            LARGEST.. => block / LARGEST + LARGEST.ilog2() as usize,
+            _ => block.ilog2() as usize + 1,
         };
-        Self { page, within }
+        Self { page, within: block - blocks_in(page) }
     }
 }
 

@@ -42,7 +42,7 @@ pub struct QuantizedQueries<'a> {
 /// One way of multiplying elements of sixteen sums with factors, the same for all, and adding up.
 trait Products: Copy {
     /// Some elements of each of the sixteen.
-    type Elements;
+    type Elements: Copy;
     /// As many factors.
     type Factors;
     type Loaded: Copy;
@@ -270,23 +270,22 @@ mod x86 {
     }
 }
 
-/// Sums of `V` groups of lanes for the factors of `G` heads, which add up to `sums`. `fetch` is called with the number of
+/// Sums of `V` groups of lanes for the factors of `G` heads, which add up to `totals`. `fetch` is called with the number of
 /// each step.
 #[inline(always)]
 fn dots<P: Products, const G: usize, const V: usize, const C: usize>(
     products: P,
-    (factors, sums): ([&[P::Factors]; G], [i32; G]),
+    (factors, totals): ([&[P::Factors]; G], [i32; G]),
     groups: [Group<'_, P::Elements, C>; V],
     fetch: impl Fn(usize),
 ) -> [[Lanes; V]; G] {
     let steps = factors[0].len();
     let factors = factors.map(|factors| &factors[..steps]);
     let groups = groups.map(|group| Group { rows: &group.rows[..steps], ..group });
-    let mut all = [[products.start(0); V]; G];
-    for (all, sums) in all.iter_mut().zip(sums) {
-        *all = [products.start(sums); V];
+    let mut sums = [[products.start(0); V]; G];
+    for (sums, total) in sums.iter_mut().zip(totals) {
+        *sums = [products.start(total); V];
     }
-    let mut sums = all;
     for step in 0..steps {
         fetch(step);
         let elements: [P::Loaded; V] = std::array::from_fn(|v| products.load(groups[v].at(step)));
@@ -516,24 +515,26 @@ pub(super) fn attend_portable(
     attend::<_, _, 4, 2, 1>(products, queries, block, scale, running);
 }
 
+/// Products made of a level's functions, called by closures, which have the features of the function that they are in.
+#[cfg(target_arch = "x86_64")]
+macro_rules! by {
+    ($start:ident, $load:ident, $add:ident, $floats:ident) => {
+        x86::By {
+            start: |factors| x86::$start(factors),
+            load: |elements: &_| x86::$load(elements),
+            add: |sums, factors: &_, elements| x86::$add(sums, factors, elements),
+            floats: |sums| x86::$floats(sums),
+            of: PhantomData,
+        }
+    };
+}
+
 /// By 256 bits, which a test can call where 512 are chosen.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,bmi2")]
 pub(super) fn attend_avx2(queries: QuantizedQueries<'_>, block: CachedBlock<'_, i8>, scale: f32, running: Running<'_>) {
-    let quads = x86::By {
-        start: |factors| x86::start_avx2(factors),
-        load: |quads: &Quads| x86::load_quads_avx2(quads),
-        add: |sums, factors: &_, quads| x86::add_quads_avx2(sums, factors, quads),
-        floats: |sums| x86::floats_avx2(sums),
-        of: PhantomData,
-    };
-    let pairs = x86::By {
-        start: |factors| x86::start_avx2(factors),
-        load: |pairs: &Pairs| x86::load_pairs_avx2(pairs),
-        add: |sums, factors: &_, pairs| x86::add_pairs_avx2(sums, factors, pairs),
-        floats: |sums| x86::floats_avx2(sums),
-        of: PhantomData,
-    };
+    let quads = by!(start_avx2, load_quads_avx2, add_quads_avx2, floats_avx2);
+    let pairs = by!(start_avx2, load_pairs_avx2, add_pairs_avx2, floats_avx2);
     attend::<_, _, 4, 2, 1>((quads, pairs), queries, block, scale, running);
 }
 
@@ -549,20 +550,8 @@ pub(super) fn attend_avx2(queries: QuantizedQueries<'_>, block: CachedBlock<'_, 
 pub fn attend_block_int8(queries: QuantizedQueries<'_>, block: CachedBlock<'_, i8>, scale: f32, running: Running<'_>) {
     multiversion::target::match_target! {
         "x86_64+avx512f+avx512vnni" => {
-            let quads = x86::By {
-                start: |factors| x86::start_quads_vnni(factors),
-                load: |quads: &Quads| x86::load_quads_vnni(quads),
-                add: |sums, factors: &_, quads| x86::add_quads_vnni(sums, factors, quads),
-                floats: |sums| x86::floats_avx512(sums),
-                of: PhantomData,
-            };
-            let pairs = x86::By {
-                start: |factors| x86::start_pairs_vnni(factors),
-                load: |pairs: &Pairs| x86::load_pairs_vnni(pairs),
-                add: |sums, factors: &_, pairs| x86::add_pairs_vnni(sums, factors, pairs),
-                floats: |sums| x86::floats_avx512(sums),
-                of: PhantomData,
-            };
+            let quads = by!(start_quads_vnni, load_quads_vnni, add_quads_vnni, floats_avx512);
+            let pairs = by!(start_pairs_vnni, load_pairs_vnni, add_pairs_vnni, floats_avx512);
             attend::<_, _, 4, 4, 4>((quads, pairs), queries, block, scale, running);
         }
         "x86_64+avx2" => attend_avx2(queries, block, scale, running),

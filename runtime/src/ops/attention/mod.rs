@@ -110,21 +110,13 @@ fn fetch<T>(later: &[T], at: usize, count: usize) {
 }
 
 /// All elements of one group of lanes, of a block's that lie `[groups / C, len, C]`.
+#[derive(Clone, Copy)]
 struct Group<'a, T, const C: usize> {
     rows: &'a [[T; C]],
     at: usize,
 }
 
-impl<T, const C: usize> Clone for Group<'_, T, C> {
-    #[inline(always)]
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<T, const C: usize> Copy for Group<'_, T, C> {}
-
-impl<'a, T, const C: usize> Group<'a, T, C> {
+impl<'a, T: Copy, const C: usize> Group<'a, T, C> {
     /// `V` groups from `first` on.
     #[inline(always)]
     fn several<const V: usize>(elements: &'a [T], len: usize, first: usize) -> [Self; V] {
